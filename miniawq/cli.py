@@ -15,7 +15,7 @@ INTERRUPTED = 130
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes `--max_tokens` for `--max-tokens`."""
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_kebab(argument) for argument in args], namespace)
 
