@@ -1,0 +1,146 @@
+"""The INT4 product against its definition, with bounds that follow from how numbers are rounded."""
+
+import pytest
+import torch
+
+from miniawq import kernel
+from miniawq.kernel import QuantLinear, dequantize, matmul, matmul_reference
+from miniawq.packing import LAYOUTS, Quantized
+from miniawq.packing import dequantize as dequantize_codes
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def device():
+    """The device of the whole file; tests/conftest.py overrides it."""
+    return torch.device("cpu")
+
+
+def random_quantized(outputs, inputs, group_size, seed=0, device="cpu", scale_dtype=torch.float16):
+    generator = torch.Generator().manual_seed(seed)
+    groups = inputs // group_size
+    codes_OI = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    zeros_OG = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8)
+    scales_OG = (torch.rand(outputs, groups, generator=generator) * 0.02 + 1e-4).to(scale_dtype)
+    return Quantized(codes_OI.to(device), scales_OG.to(device), zeros_OG.to(device))
+
+
+def awq_tensors(quantized):
+    return tuple(LAYOUTS["awq"].encode(quantized)[name] for name in ("qweight", "qzeros", "scales"))
+
+
+def bound(x_TI, quantized, rounded_weights=True, bias_O=None):
+    """How far a product may be from the exact one, per element: three kinds of rounding, each with its unit.
+
+    With u the unit roundoff of x's dtype and S = sum |x| |w| of that element: every weight rounded once is off by
+    u |w| (u S in all); a float32 sum of I terms in any order is off by at most I 2^-24 S to first order; the result
+    rounded once to the dtype is off by u |y| <= u S (and half the smallest subnormal).
+    """
+    dtype = x_TI.dtype
+    magnitude_TO = x_TI.double().abs() @ dequantize_codes(quantized, torch.float64).abs().t()
+    if bias_O is not None:
+        magnitude_TO = magnitude_TO + bias_O.double().abs()
+    unit = torch.finfo(dtype).eps / 2
+    roundings = (1 + rounded_weights) * unit + (x_TI.shape[-1] + 2) * 2.0**-24
+    return 1.01 * roundings * magnitude_TO + torch.finfo(dtype).smallest_normal
+
+
+def exact(x_TI, quantized, bias_O=None):
+    y_TO = x_TI.double() @ dequantize_codes(quantized, torch.float64).t()
+    return y_TO if bias_O is None else y_TO + bias_O.double()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_dequantize_is_the_packed_weight_transposed(group_size, device):
+    quantized = random_quantized(24, 256, 256 if group_size == -1 else group_size, device=device)
+    weight_IO = dequantize(*awq_tensors(quantized), group_size)
+    assert torch.equal(weight_IO.t(), dequantize_codes(quantized))
+
+
+def test_dequantize_rounds_once(device):
+    quantized = random_quantized(16, 64, 32, device=device)
+    exact_IO = dequantize(*awq_tensors(quantized), 32, torch.float64)
+    for dtype in DTYPES:
+        assert torch.equal(dequantize(*awq_tensors(quantized), 32, dtype), exact_IO.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 17, 64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matmul_stays_within_its_bound(dtype, rows, with_bias, device):
+    quantized = random_quantized(40, 256, 64, device=device)
+    x_TI = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    bias_O = torch.linspace(-1, 1, 40, device=device).to(dtype) if with_bias else None
+    allowed_TO = bound(x_TI, quantized, bias_O=bias_O)
+    for product in (matmul, matmul_reference):
+        y_TO = product(x_TI, *awq_tensors(quantized), 64, bias_O)
+        assert y_TO.dtype == dtype
+        assert ((y_TO.double() - exact(x_TI, quantized, bias_O)).abs() <= allowed_TO).all()
+
+
+def test_the_bound_catches_one_wrong_code(device):
+    quantized = random_quantized(40, 256, 64, device=device)
+    x_TI = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).to(device)
+    wrong = quantized._replace(codes_OI=quantized.codes_OI.clone())
+    wrong.codes_OI[3, 77] ^= 1
+    error_TO = (matmul(x_TI, *awq_tensors(wrong), 64).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO > bound(x_TI, quantized)).nonzero()[:, 1].unique().tolist() == [3]
+
+
+def test_matmul_never_holds_more_than_a_slice(monkeypatch, device):
+    quantized = random_quantized(64, 128, 32, device=device)
+    x_TI = torch.randn(3, 128, device=device)
+    whole_TO = matmul(x_TI, *awq_tensors(quantized), 32)
+    sizes = []
+
+    def recording(*arguments):
+        weight_IO = dequantize(*arguments)
+        sizes.append(weight_IO.numel())
+        return weight_IO
+
+    monkeypatch.setattr(kernel, "WEIGHTS_PER_SLICE", 128 * 24)
+    monkeypatch.setattr(kernel, "dequantize", recording)
+    assert torch.allclose(matmul(x_TI, *awq_tensors(quantized), 32), whole_TO, atol=1e-5)
+    assert max(sizes) == 128 * 24
+    assert sum(sizes) == 128 * 64
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (0, 64), (2, 0, 64)])
+def test_leading_dimensions_pass_through(shape, device):
+    quantized = random_quantized(16, 64, 32, device=device)
+    x = torch.randn(shape, device=device)
+    assert matmul(x, *awq_tensors(quantized), 32).shape == (*shape[:-1], 16)
+
+
+def test_strides_of_the_activations_do_not_matter(device):
+    quantized = random_quantized(16, 64, 32, device=device)
+    x_TI = torch.randn(64, 5, device=device).t()
+    strided_y = matmul(x_TI, *awq_tensors(quantized), 32)
+    assert torch.allclose(strided_y, matmul(x_TI.contiguous(), *awq_tensors(quantized), 32), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_nan_stays_in_its_row(rows, device):
+    quantized = random_quantized(16, 64, 32, device=device)
+    x_TI = torch.randn(rows, 64, device=device)
+    x_TI[1, 7] = float("nan")
+    assert matmul(x_TI, *awq_tensors(quantized), 32).isnan().any(1).tolist() == [row == 1 for row in range(rows)]
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_layer_keeps_its_codes_under_the_published_names(group_size, scale_dtype, device):
+    quantized = random_quantized(32, 128, group_size, device=device, scale_dtype=scale_dtype)
+    bias_O = torch.randn(32, device=device).to(scale_dtype)
+    layer = QuantLinear.from_quantized(quantized, bias_O)
+    state = layer.state_dict()
+    assert set(state) == {"qweight", "qzeros", "scales", "bias"}
+    for name, tensor in LAYOUTS["awq"].encode(quantized).items():
+        assert torch.equal(state[name], tensor)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.to_quantized(), quantized, strict=True))
+
+    fresh = QuantLinear(128, 32, True, group_size, scale_dtype).to(device)
+    fresh.load_state_dict(state)
+    x_TI = torch.randn(3, 128, device=device)
+    assert torch.equal(fresh(x_TI), layer(x_TI))
