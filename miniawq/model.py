@@ -1,0 +1,466 @@
+"""The Llama family as one decoder: Llama 1 to 3.3, Mistral, Qwen2, Qwen2.5 and dense Qwen3.
+
+The families differ in five switches, all read from `config.json`: biases, norms of queries and keys, head size, sliding
+window, and the kind of rotary embedding. Module names are Hugging Face's, so a checkpoint loads with no renaming.
+The linear layers are made by a function that is passed in; this file knows no quantizer.
+
+Shapes: B batch, L positions in this call, M positions in the cache, D model width, F feed-forward width, V vocabulary,
+H query heads, J key/value heads, R query heads that share a key/value head (H = J R), E size of one head.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from miniawq.errors import UnsupportedCheckpoint
+
+LinearFactory = Callable[[str, int, int, bool], nn.Module]
+
+
+class Family(NamedTuple):
+    """What an architecture has that its config.json does not say."""
+
+    qkv_bias: bool = False
+    reads_attention_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: Literal["ignored", "always", "switched"] = "ignored"
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(reads_attention_bias=True),
+    "MistralForCausalLM": Family(sliding_window="always"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, sliding_window="switched"),
+    "Qwen3ForCausalLM": Family(reads_attention_bias=True, qk_norm=True, sliding_window="switched"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The part of a Hugging Face `config.json` that decides what the decoder computes."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    layer_windows: tuple[int | None, ...]
+    rope: "RopeConfig"
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Read a parsed `config.json`; UnsupportedCheckpoint names the key that cannot be honoured."""
+        architectures = config.get("architectures") or ["missing"]
+        if architectures[0] not in FAMILIES:
+            _refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
+        if (activation := config.get("hidden_act", "silu")) != "silu":
+            _refuse("hidden_act", activation, "supported: silu")
+        family = FAMILIES[architectures[0]]
+        heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
+        kv_heads = _integer(config, "num_key_value_heads", heads)
+        head_dim = _integer(config, "head_dim", hidden // heads)
+        if heads % kv_heads:
+            _refuse("num_key_value_heads", kv_heads, f"{heads} query heads do not divide among them")
+        if head_dim % 2:
+            _refuse("head_dim", head_dim, "the rotary embedding turns pairs of channels")
+        attention_bias = family.reads_attention_bias and bool(config.get("attention_bias", False))
+        return cls(
+            architecture=architectures[0],
+            vocab_size=_integer(config, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_integer(config, "intermediate_size"),
+            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=_integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=family.qk_norm,
+            layer_windows=_layer_windows(config, family),
+            rope=RopeConfig.from_dict(config, head_dim),
+        )
+
+
+def _refuse(key: str, value: object, why: str) -> NoReturn:
+    raise UnsupportedCheckpoint(
+        "this model's config.json asks for something that is not implemented",
+        f"config.json: {key} = {value!r}; {why}",
+        "ignoring it would give wrong text; use another model, or an engine that supports this one",
+    )
+
+
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        _refuse(key, None, "the key is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        _refuse(key, value, "expected a positive integer")
+    return value
+
+
+def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None for full attention.
+
+    Qwen configs state a `sliding_window` that holds only with `use_sliding_window`, from layer `max_window_layers` on;
+    transformers 5 writes `layer_types` instead.
+    """
+    layers, window = _integer(config, "num_hidden_layers"), config.get("sliding_window")
+    switched_on = family.sliding_window == "always" or config.get("use_sliding_window", False)
+    if window is None or family.sliding_window == "ignored" or not switched_on:
+        return (None,) * layers
+    if types := config.get("layer_types"):
+        if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+            _refuse("layer_types", types, "supported: one of full_attention and sliding_attention for each layer")
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    first = config.get("max_window_layers", layers) if family.sliding_window == "switched" else 0
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: `rope_scaling` (transformers 4) or `rope_parameters` (5), all defaults filled in."""
+
+    rope_type: str
+    rope_theta: float
+    head_dim: int
+    max_position_embeddings: int
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], head_dim: int) -> "RopeConfig":
+        """Read both spellings; UnsupportedCheckpoint on an unknown type, which would give wrong text."""
+        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        given = dict(config.get(key) or {})
+        if nested := [value for value in given.values() if isinstance(value, dict)]:
+            if any(value != nested[0] for value in nested):
+                _refuse(key, given, "layers with different rotary embeddings")
+            given = nested[0]
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in INVERSE_FREQUENCIES:
+            _refuse(f"{key}.rope_type", kind, "supported: " + ", ".join(INVERSE_FREQUENCIES))
+        if (partial := given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
+            _refuse("partial_rotary_factor", partial, "only whole heads are rotated")
+        if kind != "default" and not isinstance(given.get("factor"), int | float):
+            _refuse(f"{key}.factor", given.get("factor"), f"rope_type {kind} needs it")
+        longest = _integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048))
+        original = given.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+        numbers = {
+            name: float(given[name])
+            for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+            if given.get(name) is not None
+        }
+        return cls(
+            rope_type=kind,
+            rope_theta=float(given.get("rope_theta", config.get("rope_theta") or 10000.0)),
+            head_dim=head_dim,
+            max_position_embeddings=longest,
+            original_max_position_embeddings=original or longest,
+            truncate=given.get("truncate", True),
+            attention_factor=_yarn_attention_factor(given) if kind == "yarn" else 1.0,
+            **numbers,
+        )
+
+
+def _yarn_attention_factor(given: Mapping[str, Any]) -> float:
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(given["factor"]) + 1.0 if given["factor"] > 1 else 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def _plain_frequencies(rope: RopeConfig, theta: float) -> Tensor:
+    return theta ** -(torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim)
+
+
+def _default(rope: RopeConfig, length: int) -> Tensor:
+    return _plain_frequencies(rope, rope.rope_theta)
+
+
+def _linear(rope: RopeConfig, length: int) -> Tensor:
+    return _plain_frequencies(rope, rope.rope_theta) / rope.factor
+
+
+def _dynamic(rope: RopeConfig, length: int) -> Tensor:
+    """NTK scaling: the base grows once the text is longer than the model was trained for."""
+    ratio = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
+    growth = rope.factor * ratio - (rope.factor - 1)
+    return _plain_frequencies(rope, rope.rope_theta * growth ** (rope.head_dim / (rope.head_dim - 2)))
+
+
+def _llama3(rope: RopeConfig, length: int) -> Tensor:
+    """Long waves are stretched by `factor`, short ones kept, those between interpolated."""
+    plain = _plain_frequencies(rope, rope.rope_theta)
+    turns = rope.original_max_position_embeddings * plain / (2 * math.pi)
+    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / rope.factor
+
+
+def _yarn(rope: RopeConfig, length: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): interpolate the channels that turn less than `beta_slow` times in the trained length."""
+
+    def channel(turns: float) -> float:
+        wave = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return rope.head_dim * math.log(wave) / (2 * math.log(rope.rope_theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    ramp = (torch.arange(rope.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    plain, stretch = _plain_frequencies(rope, rope.rope_theta), ramp.clamp(0, 1)
+    return plain * (1 - stretch) + plain / rope.factor * stretch
+
+
+INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_tables(rope: RopeConfig, positions_BL: Tensor, length: int, dtype: torch.dtype) -> Rope:
+    """cos_BLE and sin_BLE of the angles at each position; `length` is that of the whole text so far."""
+    frequencies_E = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_BL.device)
+    angles_BLE = (positions_BL[..., None].float() * frequencies_E).repeat(1, 1, 2)
+    factor = rope.attention_factor
+    return (angles_BLE.cos() * factor).to(dtype), (angles_BLE.sin() * factor).to(dtype)
+
+
+def apply_rope(x_BHLE: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (channel e, channel e + E/2) by its angle."""
+    cos_BLE, sin_BLE = rope
+    first, second = x_BHLE.chunk(2, dim=-1)
+    return x_BHLE * cos_BLE.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BLE.unsqueeze(1)
+
+
+class KVCache:
+    """Keys and values of all positions so far, in buffers of a fixed size.
+
+    `padding_B` counts the unused positions at the start of each row, so that rows of different lengths end together.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        max_seq_len: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        padding_B: Tensor | None = None,
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_seq_len, config.head_dim)
+        self.keys_NBJME = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_NBJME = torch.zeros(shape, device=device, dtype=dtype)
+        self.padding_B = padding_B
+        self.length = 0
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions there is room for."""
+        return self.keys_NBJME.shape[3]
+
+    def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; return all of them up to now, [B, J, M, E]."""
+        end = self.length + k_BJLE.shape[2]
+        assert end <= self.max_seq_len, f"{end} positions in a cache of {self.max_seq_len}"
+        keys_BJME, values_BJME = self.keys_NBJME[layer, :, :, :end], self.values_NBJME[layer, :, :, :end]
+        keys_BJME[:, :, self.length :], values_BJME[:, :, self.length :] = k_BJLE, v_BJLE
+        return keys_BJME, values_BJME
+
+
+def attention_mask(
+    past: int, new: int, window: int | None, padding_B: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which of the past + new positions each new one may see, bool [B or 1, 1, L, M].
+
+    None where the plain causal rule says it: a new position sees itself and all before it.
+    """
+    if past and new > 1 or padding_B is not None or (window is not None and past + new > window):
+        query_L1, key_M = torch.arange(past, past + new, device=device)[:, None], torch.arange(past + new, device=device)
+        seen_BLM = ((key_M <= query_L1) & (key_M > query_L1 - (window or past + new)))[None]
+        if padding_B is not None:
+            # A padding position sees itself: a row of nothing would be NaN in the softmax.
+            seen_BLM = seen_BLM & ((key_M >= padding_B[:, None, None]) | (key_M == query_L1))
+        return seen_BLM[:, None]
+    return None
+
+
+def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention [B, H, L, E] that reads each key once for the query heads that share it."""
+    (batch, heads, new, size), shared = q_BHLE.shape, k_BJME.shape[1]
+    if mask is None and new > 1:
+        return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, is_causal=True, enable_gqa=heads != shared)
+    # The R query heads of one key head stand as R times L queries of one head.
+    q_BJLE = q_BHLE.reshape(batch, shared, heads // shared * new, size)
+    rows = None if mask is None else mask.repeat(1, 1, heads // shared, 1)
+    return scaled_dot_product_attention(q_BJLE, k_BJME, v_BJME, attn_mask=rows).reshape(batch, heads, new, size)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        x32 = x.float()
+        scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
+        super().__init__()
+        name, size = f"model.layers.{layer}.self_attn", config.head_dim
+        width, kv_width = config.num_attention_heads * size, config.num_key_value_heads * size
+        self.layer, self.head_dim = layer, size
+        self.q_proj = linear(f"{name}.q_proj", config.hidden_size, width, config.qkv_bias)
+        self.k_proj = linear(f"{name}.k_proj", config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = linear(f"{name}.v_proj", config.hidden_size, kv_width, config.qkv_bias)
+        self.o_proj = linear(f"{name}.o_proj", width, config.hidden_size, config.o_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Attend to the positions of this call and to those in the cache."""
+        heads = (-1, self.head_dim)
+        q_BHLE = apply_rope(self.q_norm(self.q_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), rope)
+        k_BJLE = apply_rope(self.k_norm(self.k_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), rope)
+        v_BJLE = self.v_proj(x_BLD).unflatten(-1, heads).transpose(1, 2)
+        if cache is not None:
+            k_BJLE, v_BJLE = cache.append(self.layer, k_BJLE, v_BJLE)
+        return self.o_proj(attention(q_BHLE, k_BJLE, v_BJLE, mask).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
+        super().__init__()
+        name, width, inner = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(f"{name}.gate_proj", width, inner, config.mlp_bias)
+        self.up_proj = linear(f"{name}.up_proj", width, inner, config.mlp_bias)
+        self.down_proj = linear(f"{name}.down_proj", inner, width, config.mlp_bias)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Each position on its own."""
+        return self.down_proj(silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+
+
+class DecoderBlock(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual path."""
+
+    def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, layer, linear)
+
+    def forward(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """One block of the residual stream."""
+        h_BLD = h_BLD + self.self_attn(self.input_layernorm(h_BLD), rope, mask, cache)
+        return h_BLD + self.mlp(self.post_attention_layernorm(h_BLD))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, config: LlamaConfig, linear: LinearFactory) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(config, layer, linear) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
+        """hidden_BLD after the final norm; the cache, if any, moves on by L positions."""
+        h_BLD = self.embed_tokens(tokens_BL)
+        past, padding_B = (0, None) if cache is None else (cache.length, cache.padding_B)
+        rope, masks = self.positions(past, tokens_BL.shape[1], padding_B, h_BLD)
+        for block, window in zip(self.layers, self.config.layer_windows, strict=True):
+            h_BLD = block(h_BLD, rope, masks[window], cache)
+        if cache is not None:
+            cache.length += tokens_BL.shape[1]
+        return self.norm(h_BLD)
+
+    def positions(
+        self, past: int, new: int, padding_B: Tensor | None, like: Tensor
+    ) -> tuple[Rope, dict[int | None, Tensor | None]]:
+        """What all blocks share in one call: rotary tables, and the mask of each sliding window."""
+        positions_BL = torch.arange(past, past + new, device=like.device)[None]
+        if padding_B is not None:
+            positions_BL = (positions_BL - padding_B[:, None]).clamp(min=0)
+        rope = rope_tables(self.config.rope, positions_BL, past + new, like.dtype)
+        windows = set(self.config.layer_windows)
+        return rope, {window: attention_mask(past, new, window, padding_B, like.device) for window in windows}
+
+
+def dense(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    """The linear factory of an unquantized model."""
+    return nn.Linear(in_features, out_features, bias=bias)
+
+
+class Llama(nn.Module):
+    """A decoder-only language model of the Llama family."""
+
+    def __init__(self, config: LlamaConfig, linear: LinearFactory = dense) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, linear)
+        self.lm_head = linear("lm_head", config.hidden_size, config.vocab_size, False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's matrix where the config says so; call again after replacing either."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
+        """hidden_BLD after the final norm, for callers that need the logits of few positions."""
+        return self.model(tokens_BL, cache)
+
+    def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
+        """logits_BLV of every position."""
+        return self.lm_head(self.hidden(tokens_BL, cache))
