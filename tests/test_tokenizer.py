@@ -15,7 +15,9 @@ from miniawq.errors import InvalidInput, NotFound, UnsupportedCheckpoint
 from miniawq.tokenizer import Tokenizer
 
 KINDS = ["byte_level", "byte_fallback"]
-TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
+CHARACTERS = st.characters(codec="utf-8")
+SENTENCES = st.lists(st.sampled_from(["a", "king", "", "\N{PARTY POPPER}"]), max_size=8).map(" ".join)
+TEXTS = st.one_of(st.text(CHARACTERS, max_size=30), SENTENCES)
 
 
 @cache
@@ -77,6 +79,7 @@ def test_stream_shows_a_word_at_once_with_the_space_before_it(kind):
     )
     pieces = streamed(tokenizer, tokenizer.encode("Once"), tokenizer.encode(" upon a time", add_special_tokens=False))
     assert all(pieces[:-1]), "every token of plain words is shown as it comes"
+    assert "".join(pieces).split() == ["upon", "a", "time"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
