@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "Once upon a time there was a king who had three sons.",
@@ -32,7 +32,7 @@ def byte_level() -> str:
 def byte_fallback() -> str:
     """tokenizer.json in the shape of SentencePiece, as in Llama 2: `▁` for spaces, `<0xNN>` for rare bytes, BOS."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     trainer = trainers.BpeTrainer(
