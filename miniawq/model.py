@@ -8,16 +8,15 @@ Shapes: B batch, L positions in this call, M positions in the cache, D model wid
 H query heads, J key/value heads, R query heads that share a key/value head (H = J R), E size of one head.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from miniawq.errors import UnsupportedCheckpoint
+from miniawq.rope import Rope, RopeConfig, apply_rope, integer, refuse, rope_tables
 
 LinearFactory = Callable[[str, int, int, bool], nn.Module]
 
@@ -59,36 +58,36 @@ class LlamaConfig:
     mlp_bias: bool
     qk_norm: bool
     layer_windows: tuple[int | None, ...]
-    rope: "RopeConfig"
+    rope: RopeConfig
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Read a parsed `config.json`; UnsupportedCheckpoint names the key that cannot be honoured."""
         architectures = config.get("architectures") or ["missing"]
         if architectures[0] not in FAMILIES:
-            _refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
+            refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
         if (activation := config.get("hidden_act", "silu")) != "silu":
-            _refuse("hidden_act", activation, "supported: silu")
+            refuse("hidden_act", activation, "supported: silu")
         family = FAMILIES[architectures[0]]
-        heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
-        kv_heads = _integer(config, "num_key_value_heads", heads)
-        head_dim = _integer(config, "head_dim", hidden // heads)
+        heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
+        kv_heads = integer(config, "num_key_value_heads", heads)
+        head_dim = integer(config, "head_dim", hidden // heads)
         if heads % kv_heads:
-            _refuse("num_key_value_heads", kv_heads, f"{heads} query heads do not divide among them")
+            refuse("num_key_value_heads", kv_heads, f"{heads} query heads do not divide among them")
         if head_dim % 2:
-            _refuse("head_dim", head_dim, "the rotary embedding turns pairs of channels")
+            refuse("head_dim", head_dim, "the rotary embedding turns pairs of channels")
         attention_bias = family.reads_attention_bias and bool(config.get("attention_bias", False))
         return cls(
             architecture=architectures[0],
-            vocab_size=_integer(config, "vocab_size"),
+            vocab_size=integer(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_integer(config, "intermediate_size"),
-            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            intermediate_size=integer(config, "intermediate_size"),
+            num_hidden_layers=integer(config, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=_integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048)),
+            max_position_embeddings=integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias or attention_bias,
             o_bias=attention_bias,
@@ -99,173 +98,22 @@ class LlamaConfig:
         )
 
 
-def _refuse(key: str, value: object, why: str) -> NoReturn:
-    raise UnsupportedCheckpoint(
-        "this model's config.json asks for something that is not implemented",
-        f"config.json: {key} = {value!r}; {why}",
-        "ignoring it would give wrong text; use another model, or an engine that supports this one",
-    )
-
-
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if value is None:
-        _refuse(key, None, "the key is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        _refuse(key, value, "expected a positive integer")
-    return value
-
-
 def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
     """The sliding window of each layer, None for full attention.
 
     Qwen configs state a `sliding_window` that holds only with `use_sliding_window`, from layer `max_window_layers` on;
     transformers 5 writes `layer_types` instead.
     """
-    layers, window = _integer(config, "num_hidden_layers"), config.get("sliding_window")
+    layers, window = integer(config, "num_hidden_layers"), config.get("sliding_window")
     switched_on = family.sliding_window == "always" or config.get("use_sliding_window", False)
     if window is None or family.sliding_window == "ignored" or not switched_on:
         return (None,) * layers
     if types := config.get("layer_types"):
         if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-            _refuse("layer_types", types, "supported: one of full_attention and sliding_attention for each layer")
+            refuse("layer_types", types, "supported: one of full_attention and sliding_attention for each layer")
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     first = config.get("max_window_layers", layers) if family.sliding_window == "switched" else 0
     return tuple(window if layer >= first else None for layer in range(layers))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: `rope_scaling` (transformers 4) or `rope_parameters` (5), all defaults filled in."""
-
-    rope_type: str
-    rope_theta: float
-    head_dim: int
-    max_position_embeddings: int
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any], head_dim: int) -> "RopeConfig":
-        """Read both spellings; UnsupportedCheckpoint on an unknown type, which would give wrong text."""
-        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        given = dict(config.get(key) or {})
-        if nested := [value for value in given.values() if isinstance(value, dict)]:
-            if any(value != nested[0] for value in nested):
-                _refuse(key, given, "layers with different rotary embeddings")
-            given = nested[0]
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in INVERSE_FREQUENCIES:
-            _refuse(f"{key}.rope_type", kind, "supported: " + ", ".join(INVERSE_FREQUENCIES))
-        if (partial := given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-            _refuse("partial_rotary_factor", partial, "only whole heads are rotated")
-        if kind != "default" and not isinstance(given.get("factor"), int | float):
-            _refuse(f"{key}.factor", given.get("factor"), f"rope_type {kind} needs it")
-        longest = _integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048))
-        original = given.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-        numbers = {
-            name: float(given[name])
-            for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-            if given.get(name) is not None
-        }
-        return cls(
-            rope_type=kind,
-            rope_theta=float(given.get("rope_theta", config.get("rope_theta") or 10000.0)),
-            head_dim=head_dim,
-            max_position_embeddings=longest,
-            original_max_position_embeddings=original or longest,
-            truncate=given.get("truncate", True),
-            attention_factor=_yarn_attention_factor(given) if kind == "yarn" else 1.0,
-            **numbers,
-        )
-
-
-def _yarn_attention_factor(given: Mapping[str, Any]) -> float:
-    if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(given["factor"]) + 1.0 if given["factor"] > 1 else 1.0
-
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
-    return mscale(1.0)
-
-
-def _plain_frequencies(rope: RopeConfig, theta: float) -> Tensor:
-    return theta ** -(torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim)
-
-
-def _default(rope: RopeConfig, length: int) -> Tensor:
-    return _plain_frequencies(rope, rope.rope_theta)
-
-
-def _linear(rope: RopeConfig, length: int) -> Tensor:
-    return _plain_frequencies(rope, rope.rope_theta) / rope.factor
-
-
-def _dynamic(rope: RopeConfig, length: int) -> Tensor:
-    """NTK scaling: the base grows once the text is longer than the model was trained for."""
-    ratio = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
-    growth = rope.factor * ratio - (rope.factor - 1)
-    return _plain_frequencies(rope, rope.rope_theta * growth ** (rope.head_dim / (rope.head_dim - 2)))
-
-
-def _llama3(rope: RopeConfig, length: int) -> Tensor:
-    """Long waves are stretched by `factor`, short ones kept, those between interpolated."""
-    plain = _plain_frequencies(rope, rope.rope_theta)
-    turns = rope.original_max_position_embeddings * plain / (2 * math.pi)
-    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return keep * plain + (1 - keep) * plain / rope.factor
-
-
-def _yarn(rope: RopeConfig, length: int) -> Tensor:
-    """YaRN (arXiv 2309.00071): interpolate the channels that turn less than `beta_slow` times in the trained length."""
-
-    def channel(turns: float) -> float:
-        wave = rope.original_max_position_embeddings / (turns * 2 * math.pi)
-        return rope.head_dim * math.log(wave) / (2 * math.log(rope.rope_theta))
-
-    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.head_dim - 1)
-    ramp = (torch.arange(rope.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
-    plain, stretch = _plain_frequencies(rope, rope.rope_theta), ramp.clamp(0, 1)
-    return plain * (1 - stretch) + plain / rope.factor * stretch
-
-
-INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "llama3": _llama3,
-    "yarn": _yarn,
-}
-
-Rope = tuple[Tensor, Tensor]
-
-
-def rope_tables(rope: RopeConfig, positions_BL: Tensor, length: int, dtype: torch.dtype) -> Rope:
-    """cos_BLE and sin_BLE of the angles at each position; `length` is that of the whole text so far."""
-    frequencies_E = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_BL.device)
-    angles_BLE = (positions_BL[..., None].float() * frequencies_E).repeat(1, 1, 2)
-    factor = rope.attention_factor
-    return (angles_BLE.cos() * factor).to(dtype), (angles_BLE.sin() * factor).to(dtype)
-
-
-def apply_rope(x_BHLE: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (channel e, channel e + E/2) by its angle."""
-    cos_BLE, sin_BLE = rope
-    first, second = x_BHLE.chunk(2, dim=-1)
-    return x_BHLE * cos_BLE.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BLE.unsqueeze(1)
 
 
 class KVCache:
@@ -312,7 +160,10 @@ def attention_mask(
     None where the plain causal rule says it: a new position sees itself and all before it.
     """
     if past and new > 1 or padding_B is not None or (window is not None and past + new > window):
-        query_L1, key_M = torch.arange(past, past + new, device=device)[:, None], torch.arange(past + new, device=device)
+        query_L1, key_M = (
+            torch.arange(past, past + new, device=device)[:, None],
+            torch.arange(past + new, device=device),
+        )
         seen_BLM = ((key_M <= query_L1) & (key_M > query_L1 - (window or past + new)))[None]
         if padding_B is not None:
             # A padding position sees itself: a row of nothing would be NaN in the softmax.

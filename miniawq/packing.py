@@ -189,7 +189,7 @@ def pack(codes_RC: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
     if codes_RC.numel() and (codes_RC.amax() > TOP_CODE or codes_RC.amin() < 0):
         raise InvalidInput("a code is outside 0..15", f"the codes reach from {codes_RC.min()} to {codes_RC.max()}")
     columns_RWC = codes_RC.to(torch.int32).unflatten(-1, (-1, CODES_PER_WORD))
-    words_RW = torch.zeros_like(columns_RWC[..., 0])
+    words_RW = torch.zeros(columns_RWC.shape[:-1], dtype=torch.int32, device=codes_RC.device)
     for nibble, column in enumerate(order):
         words_RW |= columns_RWC[..., column] << 4 * nibble
     return words_RW

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--feed-forward", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)
@@ -139,7 +140,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
 
 
-def train(model: Llama, tokens: Tensor, valid: Tensor, arguments: argparse.Namespace) -> dict[str, object]:
+def train(model: Llama, tokens: Tensor, valid: Tensor, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train in place, keep the weights of the lowest held-out loss, return the record."""
     device, state_path = arguments.device, arguments.output / "training-state.pt"
     decayed = [parameter for parameter in model.parameters() if parameter.dim() == 2]
@@ -147,7 +148,7 @@ def train(model: Llama, tokens: Tensor, valid: Tensor, arguments: argparse.Names
     groups = [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device == "cuda")
     best: dict[str, Tensor] = {}
-    record: dict[str, list[tuple[int, float]]] = {"train_loss": [], "valid_perplexity": []}
+    record: dict[str, Any] = {"train_loss": [], "valid_perplexity": []}
     first, lowest = 0, math.inf
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -185,7 +186,7 @@ def train(model: Llama, tokens: Tensor, valid: Tensor, arguments: argparse.Names
             )
             partial.replace(state_path)
     model.load_state_dict(best)
-    return dict(record)
+    return record
 
 
 def write_json(path: Path, value: object) -> None:
@@ -213,7 +214,9 @@ def main() -> int:
     model.to(torch.bfloat16)
     loss = mean_loss(model, valid, arguments.context, arguments.device)
     record["bfloat16_valid_perplexity"] = round(math.exp(loss), 4)
-    record["settings"] = {name: str(value) for name, value in vars(arguments).items()}
+    record["settings"] = {
+        name: value.name if isinstance(value, Path) else value for name, value in vars(arguments).items()
+    }
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     if not arguments.untied:
         del tensors["lm_head.weight"]
