@@ -1,0 +1,152 @@
+"""From logits to the next token, in functions that a captured step can hold: no host synchronisation, no global state.
+
+The order is that of Hugging Face transformers: penalties, temperature, top-k, top-p, min-p, draw. Filters work on
+logits in descending order, so that each of them is one comparison.
+
+Shapes: B batch, V vocabulary, K candidates, the best first, L positions of a prompt.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miniawq.errors import InvalidInput
+
+NOT_A_NUMBER = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. The defaults choose the most probable one.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalties of 1, 0 and 0 are off. `repetition_penalty`
+    (Keskar et al., arXiv 1909.05858) counts the prompt; presence and frequency penalties (OpenAI's definitions) count
+    what was generated. Raises InvalidInput out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed, condition in (
+            ("temperature", "0 or more", self.temperature >= 0),
+            ("top_k", "0 or more", self.top_k >= 0),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0", self.repetition_penalty > 0),
+            ("presence_penalty", "a finite number", math.isfinite(self.presence_penalty)),
+            ("frequency_penalty", "a finite number", math.isfinite(self.frequency_penalty)),
+        ):
+            if not condition or not math.isfinite(getattr(self, name)):
+                raise InvalidInput(f"{name} = {getattr(self, name)} makes no sense", f"it must be {allowed}")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether earlier tokens matter."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @classmethod
+    def choose(cls, generation_config: Mapping[str, Any], **wanted: Any) -> "Sampling":
+        """The checkpoint's own settings with what the user `wanted` (None: nothing) in their place.
+
+        A generation_config counts if it says both `do_sample` and a temperature: AutoAWQ's saver sets the first alone
+        in every file. A user who asks for any filter asks for sampling; temperature 0 asks for nothing but itself.
+        """
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        names = [field.name for field in fields(cls)]
+        stated = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+        if wanted.get("temperature") == 0:
+            return cls(**wanted)
+        if not (generation_config.get("do_sample") and "temperature" in stated):
+            filters = wanted.keys() & {"top_k", "top_p", "min_p"}
+            stated = {"temperature": 1.0} if filters else {}
+        return cls(**(stated | wanted))
+
+
+class History(NamedTuple):
+    """Which tokens each row has had: prompt_BV bool, and counts_BV float32 of those generated."""
+
+    prompt_BV: Tensor
+    counts_BV: Tensor
+
+    @classmethod
+    def of_prompt(cls, tokens_BL: Tensor, vocab_size: int, padding_B: Tensor | None = None) -> "History":
+        """Begin with a prompt, not counting the `padding_B` positions at the start of each row."""
+        position_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        real_BL = torch.ones_like(tokens_BL) if padding_B is None else (position_L >= padding_B[:, None]).long()
+        counts_BV = torch.zeros(len(tokens_BL), vocab_size, device=tokens_BL.device)
+        prompt_BV = counts_BV.scatter_add(1, tokens_BL, real_BL.float()) > 0
+        return cls(prompt_BV, counts_BV)
+
+    def add(self, ids_B: Tensor) -> None:
+        """Count one generated token in each row, in place."""
+        self.counts_BV.scatter_add_(1, ids_B[:, None], torch.ones_like(ids_B[:, None], dtype=torch.float32))
+
+
+def penalize(logits_BV: Tensor, sampling: Sampling, history: History) -> Tensor:
+    """Lower the logits of tokens that have been there."""
+    repeated_BV = history.prompt_BV | (history.counts_BV > 0)
+    factor = sampling.repetition_penalty
+    weakened_BV = torch.where(logits_BV < 0, logits_BV * factor, logits_BV / factor)
+    logits_BV = torch.where(repeated_BV, weakened_BV, logits_BV)
+    present_BV = (history.counts_BV > 0).float()
+    return logits_BV - sampling.presence_penalty * present_BV - sampling.frequency_penalty * history.counts_BV
+
+
+def keep_top_p(logits_BK: Tensor, top_p: float) -> Tensor:
+    """Drop (to -inf) what comes after the candidates whose probabilities reach `top_p`; the best always stays."""
+    probability_BK = logits_BK.softmax(-1)
+    mass_before_BK = probability_BK.cumsum(-1) - probability_BK
+    return logits_BK.masked_fill(mass_before_BK >= top_p, -torch.inf)
+
+
+def keep_min_p(logits_BK: Tensor, min_p: float) -> Tensor:
+    """Drop (to -inf) candidates less than `min_p` times as probable as the best (arXiv 2407.01082)."""
+    return logits_BK.masked_fill(logits_BK < logits_BK[:, :1] + math.log(min_p), -torch.inf)
+
+
+def draw(logits_BK: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Index [B, 1] drawn from softmax(logits_BK): the largest of logits plus Gumbel noise (-log of an exponential)."""
+    exponential_BK = torch.empty_like(logits_BK).exponential_(generator=generator)
+    tiniest = torch.finfo(logits_BK.dtype).tiny
+    return (logits_BK - exponential_BK.clamp_min_(tiniest).log()).argmax(-1, keepdim=True)
+
+
+def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """logits_BK of the tokens that may be drawn, the best first, -inf for those filtered out; and their ids_BK."""
+    vocab_size = logits_BV.shape[-1]
+    logits_BK, ids_BK = (logits_BV / sampling.temperature).topk(min(sampling.top_k or vocab_size, vocab_size))
+    if sampling.top_p < 1:
+        logits_BK = keep_top_p(logits_BK, sampling.top_p)
+    if sampling.min_p > 0:
+        logits_BK = keep_min_p(logits_BK, sampling.min_p)
+    return logits_BK, ids_BK
+
+
+def sample(
+    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """The next token of each row, int64 ids_B; NOT_A_NUMBER for a row whose logits hold a NaN.
+
+    `history` is for penalties only, and is not changed.
+    """
+    logits_BV = logits_BV.float()
+    broken_B = logits_BV.amax(-1).isnan()
+    if sampling.has_penalties:
+        if history is None:
+            raise InvalidInput("penalties need the history of each row", "history is None")
+        logits_BV = penalize(logits_BV, sampling, history)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1).masked_fill(broken_B, NOT_A_NUMBER)
+    logits_BK, ids_BK = candidates(logits_BV, sampling)
+    ids_B = ids_BK.gather(-1, draw(logits_BK, generator)).squeeze(-1)
+    return ids_B.masked_fill(broken_B, NOT_A_NUMBER)
