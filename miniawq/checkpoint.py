@@ -172,14 +172,14 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def weight_files(files: LocalFiles) -> list[str]:
-    """The safetensors files that hold the model, from the index where there is one."""
+def weight_files(files: LocalFiles) -> dict[str, set[str]]:
+    """The safetensors files that hold the model, and the tensors that an index (if there is one) puts into each."""
     found = [name for name in files.names if name.endswith(".safetensors") and not OTHER_SAFETENSORS.match(name)]
     indexes = [name for name in files.names if name.endswith(INDEX) and "/" not in name]
     if "hf_quant_config.json" in files.names:
         refuse_layout("NVIDIA ModelOpt", "hf_quant_config.json is its file")
     if "model.safetensors" in found or (len(found) == 1 and not indexes):
-        return ["model.safetensors"] if "model.safetensors" in found else found
+        return {"model.safetensors" if "model.safetensors" in found else found[0]: set()}
     if "model" + INDEX in indexes or len(indexes) == 1:
         return _indexed_files(files, "model" + INDEX if "model" + INDEX in indexes else indexes[0])
     if found:
@@ -198,7 +198,7 @@ def weight_files(files: LocalFiles) -> list[str]:
     )
 
 
-def _indexed_files(files: LocalFiles, index: str) -> list[str]:
+def _indexed_files(files: LocalFiles, index: str) -> dict[str, set[str]]:
     weight_map = files.json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnsupportedCheckpoint(f"{index} has no weight_map", "", "download the repository again")
@@ -216,14 +216,21 @@ def _indexed_files(files: LocalFiles, index: str) -> list[str]:
             f"{index} names {_some(missing)}",
             "the download may be incomplete: download the repository again",
         )
-    return shards
+    return {shard: {key for key, file in weight_map.items() if file == shard} for shard in shards}
 
 
-def _headers(files: LocalFiles, weights: list[str], notices: list[str]) -> dict[str, TensorInfo]:
+def _headers(files: LocalFiles, weights: Mapping[str, set[str]], notices: list[str]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     ignored = []
-    for file in weights:
-        for key, (dtype, shape) in files.header(file).items():
+    for file, promised in weights.items():
+        header = files.header(file)
+        if absent := sorted(promised - header.keys()):
+            raise UnsupportedCheckpoint(
+                f"{file} does not hold what the index says",
+                f"index.json: weight_map puts {_some(absent)} there",
+                "the files may be from different uploads: download the repository again",
+            )
+        for key, (dtype, shape) in header.items():
             name = "model." + key if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
             if IGNORED.search(name):
                 continue
