@@ -1,0 +1,112 @@
+"""The doors to the checks from Python: the list of all checks, a run over them, and one test each for pytest."""
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from miniawq.errors import UsageError
+from miniawq.oracle import dequantization, multiplication, rounding, search, storage
+from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run
+from miniawq.oracle.contract import FUNCTIONS, Limits
+from miniawq.oracle.report import Report, failure_lines, judge
+
+CHECKS: list[Check] = [
+    value
+    for module in (storage, dequantization, rounding, multiplication, search)
+    for value in vars(module).values()
+    if isinstance(value, Check)
+]
+
+
+def chosen(levels: Sequence[str] = (), only: str = "") -> list[Check]:
+    """The checks of these levels (all, if none is named) whose id contains `only`."""
+    return [check for check in CHECKS if (not levels or check.level in levels) and only in check.id]
+
+
+def load_target(path: str) -> tuple[Any, str]:
+    """What `pkg.module` or `pkg.module:object` names, and the line that imports it; UsageError if nothing."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        fix = "give pkg.module or pkg.module:object, importable from here"
+        raise UsageError(f"cannot import {module_name!r}", str(error), fix) from error
+    for name in attribute.split(".") if attribute else ():
+        if not hasattr(target, name):
+            raise UsageError(f"{path!r}: {getattr(target, '__name__', target)} has no attribute {name!r}")
+        target = getattr(target, name)
+    if not attribute:
+        return target, f"import {module_name} as target"
+    return target, f"from {module_name} import {attribute.split('.')[0]}; target = {attribute}"
+
+
+def conformance(
+    target: Any,
+    checks: Sequence[Check],
+    *,
+    name: str = "",
+    import_line: str = "target = ...  # yours",
+    device: str = "cpu",
+    profile: Profile = PROFILES["default"],
+    expected: Mapping[str, str] | None = None,
+    told: Callable[[Result], None] = lambda result: None,
+) -> Report:
+    """Run `checks` on a target; `expected` maps ids of expected failures to reasons, `told` hears of each result."""
+    subject = Subject(target, device)
+    limits = {key: value for key, value in asdict(Limits.of(target)).items() if value != getattr(Limits, key)}
+    report = Report(
+        target=name or str(getattr(target, "name", "") or getattr(target, "__name__", type(target).__name__)),
+        version=str(getattr(target, "version", getattr(target, "__version__", ""))),
+        import_line=import_line,
+        device=device,
+        implements=[function for function in FUNCTIONS if subject.has(function)],
+        limits=limits,
+    )
+    started = time.perf_counter()
+    for check in checks:
+        result = judge([run(check, subject, profile)], dict(expected or {}))[0]
+        told(result)
+        report.results.append(result)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def run_conformance(
+    target: Any, levels: Sequence[str] = (), xfails: Mapping[str, str] | None = None, device: str = "cpu"
+) -> Report:
+    """Run the checks of these levels and raise AssertionError with every failure; else return the report."""
+    report = conformance(target, chosen(levels), expected=xfails, device=device)
+    bad = [r for r in report.results if r.status in ("failed", "xpassed")]
+    lines = [line for r in bad for line in (failure_lines(report, r) if r.broken else [f"{r.check.id}: {r.reason}"])]
+    if lines:
+        raise AssertionError("\n".join(lines))
+    return report
+
+
+def conformance_tests(
+    target: Any, levels: Sequence[str] = (), xfails: Mapping[str, str] | None = None, device: str = "cpu"
+) -> Callable[..., None]:
+    """A pytest test function with one case per check: `test_conformance = conformance_tests(my_adapter)`.
+
+    Skips what the target lacks, fails on what it breaks and on expected failures that pass.
+    """
+    import pytest  # an optional extra
+
+    expected = xfails or {}
+
+    @pytest.mark.parametrize("check", [pytest.param(check, id=check.id) for check in chosen(levels)])
+    def test_conformance(check: Check) -> None:
+        report = conformance(target, [check], expected=expected, device=device)
+        result = report.results[0]
+        if result.status == "skipped":
+            pytest.skip(result.reason)
+        if result.status == "xfailed":
+            pytest.xfail(result.reason)
+        if result.status == "failed":
+            pytest.fail("\n".join(failure_lines(report, result)), pytrace=False)
+        if result.status == "xpassed":
+            pytest.fail(result.reason, pytrace=False)
+
+    return test_conformance

@@ -1,0 +1,91 @@
+"""A failing call as Python text that can be pasted and run: tensors as short literals."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miniawq.oracle.check import Broken, Call, name_of
+
+LONGEST_LITERAL = 640
+MOST_EXCEPTIONS = 12
+
+
+def describe(call: Call) -> str:
+    """One line: the function with the dtypes and shapes of its arguments."""
+    return f"{call.function}({', '.join(f'{name}={short(value)}' for name, value in call.arguments.items())})"
+
+
+def short(value: Any) -> str:
+    """An argument in a few characters."""
+    if isinstance(value, Tensor):
+        strides = "" if value.is_contiguous() else f" strides {list(value.stride())}"
+        return f"{name_of(value.dtype)}{list(value.shape)}{strides}"
+    return repr(str(value)) if hasattr(value, "joinpath") else repr(value)
+
+
+def snippet(import_line: str, call: Call, broken: Broken) -> str:
+    """Lines that repeat the call; its arguments are literals unless they are too large."""
+    lines = ["import torch", import_line]
+    for name, value in call.arguments.items():
+        lines.append(f"{name} = {literal(value)}")
+        if isinstance(value, Tensor):
+            lines.extend(f"{name}{place} = {number}" for place, number in exceptions(value))
+            if not value.is_contiguous():
+                strided = f"torch.empty_strided({tuple(value.shape)}, {value.stride()}, dtype={value.dtype})"
+                lines.append(f"{name} = {strided}.copy_({name})")
+    lines.append(f"got = target.{call.function}({', '.join(call.arguments)})")
+    lines.append(f"# expected {broken.expected}; got {broken.got}")
+    return "\n".join(lines)
+
+
+def literal(value: Any) -> str:
+    """A tensor as a constructor (the places of `exceptions` still to be set), anything else as its repr."""
+    if not isinstance(value, Tensor):
+        return repr(str(value)) if hasattr(value, "joinpath") else repr(value)
+    common = most_common(value)
+    if common is not None:
+        return f"torch.full({tuple(value.shape)}, {common}, dtype={value.dtype})"
+    if value.numel() > LONGEST_LITERAL:
+        return f"...  # {short(value)}: too long to print; rerun with --only and --examples DIR to have it as a file"
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        return f"torch.tensor({value.tolist()}, dtype={value.dtype})".replace("nan", "torch.nan").replace(
+            "inf", "torch.inf"
+        )
+    return f"torch.tensor({value.tolist()}, dtype={value.dtype})"
+
+
+def most_common(value: Tensor) -> str | None:
+    """The value of all but a few elements, or None."""
+    if value.numel() == 0:
+        return "0"
+    if bool(value.isnan().any()):
+        return None
+    values, counts = value.reshape(-1).unique(return_counts=True)
+    if value.numel() - int(counts.max()) > MOST_EXCEPTIONS or value.numel() <= MOST_EXCEPTIONS:
+        return None
+    return number(values[counts.argmax()])
+
+
+def exceptions(value: Tensor) -> list[tuple[str, str]]:
+    """The index and value of each element that is not the most common one."""
+    common = most_common(value)
+    if common is None or value.numel() == 0:
+        return []
+    values, counts = value.reshape(-1).unique(return_counts=True)
+    places = (value != values[counts.argmax()]).nonzero().tolist()
+    return [(str(place), number(value[tuple(place)])) for place in places]
+
+
+def number(value: Tensor) -> str:
+    """One element as Python text."""
+    text = repr(value.item())
+    return f"torch.{text}" if text in ("inf", "nan") else f"-torch.{text[1:]}" if text == "-inf" else text
+
+
+def save_arguments(call: Call, path: Path) -> None:
+    """The tensors of a call as a PyTorch-free file: safetensors, with the other arguments in its metadata."""
+    from_call = {name: value.contiguous() for name, value in call.arguments.items() if isinstance(value, Tensor)}
+    others = {name: str(value) for name, value in call.arguments.items() if not isinstance(value, Tensor)}
+    save_file(from_call, path, metadata={"function": call.function, **others})

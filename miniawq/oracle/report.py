@@ -1,0 +1,231 @@
+"""What is told about a run: text, JSON, JUnit and a badge; and which failures were expected."""
+
+import json
+import platform
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from miniawq.errors import UsageError
+from miniawq.oracle.check import Check, Result
+from miniawq.oracle.contract import CONTRACT, FLAGS, FUNCTIONS, LEVELS
+from miniawq.oracle.paste import describe, snippet
+
+STATUSES = ("passed", "failed", "skipped", "xfailed", "xpassed")
+
+
+@dataclass
+class Report:
+    """All results of one run."""
+
+    target: str
+    version: str
+    import_line: str
+    device: str
+    implements: list[str]
+    limits: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """No failure, no unexpected pass, and at least one check that ran and passed."""
+        counts = self.counts()
+        return not counts["failed"] and not counts["xpassed"] and counts["passed"] > 0
+
+    def counts(self, level: str = "") -> Counter:
+        """How many results of each status, in one level or in all."""
+        return Counter(result.status for result in self.results if result.check.id.startswith(level))
+
+    def levels(self) -> list[str]:
+        """The levels that were asked for."""
+        return sorted({result.check.level for result in self.results})
+
+
+def read_expected_failures(path: Path, checks: list[Check]) -> dict[str, str]:
+    """Check id to reason, from lines `id  # reason`; a reason may begin with a flag of the contract, `Flag: ...`.
+
+    UsageError on an unknown id, a missing reason or a repeated id: a stale file is worse than none.
+    """
+    known, expected = {check.id for check in checks}, {}
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", "--xfails names a file of expected failures")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        id, _, reason = (part.strip() for part in line.partition("#"))
+        if id not in known:
+            raise UsageError(
+                f"{path}:{number}: no check has the id {id!r}", "the file is stale", "see --list for the ids"
+            )
+        if not reason:
+            raise UsageError(f"{path}:{number}: {id} has no reason", "each line is `id  # reason`")
+        if id in expected:
+            raise UsageError(f"{path}:{number}: {id} is named twice")
+        expected[id] = reason
+    return expected
+
+
+def judge(results: list[Result], expected: dict[str, str]) -> list[Result]:
+    """Failures that were expected become xfailed, passes that were not become xpassed; a skipped one is xpassed too."""
+    judged = []
+    for result in results:
+        reason = expected.get(result.check.id)
+        if reason is not None and result.status == "failed":
+            result = Result(result.check, "xfailed", reason, result.broken, result.seconds)
+        elif reason is not None:
+            what = "skipped" if result.status == "skipped" else "passed"
+            result = Result(
+                result.check, "xpassed", f"expected to fail ({reason}), but it {what}", None, result.seconds
+            )
+        judged.append(result)
+    return judged
+
+
+def flag_of(reason: str) -> str:
+    """The flag a reason begins with, or nothing."""
+    word = reason.partition(":")[0]
+    return word if word in FLAGS else ""
+
+
+def badge(report: Report) -> str:
+    """One line: `L0 ok, L1 ok, L2 acceptable(ZeroNotInRange), L3 skipped`."""
+    parts = []
+    for level in report.levels():
+        counts = report.counts(level)
+        results = [r for r in report.results if r.check.level == level and r.status == "xfailed"]
+        flags = sorted({flag_of(r.reason) or "known failures" for r in results})
+        if counts["failed"] or counts["xpassed"]:
+            parts.append(f"{level} FAILED")
+        elif flags:
+            parts.append(
+                f"{level} acceptable({', '.join(flags)})"
+                if "known failures" not in flags
+                else f"{level} known failures"
+            )
+        elif counts["passed"]:
+            parts.append(f"{level} ok")
+        else:
+            parts.append(f"{level} skipped")
+    return ", ".join(parts)
+
+
+def as_text(report: Report, verbose: bool = False) -> str:
+    """The report for people."""
+    lines = [
+        f"target      {report.target} {report.version}".rstrip(),
+        f"contract    {CONTRACT} on {report.device}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"implements  {len(report.implements)} of {len(FUNCTIONS)}: {', '.join(report.implements) or 'nothing'}",
+    ]
+    lacking = [name for name in FUNCTIONS if name not in report.implements]
+    if lacking:
+        lines.append(f"lacks       {', '.join(lacking)}: their checks are skipped")
+    if report.limits:
+        lines.append(f"limits      {', '.join(f'{name}={value}' for name, value in report.limits.items())}")
+    lines.append("")
+    for level in report.levels():
+        counts = report.counts(level)
+        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+        lines.append(f"{level} {LEVELS[level]:16} {told}")
+    for result in report.results:
+        if result.status == "failed":
+            lines += ["", *failure_lines(report, result)]
+        elif result.status == "xpassed" or (result.status == "skipped" and verbose) or result.status == "xfailed":
+            lines.append(f"{result.status.upper():7} {result.check.id}: {result.reason}")
+        elif verbose:
+            lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
+    reasons = Counter(r.reason for r in report.results if r.status == "skipped")
+    lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
+    total = report.counts()
+    told = ", ".join(f"{total[status]} {status}" for status in STATUSES if total[status])
+    return "\n".join([*lines, f"{badge(report)}", f"{told or 'nothing ran'} in {report.seconds:.1f} s"])
+
+
+def failure_lines(report: Report, result: Result) -> list[str]:
+    """A failure: the rule, the call, both sides, what it may mean, and lines to paste."""
+    broken = result.broken
+    assert broken is not None
+    lines = [f"FAILED {result.check.id}", f"  rule      {result.check.rule}"]
+    if broken.call:
+        lines.append(f"  call      {describe(broken.call)}")
+    lines += [f"  expected  {broken.expected}", f"  got       {broken.got}"]
+    lines += [f"  may be    {flag}: {FLAGS[flag]}" for flag in result.check.flags]
+    if broken.call:
+        lines += [
+            "  example",
+            *(f"    {line}" for line in snippet(report.import_line, broken.call, broken).splitlines()),
+        ]
+    return lines
+
+
+def as_json(report: Report) -> str:
+    """The whole report as JSON."""
+    failures = [r for r in report.results if r.status in ("failed", "xfailed")]
+    return json.dumps(
+        {
+            "contract": CONTRACT,
+            "target": report.target,
+            "version": report.version,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": report.device,
+            "implements": report.implements,
+            "limits": report.limits,
+            "ok": report.ok,
+            "badge": badge(report),
+            "seconds": round(report.seconds, 3),
+            "levels": {level: {s: report.counts(level)[s] for s in STATUSES} for level in report.levels()},
+            "results": [{"id": r.check.id, "status": r.status, "reason": r.reason} for r in report.results],
+            "failures": [failure_record(report, result) for result in failures],
+        },
+        indent=1,
+    )
+
+
+def failure_record(report: Report, result: Result) -> dict[str, Any]:
+    """One failure for machines."""
+    broken = result.broken
+    assert broken is not None
+    return {
+        "id": result.check.id,
+        "rule": result.check.rule,
+        "flags": list(result.check.flags),
+        "call": describe(broken.call) if broken.call else None,
+        "expected": broken.expected,
+        "got": broken.got,
+        "example": snippet(report.import_line, broken.call, broken) if broken.call else None,
+    }
+
+
+def as_junit(report: Report) -> str:
+    """JUnit XML: a test suite per level, a test case per check."""
+    root = ElementTree.Element("testsuites", name=f"miniawq.oracle {report.target}")
+    for level in report.levels():
+        counts = report.counts(level)
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=f"{level} {LEVELS[level]}", tests=str(sum(counts.values())),
+            failures=str(counts["failed"] + counts["xpassed"]), skipped=str(counts["skipped"] + counts["xfailed"]),
+        )  # fmt: skip
+        for result in report.results:
+            if result.check.level == level:
+                add_case(suite, report, result)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def add_case(suite: ElementTree.Element, report: Report, result: Result) -> None:
+    """One check as a JUnit test case."""
+    case = ElementTree.SubElement(
+        suite, "testcase", classname=report.target, name=result.check.id, time=f"{result.seconds:.3f}"
+    )
+    if result.status == "failed":
+        failure = ElementTree.SubElement(case, "failure", message=str(result.broken))
+        failure.text = "\n".join(failure_lines(report, result))
+    elif result.status == "xpassed":
+        ElementTree.SubElement(case, "failure", message=result.reason)
+    elif result.status in ("skipped", "xfailed"):
+        ElementTree.SubElement(case, "skipped", message=f"{result.status}: {result.reason}")

@@ -1,0 +1,239 @@
+"""L5, search: what AWQ's search of scales and clipping must keep to, whatever its candidates are.
+
+Losses are computed here, in float64, from what the target returns. Rounding is the target's own `quantize` where it
+has one, so its grid is not judged again. A target that sums its losses in float32 may take two nearly equal
+candidates for each other: its output differs from the exact one by about 2**-24 |y|, the rounding error it measures
+is above |y| / 100, so 1e-3 of the loss is ample, and a real fault (no identity in the grid, a wrong sign of the
+exponent) costs far more.
+"""
+
+from random import Random
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from miniawq.oracle import cases, truth
+from miniawq.oracle.cases import groups_of, random_weight, shape
+from miniawq.oracle.check import Broken, Subject, check, expect_equal, expect_within
+from miniawq.oracle.contract import Limits
+
+SUMMING = 1e-3
+TOKENS = 48
+
+Problem = tuple[Tensor, Tensor, int]
+
+
+def problem(limits: Limits, seed: int, groups: int = 3, kind: str = "plain", outliers: int = 2) -> Problem:
+    """A weight [N, K], activations [T, K] with some loud channels, and a group size."""
+    smallest = min((size for size in limits.group_sizes if size != -1), default=-1)
+    k, n, group_size = shape(smallest, groups, 2, limits)
+    random = Random(seed)
+    x = cases.normal(random, TOKENS, k) / 4
+    for channel in random.sample(range(k), outliers):
+        x[:, channel] *= 32
+    return random_weight(seed, n, k, kind) / 16, x, group_size
+
+
+def problems(limits: Limits) -> st.SearchStrategy[Problem]:
+    """Problems of every kind of weight, with and without loud channels."""
+    return st.builds(
+        problem,
+        st.just(limits),
+        st.integers(0, 2**16),
+        st.integers(1, 4),
+        st.sampled_from(cases.WEIGHT_KINDS),
+        st.integers(0, 4),
+    )
+
+
+def rounded(target: Subject, weight: Tensor, group_size: int) -> Tensor:
+    """The weight [N, K] after the target's plain rounding, or the definition's where it has none; float64."""
+    if not target.has("quantize"):
+        return truth.rounded_weight(weight, group_size)
+    last = target.last
+    codes, zeros, scales = target.call("quantize", weight.to(torch.float32), group_size)
+    target.last = last  # a failure is about the search, not about this call
+    return truth.real_weight(codes, zeros, scales, group_size).t()
+
+
+def factors_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """The target's scales, positive and finite."""
+    factors = target.tensor("search_scales", (weight, x, group_size), torch.float32, (weight.shape[1],))
+    if not bool((factors.isfinite() & (factors > 0)).all()):
+        raise Broken("factors positive and finite", f"factors from {float(factors.min())} to {float(factors.max())}")
+    return factors
+
+
+def loss_with(target: Subject, weight: Tensor, x: Tensor, factors: Tensor, group_size: int) -> float:
+    """The squared change of the output when `weight * factors` is rounded."""
+    exact = factors.to(torch.float64)
+    return truth.output_loss(weight, rounded(target, weight.to(torch.float64) * exact, group_size) / exact, x)
+
+
+def expect_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int, share: float = 1 + SUMMING) -> None:
+    """The loss with the target's scales is at most `share` of the loss of plain rounding."""
+    plain = loss_with(target, weight, x, torch.ones(weight.shape[1]), group_size)
+    found = loss_with(target, weight, x, factors_of(target, weight, x, group_size), group_size)
+    if not found <= plain * share:
+        raise Broken(f"a loss of at most {plain * share:.6g} ({share:.4g} of plain rounding)", f"a loss of {found:.6g}")
+
+
+@check("L5.scales.positive", "search_scales")
+def scales_positive(target: Subject) -> None:
+    """The scales are float32 [K], positive and finite."""
+    factors_of(target, *problem(target.limits, 1))
+
+
+@check("L5.scales.never-worse", "search_scales", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
+def scales_never_worse(target: Subject, drawn: Problem) -> None:
+    """On the given activations the scales are never worse than all ones."""
+    expect_no_worse(target, *drawn)
+
+
+@check("L5.scales.helps", "search_scales")
+def scales_help(target: Subject) -> None:
+    """With two loud input channels the search takes at least a fifth off the loss of plain rounding."""
+    expect_no_worse(target, *problem(target.limits, 2), share=0.8)
+
+
+@check("L5.scales.folding-is-exact", "search_scales")
+def folding_is_exact(target: Subject) -> None:
+    """`x / scales` times `weight * scales` is the product it was, but for one rounding to float32 of each."""
+    weight, x, group_size = problem(target.limits, 3, kind="outliers")
+    factors = factors_of(target, weight, x, group_size)
+    folded = (x / factors).to(torch.float64) @ (weight * factors).to(torch.float64).t()
+    size = x.to(torch.float64).abs() @ weight.to(torch.float64).abs().t()
+    expect_within(folded, x.to(torch.float64) @ weight.to(torch.float64).t(), size * 3 * 2.0**-24, "folded y")
+
+
+@check("L5.scales.silent-channels", "search_scales")
+def silent_channels(target: Subject) -> None:
+    """Channels that are always 0, and activations that are all 0, give no zero, infinite or NaN scale."""
+    weight, x, group_size = problem(target.limits, 4)
+    x[:, ::3] = 0
+    expect_no_worse(target, weight, x, group_size)
+    expect_no_worse(target, weight, torch.zeros_like(x), group_size)
+
+
+@check("L5.scales.extreme-activations", "search_scales")
+def extreme_activations(target: Subject) -> None:
+    """Activations of 1e-6 and of 1e5, whose squares do not fit in float16, are searched like any other."""
+    weight, x, group_size = problem(target.limits, 5)
+    for size in (1e-6, 1e5):
+        expect_no_worse(target, weight, x * size, group_size)
+
+
+@check("L5.scales.few-tokens", "search_scales")
+def few_tokens(target: Subject) -> None:
+    """One token is enough to search with."""
+    weight, x, group_size = problem(target.limits, 6, groups=1)
+    expect_no_worse(target, weight, x[:1], group_size)
+
+
+@check("L5.scales.same-twice", "search_scales")
+def scales_same_twice(target: Subject) -> None:
+    """The same arguments give the same scales, and are not written into."""
+    same_twice(target, "search_scales")
+
+
+@check("L5.scales.token-order", "search_scales")
+def token_order(target: Subject) -> None:
+    """The order of the tokens does not matter: the loss stays what it was."""
+    weight, x, group_size = problem(target.limits, 8)
+    losses = []
+    for rows in (x, x.flip(0)):
+        factors = factors_of(target, weight, rows, group_size)
+        losses.append(loss_with(target, weight, x, factors, group_size))
+    if abs(losses[0] - losses[1]) > SUMMING * losses[0]:
+        raise Broken(f"a loss of {losses[0]:.6g} in any order", f"a loss of {losses[1]:.6g} with the tokens reversed")
+
+
+def bounds_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """The target's clipping bounds: not negative, and not above the largest weight of their group."""
+    n, k = weight.shape
+    groups = groups_of(k, group_size)
+    bounds = target.tensor("search_clip", (weight, x, group_size), torch.float32, (n, groups))
+    largest = weight.to(torch.float32).reshape(n, groups, -1).abs().amax(-1)
+    wrong = ~((bounds >= 0) & (bounds <= largest * (1 + 2.0**-20)))
+    if bool(wrong.any()):
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise Broken(f"a bound{list(at)} from 0 to {float(largest[at]):.6g}", f"{float(bounds[at]):.6g}")
+    return bounds
+
+
+def clip_losses(target: Subject, weight: Tensor, x: Tensor, bounds: Tensor | None, group_size: int) -> Tensor:
+    """The loss of every output channel and group, float64 [N, G], with the weight clamped to `bounds` or not."""
+    kept = weight if bounds is None else truth.clamped(weight, bounds)
+    return truth.group_losses(weight, rounded(target, kept, group_size), x, group_size)
+
+
+def expect_clip_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
+    """No output channel and group has a larger loss with the target's bounds."""
+    plain = clip_losses(target, weight, x, None, group_size)
+    found = clip_losses(target, weight, x, bounds_of(target, weight, x, group_size), group_size)
+    worse = found > plain * (1 + SUMMING) + 1e-12
+    if bool(worse.any()):
+        at = tuple(int(i) for i in worse.nonzero()[0])
+        raise Broken(f"a loss{list(at)} of at most {float(plain[at]):.6g}", f"{float(found[at]):.6g} after clipping")
+
+
+@check("L5.clip.in-range", "search_clip")
+def clip_in_range(target: Subject) -> None:
+    """The bounds are float32 [N, G], from 0 to the largest absolute weight of their group."""
+    bounds_of(target, *problem(target.limits, 11, kind="outliers"))
+
+
+@check("L5.clip.never-worse", "search_clip", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
+def clip_never_worse(target: Subject, drawn: Problem) -> None:
+    """No output channel and group is worse on the given activations after clipping."""
+    expect_clip_no_worse(target, *drawn)
+
+
+@check("L5.clip.helps", "search_clip")
+def clip_helps(target: Subject) -> None:
+    """A large weight on a silent channel is clipped: the loss of its group falls by a fifth at least."""
+    weight, x, group_size = problem(target.limits, 12, outliers=0)
+    weight[:, 5] = 2.0 * weight.abs().amax()
+    x[:, 5] /= 1024
+    bounds = bounds_of(target, weight, x, group_size)
+    found = float(clip_losses(target, weight, x, bounds, group_size)[:, 0].sum())
+    plain = float(clip_losses(target, weight, x, None, group_size)[:, 0].sum())
+    if not found <= 0.8 * plain:
+        raise Broken(f"a loss of at most {0.8 * plain:.6g} (0.8 of no clipping)", f"{found:.6g}")
+
+
+@check("L5.clip.silent-channels", "search_clip")
+def clip_silent_channels(target: Subject) -> None:
+    """Activations that are partly or all 0, and groups of zeros, give bounds in range."""
+    weight, x, group_size = problem(target.limits, 13)
+    weight[0] = 0
+    x[:, ::2] = 0
+    expect_clip_no_worse(target, weight, x, group_size)
+    expect_clip_no_worse(target, weight, torch.zeros_like(x), group_size)
+
+
+@check("L5.clip.rows-independent", "search_clip")
+def clip_rows_independent(target: Subject) -> None:
+    """The bounds of one output channel do not depend on the others."""
+    weight, x, group_size = problem(target.limits, 14, kind="outliers")
+    expected = bounds_of(target, weight, x, group_size)
+    order = torch.arange(weight.shape[0]).flip(0)
+    got = bounds_of(target, weight[order].contiguous(), x, group_size)
+    expect_within(got, expected[order], 1e-6 * expected[order].to(torch.float64), "bound of the reversed channels at ")
+
+
+@check("L5.clip.same-twice", "search_clip")
+def clip_same_twice(target: Subject) -> None:
+    """The same arguments give the same bounds, and are not written into."""
+    same_twice(target, "search_clip")
+
+
+def same_twice(target: Subject, function: str) -> None:
+    """Two calls, one result, arguments as they were."""
+    weight, x, group_size = problem(target.limits, 7)
+    before = weight.clone(), x.clone()
+    first = target.call(function, weight, x, group_size)
+    if not (torch.equal(weight, before[0]) and torch.equal(x, before[1])):
+        raise Broken("the arguments as they were", f"{function} changed them")
+    expect_equal(target.call(function, weight, x, group_size), first, "the second result at ")
