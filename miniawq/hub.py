@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from miniawq.errors import MiniawqError, NotFound, UnsupportedCheckpoint, UsageError
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent / "demo" / "fairytales-awq"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 LFS_POINTER = b"version https://git-lfs"
 Header = dict[str, tuple[str, tuple[int, ...]]]
