@@ -25,6 +25,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint, UsageError
+from miniawq.hub import parse_json
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_RENDERED_CHARACTERS = 1 << 24
@@ -51,7 +52,7 @@ def read_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
     found = tokenizer_config.get("chat_template")
     processor = directory / "chat_template.json"
     if found is None and processor.is_file():
-        found = json.loads(processor.read_text(encoding="utf-8")).get("chat_template")
+        found = parse_json(processor).get("chat_template")
     if isinstance(found, list):
         return {entry["name"]: entry["template"] for entry in found}
     if isinstance(found, dict):

@@ -5,7 +5,6 @@
 the text: re-uploads often keep only one of two.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import tokenizers
 
 from miniawq import chat
 from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint
+from miniawq.hub import parse_json
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 OTHER_TOKENIZERS = {
@@ -38,9 +38,9 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._byte_ids = frozenset(self._id(f"<0x{byte:02X}>") for byte in range(256)) - {None}
         config, generation_config, tokenizer_config = (
-            read_json(directory / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+            read_object(directory / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
         )
-        tokenizer_config = read_json(directory / "special_tokens_map.json") | tokenizer_config
+        tokenizer_config = read_object(directory / "special_tokens_map.json") | tokenizer_config
         self.special_tokens = _special_tokens(tokenizer_config)
         self._templates = chat.read_templates(directory, tokenizer_config)
         self.bos_id = self._find_bos(tokenizer_config, generation_config, config)
@@ -186,16 +186,13 @@ class TextStream:
         return text[len(shown) :]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnsupportedCheckpoint(f"cannot read {path}", f"it is not JSON: {error}", "download it again") from error
+    found = parse_json(path) if path.is_file() else {}
     if not isinstance(found, dict):
-        raise UnsupportedCheckpoint(f"cannot read {path}", f"it holds a {type(found).__name__}, not an object")
+        raise UnsupportedCheckpoint(
+            f"{path.name} cannot be read", f"{path} holds a {type(found).__name__}, not an object"
+        )
     return found
 
 

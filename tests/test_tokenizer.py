@@ -222,8 +222,8 @@ def test_missing_tokenizer_is_not_found(tmp_path):
     [
         ("tokenizer.json", "{", r"cannot read .*tokenizer\.json"),
         ("tokenizer.json", '{"model": 1}', r"cannot read .*tokenizer\.json"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json\n  it is not JSON"),
-        ("generation_config.json", "[]", r"generation_config\.json\n  it holds a list"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json cannot be read"),
+        ("generation_config.json", "[]", r"generation_config\.json holds a list"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
