@@ -23,7 +23,7 @@ from miniawq.layouts import QuantizedLinear, TensorInfo, find_quantized
 from miniawq.model import Llama, LlamaConfig
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize, pack
 from miniawq.quant_config import CONFIG_FILES, QuantizationConfig, read_block, refuse_layout
-from miniawq.shards import DTYPE_NAMES
+from miniawq.shards import DTYPE_NAMES, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +112,14 @@ class Checkpoint:
         """Download the weight files that are not here yet."""
         self.files.fetch(sorted({info.file for info in self.tensors.values()}))
 
-    def side_files(self) -> list[str]:
-        """Files beside the weights that a copy of the checkpoint takes along: tokenizer, templates, licence, card."""
-        kept = [name for name in self.files.names if any(Path(name).match(pattern) for pattern in SMALL_FILES)]
-        return [name for name in kept if name not in ("config.json", *CONFIG_FILES) and not name.endswith(INDEX)]
+    def copy_side_files(self, directory: Path) -> None:
+        """Copy tokenizer, templates, licence and card to another checkpoint, byte for byte."""
+        for name in self.files.names:
+            kept = any(Path(name).match(pattern) for pattern in SMALL_FILES) and not name.endswith(INDEX)
+            in_place = name.rpartition("/")[0] in ("", "additional_chat_templates")
+            if kept and in_place and name not in ("config.json", *CONFIG_FILES):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(directory / name, self.files.local(name).read_bytes())
 
 
 def open_checkpoint(
@@ -142,6 +146,11 @@ def open_checkpoint(
     quantized = find_quantized(tensors, quantization, linears)
     if quantized and quantization is None:
         notices.append("no quantization config: layout and group size are taken from the tensors")
+    if "lm_head" in quantized:
+        model_config = dataclasses.replace(model_config, tie_word_embeddings=False)
+    elif "lm_head.weight" not in tensors and "tie_word_embeddings" not in config:
+        notices.append("no lm_head is stored: it shares the embedding's matrix")
+        model_config = dataclasses.replace(model_config, tie_word_embeddings=True)
     for notice in notices:
         log.warning("%s: %s", files.directory.name, notice)
     return Checkpoint(files, config, model_config, quantization, tensors, quantized, linears, notices)
@@ -253,16 +262,28 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
     One tensor is read at a time, so a second copy of the model never exists. UnsupportedCheckpoint lists what is
     missing, what is too much and what has another shape.
     """
-    config = _decide_tie(checkpoint)
-    with torch.device("meta"):
-        model = Llama(config, lambda *layer: _make_linear(checkpoint, *layer))
-    _check_tensors(checkpoint, model)
+    model = skeleton(checkpoint)
     checkpoint.fetch()
+    if _head_differs(checkpoint):
+        log.warning("config.json: tie_word_embeddings is true, but the stored lm_head differs: it is used as it is")
+        untied = dataclasses.replace(checkpoint.model_config, tie_word_embeddings=False)
+        model = skeleton(dataclasses.replace(checkpoint, model_config=untied))
     for name, module in model.named_modules():
         for leaf, tensor in _values(checkpoint, name, module, device, dtype):
             module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(False).eval()
+
+
+def skeleton(checkpoint: Checkpoint) -> Llama:
+    """The model on the meta device: shapes without values, each linear layer packed or dense as it will be loaded.
+
+    UnsupportedCheckpoint when the checkpoint's tensors are not those of this model.
+    """
+    with torch.device("meta"):
+        model = Llama(checkpoint.model_config, lambda *layer: _make_linear(checkpoint, *layer))
+    _check_tensors(checkpoint, model)
+    return model
 
 
 def _make_linear(checkpoint: Checkpoint, name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
@@ -293,19 +314,12 @@ def _values(
             yield leaf, checkpoint.read(f"{name}.{leaf}", device).to(dtype)
 
 
-def _decide_tie(checkpoint: Checkpoint) -> LlamaConfig:
-    """Whether the head shares the embedding: what is stored decides where config.json says nothing or otherwise."""
-    config, head, embedding = checkpoint.model_config, "lm_head.weight", "model.embed_tokens.weight"
-    if head not in checkpoint.tensors and "lm_head" not in checkpoint.quantized:
-        if "tie_word_embeddings" not in checkpoint.config:
-            log.info("no lm_head is stored: it shares the embedding's matrix")
-            return dataclasses.replace(config, tie_word_embeddings=True)
-    elif config.tie_word_embeddings:
-        equal = head in checkpoint.tensors and torch.equal(checkpoint.read(head), checkpoint.read(embedding))
-        if not equal:
-            log.warning("config.json: tie_word_embeddings is true, but the stored lm_head differs: it is used as it is")
-            return dataclasses.replace(config, tie_word_embeddings=False)
-    return config
+def _head_differs(checkpoint: Checkpoint) -> bool:
+    """Whether a head is stored that is not the embedding's matrix, though config.json ties the two."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not checkpoint.model_config.tie_word_embeddings or head not in checkpoint.tensors:
+        return False
+    return not torch.equal(checkpoint.read(head), checkpoint.read(embedding))
 
 
 def _check_tensors(checkpoint: Checkpoint, model: Llama) -> None:

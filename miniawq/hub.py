@@ -4,6 +4,7 @@ Only `huggingface_hub` touches the network, so its variables (HF_HOME, HF_TOKEN,
 Small files come first; a weight file is fetched when a tensor of it is read, and its header can be read without it.
 """
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,6 +129,20 @@ def locate(
     if revision and named_revision and revision != named_revision:
         raise UsageError(f"two revisions are asked for: {named_revision} in {model}, and {revision}")
     return HubFiles(name, revision or named_revision or None, local_files_only, token, cache_dir)
+
+
+def add_hub_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which version of a repository, and where from; names are huggingface_hub's."""
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository (or MODEL@REVISION)")
+    parser.add_argument("--token", help="Hub access token (default: HF_TOKEN, or that of `hf auth login`)")
+    parser.add_argument("--cache-dir", help="where downloads are kept (default: HF_HOME)")
+    parser.add_argument("--local-files-only", "--offline", action="store_true", help="never use the network")
+
+
+def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of those flags, as `locate` and `open_checkpoint` take them."""
+    names = ("revision", "token", "cache_dir", "local_files_only")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def parse_json(path: Path) -> Any:

@@ -48,6 +48,32 @@ class QuantizedLinear(NamedTuple):
 
 Parts = Mapping[str, TensorInfo]
 
+
+def part_shapes(
+    layout: str, inputs: int, outputs: int, groups: int, scale_dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of each part that the encoder of a written layout makes, before there are values."""
+    if layout == "awq":
+        return {
+            "qweight": (torch.int32, (inputs, outputs // CODES_PER_WORD)),
+            "qzeros": (torch.int32, (groups, outputs // CODES_PER_WORD)),
+            "scales": (scale_dtype, (groups, outputs)),
+        }
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_packed": (torch.int32, (outputs, words_for(inputs))),
+        "weight_scale": (scale_dtype, (outputs, groups)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+    if layout == "compressed-tensors":
+        parts["weight_zero_point"] = (torch.int32, (words_for(outputs), groups))
+    return parts
+
+
+def words_for(codes: int) -> int:
+    """Words that hold so many codes; the last may have room left."""
+    return -(-codes // CODES_PER_WORD)
+
+
 # Name endings that only one tool writes, with the tool.
 FOREIGN_PARTS = {
     "g_idx": "GPTQ",
@@ -111,7 +137,7 @@ def find_quantized(
 def _fitted(name: str, linear: QuantizedLinear, expected: tuple[int, int] | None) -> QuantizedLinear:
     """The layer with its true number of inputs: compressed-tensors pads the last word of a row."""
     inputs, outputs = expected or (0, 0)
-    padded = inputs if linear.layout != "compressed-tensors" else -(-inputs // CODES_PER_WORD) * CODES_PER_WORD
+    padded = inputs if linear.layout != "compressed-tensors" else words_for(inputs) * CODES_PER_WORD
     if (linear.in_features, linear.out_features) != (padded, outputs):
         said = f"config.json makes it {inputs} to {outputs}" if expected else "config.json describes no such layer"
         raise UnsupportedCheckpoint(
@@ -195,10 +221,9 @@ def _compressed_tensors(name: str, parts: Parts, config: QuantizationConfig | No
     if scales is None or "weight_shape" not in parts or len(packed.shape) != 2 or packed.dtype not in WORDS:
         _unknown(name, shown)
     outputs, words = packed.shape
-    zero_rows = -(-outputs // CODES_PER_WORD)
     if len(scales.shape) != 2 or scales.shape[0] != outputs or not scales.shape[1]:
         _unknown(name, shown)
-    if zeros is not None and (zeros.shape != (zero_rows, scales.shape[1]) or zeros.dtype not in WORDS):
+    if zeros is not None and (zeros.shape != (words_for(outputs), scales.shape[1]) or zeros.dtype not in WORDS):
         _unknown(name, shown)
     if config and config.layout not in ("compressed-tensors", None):
         _disagree(config, f"version or method = {config.method!r}", f"{name} is compressed-tensors: {shown}")

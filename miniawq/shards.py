@@ -66,7 +66,7 @@ class Shard(NamedTuple):
 
 
 def plan_shards(specs: Sequence[Spec], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Cut the tensors, in order, into files of at most `shard_bytes` (a larger tensor gets a file of its own)."""
+    """Cut the tensors, in order, into files with at most `shard_bytes` of values (a larger tensor gets its own)."""
     parts: list[list[Spec]] = [[]]
     room = shard_bytes
     for spec in specs:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -231,7 +230,6 @@ def test_tied_head_stored_with_other_values_is_kept(tmp_path, caplog):
 
 
 def test_head_that_is_nowhere_is_tied_when_the_config_does_not_say(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
     directory, reference = tiny.make(tmp_path)
     reference.lm_head.weight = reference.model.embed_tokens.weight
     rewrite(directory, lambda t: {name: tensor for name, tensor in t.items() if name != "lm_head.weight"})

@@ -1,0 +1,224 @@
+"""`miniawq convert SOURCE DESTINATION --format FORMAT`: one INT4 layout to another, losslessly, or to dense weights.
+
+Codes, scales and zeros are moved, never computed anew, so the weights stay equal bit for bit and the way back gives the
+same bytes. One layer is in memory at a time.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miniawq import cli
+from miniawq.checkpoint import Checkpoint, open_checkpoint, skeleton
+from miniawq.errors import DoesNotFit, InvalidInput
+from miniawq.hub import add_hub_flags, hub_options
+from miniawq.layouts import part_shapes
+from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize
+from miniawq.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
+from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, published, write_json
+
+FORMATS = ("awq", "compressed-tensors", "dense")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    source_layout: str
+    layout: str
+    packed_linears: int
+    unpacked_linears: list[str]
+    tensors: int
+    nbytes: int
+    seconds: float
+
+
+def convert_checkpoint(
+    source: str | Path | Checkpoint | None,
+    destination: str | Path,
+    format: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Write `source` to the new directory `destination` as "awq", "compressed-tensors" or "dense".
+
+    The directory appears when it is complete. Layers that AutoAWQ words cannot hold (outputs no multiple of eight)
+    become dense there. InvalidInput when the source is not quantized, or a format cannot hold its group sizes.
+    """
+    started = time.monotonic()
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if not checkpoint.quantized:
+        raise InvalidInput(
+            f"{checkpoint.directory} is not quantized", "convert moves INT4 codes", "run miniawq quantize on it"
+        )
+    checkpoint.fetch()
+    layout = _layout(checkpoint, format)
+    packed = _packed_linears(checkpoint, layout)
+    pieces = list(_pieces(checkpoint))
+    specs = [spec for name, leaf in pieces for spec in _specs(checkpoint, name, leaf, layout, packed)]
+    _check_disk(Path(destination), sum(spec.nbytes for spec in specs))
+    with published(destination) as directory:
+        with ShardWriter(directory, specs, shard_bytes) as writer:
+            for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None):
+                for tensor_name, tensor in _tensors(checkpoint, name, leaf, layout, packed, device):
+                    writer.write(tensor_name, tensor)
+            writer.finish()
+        write_json(directory / "config.json", _config(checkpoint, layout, packed))
+        checkpoint.copy_side_files(directory)
+    return Report(
+        source_layout=next(iter(checkpoint.quantized.values())).layout,
+        layout=layout,
+        packed_linears=len(packed),
+        unpacked_linears=sorted(checkpoint.quantized.keys() - packed),
+        tensors=len(specs),
+        nbytes=sum(spec.nbytes for spec in specs),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _layout(checkpoint: Checkpoint, format: str) -> str:
+    """The layout of packing.py: compressed-tensors has one for codes whose zeros are all 8, which it does not store."""
+    if format not in FORMATS:
+        raise InvalidInput(f"there is no format {format!r}", f"known: {', '.join(FORMATS)}")
+    if format != "compressed-tensors":
+        return format
+    symmetric = all(_is_symmetric(checkpoint, name) for name in checkpoint.quantized)
+    return "compressed-tensors-symmetric" if symmetric else format
+
+
+def _is_symmetric(checkpoint: Checkpoint, name: str) -> bool:
+    if checkpoint.quantized[name].symmetric:
+        return True
+    quantized = checkpoint.read_linear(name)
+    assert isinstance(quantized, Quantized)
+    return bool((quantized.zeros_OG == SYMMETRIC_ZERO).all())
+
+
+def _packed_linears(checkpoint: Checkpoint, layout: str) -> set[str]:
+    if layout == "dense":
+        return set()
+    fitting = {"awq": lambda outputs: outputs % CODES_PER_WORD == 0}.get(layout, lambda outputs: True)
+    return {name for name, linear in checkpoint.quantized.items() if fitting(linear.out_features)}
+
+
+def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(module, leaf) of everything stored, in the order of the model, the same for every source layout."""
+    for name, _ in skeleton(checkpoint).named_modules():
+        if name in checkpoint.quantized:
+            yield name, "packed"
+        for leaf in ("weight", "bias"):
+            if f"{name}.{leaf}" in checkpoint.tensors:
+                yield name, leaf
+
+
+def _specs(checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: set[str]) -> list[Spec]:
+    """Names, dtypes and shapes of what `_tensors` will yield, without reading a value."""
+    if leaf != "packed":
+        info = checkpoint.tensors[f"{name}.{leaf}"]
+        return [Spec(f"{name}.{leaf}", info.dtype, info.shape)]
+    linear = checkpoint.quantized[name]
+    scales = linear.tensors.get("scales") or linear.tensors["weight_scale"]
+    dtype = checkpoint.tensors[scales].dtype
+    if name not in packed:
+        return [Spec(f"{name}.weight", dtype, (linear.out_features, linear.in_features))]
+    groups = linear.in_features // linear.group_size
+    parts = part_shapes(layout, linear.in_features, linear.out_features, groups, dtype)
+    return [Spec(f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()]
+
+
+def _tensors(
+    checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: set[str], device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    if leaf != "packed":
+        yield f"{name}.{leaf}", checkpoint.read(f"{name}.{leaf}")
+        return
+    quantized = checkpoint.read_linear(name, device)
+    assert isinstance(quantized, Quantized)
+    if name not in packed:
+        yield f"{name}.weight", dequantize(quantized)
+        return
+    for part, tensor in LAYOUTS[layout].encode(quantized).items():
+        yield f"{name}.{part}", tensor
+
+
+def _config(checkpoint: Checkpoint, layout: str, packed: set[str]) -> dict[str, Any]:
+    config = {key: value for key, value in checkpoint.config.items() if key != "compression_config"}
+    if layout == "dense":
+        return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    dense = [name for name in checkpoint.linears if name not in packed]
+    group_size = _group_size(checkpoint, packed)
+    if layout == "awq":
+        block = awq_block(group_size, dense)
+    else:
+        block = compressed_tensors_block(group_size, layout.endswith("symmetric"), dense)
+    return config | {"quantization_config": block}
+
+
+def _group_size(checkpoint: Checkpoint, packed: set[str]) -> int:
+    """The one number for the config; -1 when every layer has one group a row."""
+    linears = [checkpoint.quantized[name] for name in sorted(packed)]
+    sizes = {linear.group_size for linear in linears}
+    if len(sizes) == 1:
+        return sizes.pop()
+    if all(linear.group_size == linear.in_features for linear in linears):
+        return -1
+    raise InvalidInput(
+        "these layers have different group sizes",
+        f"{checkpoint.directory} has {sorted(sizes)}, and the format states one for all",
+        "convert to dense and quantize again",
+    )
+
+
+def _check_disk(destination: Path, nbytes: int) -> None:
+    parent = next(path for path in destination.absolute().parents if path.exists())
+    if (free := shutil.disk_usage(parent).free) < nbytes:
+        raise DoesNotFit(
+            f"{destination} needs {nbytes / 1e9:.2f} GB of disk",
+            f"{parent} has {free / 1e9:.2f} GB free",
+            "free some space, or name a destination on another disk",
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `miniawq convert`."""
+    parser = cli.parser("convert", "Write a quantized checkpoint in another layout, with the same weights bit for bit.")
+    parser.add_argument("source", help="directory or Hub id of an INT4 checkpoint (AutoAWQ or compressed-tensors)")
+    parser.add_argument("destination", help="directory to make")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="layout to write")
+    parser.add_argument("--device", default="cpu", help="where to unpack and pack (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_hub_flags(parser)
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
+    report = convert_checkpoint(checkpoint, arguments.destination, arguments.format, device=arguments.device)
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+        return
+    unpacked = f", {len(report.unpacked_linears)} layers became dense" if report.unpacked_linears else ""
+    print(
+        f"{arguments.destination}: {report.source_layout} to {report.layout}, {report.packed_linears} packed layers"
+        f"{unpacked}, {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is returned."""
+    return cli.run(_main, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
