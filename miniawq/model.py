@@ -159,17 +159,17 @@ def attention_mask(
 
     None where the plain causal rule says it: a new position sees itself and all before it.
     """
-    if past and new > 1 or padding_B is not None or (window is not None and past + new > window):
-        query_L1, key_M = (
-            torch.arange(past, past + new, device=device)[:, None],
-            torch.arange(past + new, device=device),
-        )
-        seen_BLM = ((key_M <= query_L1) & (key_M > query_L1 - (window or past + new)))[None]
-        if padding_B is not None:
-            # A padding position sees itself: a row of nothing would be NaN in the softmax.
-            seen_BLM = seen_BLM & ((key_M >= padding_B[:, None, None]) | (key_M == query_L1))
-        return seen_BLM[:, None]
-    return None
+    total = past + new
+    windowed = window is not None and total > window
+    if padding_B is None and not windowed and (past == 0 or new == 1):
+        return None
+    query_L1 = torch.arange(past, total, device=device)[:, None]
+    key_M = torch.arange(total, device=device)
+    seen_BLM = ((key_M <= query_L1) & (key_M > query_L1 - (window or total)))[None]
+    if padding_B is not None:
+        # A padding position sees itself: a row that sees nothing would be NaN in the softmax.
+        seen_BLM = seen_BLM & ((key_M >= padding_B[:, None, None]) | (key_M == query_L1))
+    return seen_BLM[:, None]
 
 
 def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None) -> Tensor:
@@ -280,10 +280,9 @@ class Decoder(nn.Module):
         self, past: int, new: int, padding_B: Tensor | None, like: Tensor
     ) -> tuple[Rope, dict[int | None, Tensor | None]]:
         """What all blocks share in one call: rotary tables, and the mask of each sliding window."""
-        positions_BL = torch.arange(past, past + new, device=like.device)[None]
-        if padding_B is not None:
-            positions_BL = (positions_BL - padding_B[:, None]).clamp(min=0)
-        rope = rope_tables(self.config.rope, positions_BL, past + new, like.dtype)
+        # Padding shifts a row's positions, which changes nothing: rotary attention sees only differences of positions.
+        positions_L = torch.arange(past, past + new, device=like.device)
+        rope = rope_tables(self.config.rope, positions_L, past + new, like.dtype)
         windows = set(self.config.layer_windows)
         return rope, {window: attention_mask(past, new, window, padding_B, like.device) for window in windows}
 

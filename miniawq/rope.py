@@ -155,16 +155,16 @@ INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_tables(rope: RopeConfig, positions_BL: Tensor, length: int, dtype: torch.dtype) -> Rope:
-    """cos_BLE and sin_BLE of the angles at each position; `length` is that of the whole text so far."""
-    frequencies_E = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_BL.device)
-    angles_BLE = (positions_BL[..., None].float() * frequencies_E).repeat(1, 1, 2)
+def rope_tables(rope: RopeConfig, positions_L: Tensor, length: int, dtype: torch.dtype) -> Rope:
+    """cos_LE and sin_LE of the angles at each position; `length` is that of the whole text so far."""
+    frequencies_E = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_L.device)
+    angles_LE = torch.outer(positions_L.float(), frequencies_E).repeat(1, 2)
     factor = rope.attention_factor
-    return (angles_BLE.cos() * factor).to(dtype), (angles_BLE.sin() * factor).to(dtype)
+    return (angles_LE.cos() * factor).to(dtype), (angles_LE.sin() * factor).to(dtype)
 
 
 def apply_rope(x_BHLE: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (channel e, channel e + E/2) by its angle."""
-    cos_BLE, sin_BLE = rope
+    cos_LE, sin_LE = rope
     first, second = x_BHLE.chunk(2, dim=-1)
-    return x_BHLE * cos_BLE.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BLE.unsqueeze(1)
+    return x_BHLE * cos_LE + torch.cat((-second, first), dim=-1) * sin_LE

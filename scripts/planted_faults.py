@@ -1,0 +1,120 @@
+"""Plant each fault of a table in a copy of the project and show the test that catches it.
+
+    python scripts/planted_faults.py [FILE ...]        only the faults in these files
+
+A fault that no test catches is an error: then a rule of this project stands untested.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    file: str
+    was: str
+    becomes: str
+    test: str
+
+
+FAULTS = [
+    Fault("packing.py", "AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)", "test_packing"),
+    Fault("packing.py", "(words_RW >> 4 * nibble) & TOP_CODE", "(words_RW >> 4 * nibble)", "test_packing"),
+    Fault("packing.py", "codes_RC.amax() > TOP_CODE or", "False or", "test_packing"),
+    Fault("packing.py", "+ (nearest.double() < values)", "", "test_packing"),
+    Fault("packing.py", "+ (nearest.double() < values)", "+ 1", "test_packing"),
+    Fault("packing.py", "bits.clamp(min=1)", "bits", "test_packing"),
+    Fault("packing.py", "weight_OGS.amin(-1).clamp(max=0).double()\n    highest",
+          "weight_OGS.amin(-1).double()\n    highest",
+          "test_packing"),
+    Fault("packing.py", "highest_OG = weight_OGS.amax(-1).clamp(min=0)", "highest_OG = weight_OGS.amax(-1)",
+          "test_packing"),
+    Fault("packing.py", "(-lowest_OG / scales_OG.double()).round()", "(-lowest_OG / scales_OG.double()).floor()",
+          "test_packing"),
+    Fault("packing.py", "(steps_OGS.round() +", "(steps_OGS.floor() +", "test_packing"),
+    Fault("packing.py", ".clamp(0, TOP_CODE)\n        codes_OI", ".clamp(0, TOP_CODE - 1)\n        codes_OI",
+          "test_packing"),
+    Fault("packing.py", "groups_OGS.double() / scales_OG[rows].double()", "groups_OGS.half() / scales_OG[rows]",
+          "test_packing"),
+    Fault("packing.py", "below_OG / (SYMMETRIC_ZERO + 0.5)", "below_OG / (SYMMETRIC_ZERO + 0.6)", "test_packing"),
+    Fault("packing.py", "above_OG / (TOP_CODE - SYMMETRIC_ZERO + 0.5)", "above_OG / SYMMETRIC_ZERO", "test_packing"),
+    Fault("packing.py", "zeros_OG[rows].unsqueeze(-1)) * scales", "zeros_OG[rows].unsqueeze(-1) - 1) * scales",
+          "test_packing"),
+    Fault("packing.py", "scales_OG[rows].float().unsqueeze(-1)\n        weight_OI[rows] =",
+          "scales_OG[:1].float().unsqueeze(-1)\n        weight_OI[rows] =", "test_packing"),
+    Fault("packing.py", "group_size < 1 or inputs % group_size", "group_size < 1", "test_packing"),
+    Fault("packing.py", "if not weight_OI.sum(dtype=torch.float64).isfinite() and", "if False and", "test_packing"),
+    Fault("packing.py", "multiple = 1 if group_size >= 128", "multiple = 1 if group_size >= 64", "test_packing"),
+    Fault("packing.py", ".t()[:outputs]", ".t()", "test_packing"),
+    Fault("model.py", "(key_M > query_L1 - (window or total))", "(key_M >= query_L1 - (window or total))",
+          "test_model"),
+    Fault("model.py", "key_M <= query_L1", "key_M < query_L1 + 2", "test_model"),
+    Fault("model.py", "key_M >= padding_B[:, None, None]", "key_M >= 0 * padding_B[:, None, None]", "test_model"),
+    Fault("model.py", "mask.repeat(1, 1, heads // shared, 1)", "mask.repeat_interleave(heads // shared, 2)",
+          "test_model"),
+    Fault("model.py", "rows = None if mask is None else mask", "rows = None if True else mask", "test_model"),
+    Fault("model.py", "cache.length += tokens_BL.shape[1]", "cache.length += 1", "test_model"),
+    Fault("model.py", "past, past + new, device=like.device)[None]", "new, device=like.device)[None]", "test_model"),
+    Fault("model.py", ".mean(-1, keepdim=True) + self.eps)", ".mean(-1, keepdim=True) + 1e-3)", "test_model"),
+    Fault("model.py", "if config.qk_norm else nn.Identity()\n        self.k_norm",
+          "if False else nn.Identity()\n        self.k_norm",
+          "test_model"),
+    Fault("model.py", "layer >= first else None", "layer > first else None", "test_model"),
+    Fault("model.py", 'or config.get("use_sliding_window", False)', "or True", "test_model"),
+    Fault("model.py", "silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD)",
+          "silu(self.up_proj(x_BLD)) * self.gate_proj(x_BLD)",
+          "test_model"),
+    Fault("rope.py", "torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)", "test_model"),
+    Fault("rope.py", "rope.factor * ratio - (rope.factor - 1)", "rope.factor * ratio", "test_model"),
+    Fault("rope.py", "keep * plain + (1 - keep) * plain / rope.factor", "plain / rope.factor", "test_model"),
+    Fault("rope.py", "low, high = math.floor(low), math.ceil(high)", "pass", "test_model"),
+    Fault("rope.py", "return mscale(1.0)", "return 1.0", "test_model"),
+    Fault("rope.py", "original or longest", "longest", "test_model"),
+    Fault("rope.py", "if kind not in INVERSE_FREQUENCIES:", "if False:", "test_model"),
+]  # fmt: skip
+
+
+def first_failure(copy: Path, test: str) -> str:
+    """The name of the first test that fails, or nothing."""
+    command = [sys.executable, "-m", "pytest", f"tests/{test}.py", "-x", "--no-header", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, check=False)
+    found = re.search(r"^(?:FAILED|ERROR) tests/\S+?(?:::(\S+)|$)", run.stdout, re.MULTILINE)
+    return "" if run.returncode == 0 else (found.group(1) or "import" if found else "crash")
+
+
+def main() -> int:
+    chosen = [fault for fault in FAULTS if not sys.argv[1:] or fault.file in sys.argv[1:]]
+    missed = 0
+    for fault in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder)
+            shutil.copytree(ROOT / "miniawq", copy / "miniawq", ignore=shutil.ignore_patterns("__pycache__"))
+            (copy / "tests").symlink_to(ROOT / "tests")
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            target = copy / "miniawq" / fault.file
+            text = target.read_text()
+            if text.count(fault.was) != 1:
+                print(f"{fault.file}: the text to change stands there {text.count(fault.was)} times: {fault.was!r}")
+                missed += 1
+                continue
+            target.write_text(text.replace(fault.was, fault.becomes))
+            caught = first_failure(copy, fault.test)
+        missed += not caught
+        print(
+            f"{fault.file:12} {' '.join(fault.becomes.split())[:60] or 'nothing':60} {caught or 'NOT CAUGHT'}",
+            flush=True,
+        )
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The decoder against transformers' logits, against itself with a cache, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from miniawq.checkpoint import load_model, open_checkpoint
+from miniawq.errors import UnsupportedCheckpoint
+from miniawq.model import KVCache, Llama, LlamaConfig, attention
+from miniawq.rope import RopeConfig
+from miniawq.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden" / "models"
+NAMES = sorted(path.name for path in GOLDEN.iterdir())
+# Past its trained length, NTK scaling turns old keys by the frequencies of their own time, in transformers too.
+STATIC_NAMES = [name for name in NAMES if name != "llama-dynamic"]
+
+
+def config_of(name: str) -> dict:
+    return json.loads((GOLDEN / name / "config.json").read_text())
+
+
+def load(name: str, device: torch.device | str = "cpu") -> Llama:
+    return load_model(open_checkpoint(GOLDEN / name), torch.device(device), torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name, device):
+    reference = load_file(GOLDEN / name / "reference.safetensors")
+    with torch.no_grad():
+        logits_BLV = load(name, device)(reference["tokens"].to(device)).cpu()
+    error = (logits_BLV - reference["logits"]).norm() / reference["logits"].norm()
+    assert error < 2e-5
+
+
+@pytest.mark.parametrize("name", STATIC_NAMES)
+def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
+    model = load(name, device)
+    tokens_BL = load_file(GOLDEN / name / "reference.safetensors")["tokens"].to(device)
+    with torch.no_grad():
+        whole = model(tokens_BL)
+        for cuts in ((1, 2, 3, 40), (7, 40), (39, 40), tuple(range(1, 41))):
+            cache = KVCache(model.config, 2, 40, device=device)
+            parts = [model(tokens_BL[:, a:b], cache) for a, b in zip((0, *cuts), cuts, strict=False)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("name", STATIC_NAMES)
+def test_left_padded_rows_give_what_single_rows_give(name, device):
+    model = load(name, device)
+    tokens_BL = load_file(GOLDEN / name / "reference.safetensors")["tokens"].to(device)
+    padding = 13
+    padded_BL = tokens_BL.clone()
+    padded_BL[1] = torch.cat((torch.full((padding,), 5, device=device), tokens_BL[1, :-padding]))
+    cache = KVCache(model.config, 2, 40, device=device, padding_B=torch.tensor([0, padding], device=device))
+    with torch.no_grad():
+        together = torch.cat([model(part, cache) for part in padded_BL.split([30, 1, 9], dim=1)], 1)
+        alone = model(tokens_BL)
+    torch.testing.assert_close(together[0], alone[0], rtol=0, atol=2e-5 * float(alone.abs().max()))
+    torch.testing.assert_close(together[1, padding:], alone[1, :-padding], rtol=0, atol=2e-5 * float(alone.abs().max()))
+
+
+@given(batch=st.integers(1, 2), shared=st.integers(1, 3), readers=st.integers(1, 4), new=st.integers(1, 5))
+def test_grouped_attention_is_attention_with_repeated_keys(batch, shared, readers, new):
+    q, k, v = (torch.randn(batch, heads, new, 4) for heads in (shared * readers, shared, shared))
+    mask = torch.rand(batch, 1, new, new) < 0.7
+    mask |= torch.eye(new, dtype=torch.bool)
+    k_all, v_all = k.repeat_interleave(readers, 1), v.repeat_interleave(readers, 1)
+    scores = (q @ k_all.transpose(2, 3) / 2).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(attention(q, k, v, mask), scores @ v_all)
+    causal = torch.ones(new, new, dtype=torch.bool).tril()
+    scores = (q @ k_all.transpose(2, 3) / 2).masked_fill(~causal, -torch.inf).softmax(-1)
+    torch.testing.assert_close(attention(q, k, v, None), scores @ v_all)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_spellings_of_the_rotary_embedding_are_read(name):
+    new = config_of(name)
+    scaling = dict(new["rope_parameters"])
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old["rope_theta"] = scaling.pop("rope_theta")
+    kind = scaling.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
+    head_dim = LlamaConfig.from_dict(new).head_dim
+    assert RopeConfig.from_dict(old, head_dim) == RopeConfig.from_dict(new, head_dim)
+
+
+def test_a_qwen_window_holds_only_where_it_is_switched_on():
+    config = config_of("qwen2-window")
+    assert LlamaConfig.from_dict(config).layer_windows == (None, 8)
+    del config["layer_types"]
+    assert LlamaConfig.from_dict(config).layer_windows == (None, 8)
+    config["use_sliding_window"] = False
+    assert LlamaConfig.from_dict(config).layer_windows == (None, None)
+    assert LlamaConfig.from_dict(config_of("mistral-window")).layer_windows == (8, 8)
+    assert LlamaConfig.from_dict(config_of("llama") | {"sliding_window": 8}).layer_windows == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architectures = ['GemmaForCausalLM']"),
+        ({"architectures": None}, "architectures = ['missing']"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"hidden_size": None}, "hidden_size = None; the key is missing"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5; expected a positive integer"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3; 4 query heads do not divide among them"),
+        ({"head_dim": 7}, "head_dim = 7"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope_scaling.rope_type = 'su'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor = None; rope_type linear needs it"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"full": {"rope_theta": 1.0}, "sliding": {"rope_theta": 2.0}}}, "layers with different"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_key(change, said):
+    with pytest.raises(UnsupportedCheckpoint) as caught:
+        LlamaConfig.from_dict(config_of("llama") | change)
+    assert said in str(caught.value)
+
+
+def test_the_demo_model_predicts_english(fairytales):
+    checkpoint = open_checkpoint(fairytales)
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    ids = Tokenizer(fairytales).encode("Once upon a time there was a")
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        loss = cross_entropy(model(tokens)[0, 2:-1], tokens[0, 3:])
+    assert loss < 1
