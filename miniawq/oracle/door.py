@@ -4,19 +4,25 @@ import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 from miniawq.errors import UsageError
-from miniawq.oracle import dequantization, multiplication, rounding, search, storage
+from miniawq.oracle import checkpoints, dequantization, multiplication, rounding, search, storage
 from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run
 from miniawq.oracle.contract import FUNCTIONS, Limits
 from miniawq.oracle.report import Report, failure_lines, judge
 
+
+def checks_in(module: ModuleType) -> list[Check]:
+    """The checks a module defines, in its order."""
+    return [value for value in vars(module).values() if isinstance(value, Check)]
+
+
 CHECKS: list[Check] = [
-    value
-    for module in (storage, dequantization, rounding, multiplication, search)
-    for value in vars(module).values()
-    if isinstance(value, Check)
+    *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
+    *checkpoints.CHECKS,
+    *checks_in(search),
 ]
 
 

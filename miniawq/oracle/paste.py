@@ -19,15 +19,18 @@ def describe(call: Call) -> str:
 
 def short(value: Any) -> str:
     """An argument in a few characters."""
+    if isinstance(value, Path):
+        return f"the directory {value.name}"
     if isinstance(value, Tensor):
         strides = "" if value.is_contiguous() else f" strides {list(value.stride())}"
         return f"{name_of(value.dtype)}{list(value.shape)}{strides}"
-    return repr(str(value)) if hasattr(value, "joinpath") else repr(value)
+    return repr(value)
 
 
 def snippet(import_line: str, call: Call, broken: Broken) -> str:
     """Lines that repeat the call; its arguments are literals unless they are too large."""
-    lines = ["import torch", import_line]
+    paths = any(isinstance(value, Path) for value in call.arguments.values())
+    lines = ["import miniawq.oracle.checkpoints" if paths else "import torch", import_line]
     for name, value in call.arguments.items():
         lines.append(f"{name} = {literal(value)}")
         if isinstance(value, Tensor):
@@ -42,8 +45,10 @@ def snippet(import_line: str, call: Call, broken: Broken) -> str:
 
 def literal(value: Any) -> str:
     """A tensor as a constructor (the places of `exceptions` still to be set), anything else as its repr."""
+    if isinstance(value, Path):
+        return f"miniawq.oracle.checkpoints.write_case({value.name!r})"
     if not isinstance(value, Tensor):
-        return repr(str(value)) if hasattr(value, "joinpath") else repr(value)
+        return repr(value)
     common = most_common(value)
     if common is not None:
         return f"torch.full({tuple(value.shape)}, {common}, dtype={value.dtype})"
