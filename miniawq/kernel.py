@@ -7,6 +7,7 @@ tested against them. Shapes: I input features, O output features, G groups along
 import torch
 from torch import Tensor, nn
 
+from miniawq.errors import InvalidInput
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, Quantized, unpack
 
 WEIGHTS_PER_SLICE = 1 << 22
@@ -22,6 +23,9 @@ def dequantize(
     """
     group_size = qweight_IW.shape[0] if group_size == -1 else group_size
     codes_IO, zeros_GO = unpack(qweight_IW), unpack(qzeros_GW)
+    if not zeros_GO.shape == scales_GO.shape == (codes_IO.shape[0] // group_size, codes_IO.shape[1]):
+        shapes = f"qweight {list(qweight_IW.shape)}, qzeros {list(qzeros_GW.shape)}, scales {list(scales_GO.shape)}"
+        raise InvalidInput(f"these tensors are no weight in groups of {group_size}", shapes)
     # The product of a 5-bit integer and a scale of at most 19 bits is exact in float32.
     steps_GSO = codes_IO.float().unflatten(0, (-1, group_size)) - zeros_GO.float().unsqueeze(1)
     return (steps_GSO * scales_GO.float().unsqueeze(1)).flatten(0, 1).to(dtype or scales_GO.dtype)
