@@ -1,0 +1,368 @@
+"""Write text with a model: the command line, and the same in Python.
+
+model, tokenizer = load("owner/name-AWQ")
+for piece in complete(model, tokenizer, tokenizer.encode("Once upon a time"), max_tokens=100): ...
+for ids in generate(model, tokens_BL, max_tokens=100, stop_ids=tokenizer.eos_ids): ...
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniawq import cli
+from miniawq.chat import Message, check_variables
+from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
+from miniawq.completion import Completion, bytes_per_token, complete, generate, peak_memory
+from miniawq.errors import DoesNotFit, InvalidInput, NotFound, UsageError
+from miniawq.model import Llama
+from miniawq.repl import converse
+from miniawq.sampling import Sampling
+from miniawq.tokenizer import Tokenizer, read_object
+
+__all__ = ["build_parser", "complete", "generate", "load", "main"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_TOKENS = 512
+DEMO_PROMPT = "Once upon a time"
+DEMO_SEED = 0
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SAMPLING_FLAGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[Llama, Tokenizer]:
+    """A dense or INT4 model and its tokenizer, from a directory, a Hub id, "id@revision", or (None) the demo.
+
+    `device` defaults to CUDA where there is one, `dtype` to that of the checkpoint on a GPU and float32 on a CPU.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, local_files_only=local_files_only)
+    device = pick_device(device)
+    return load_model(checkpoint, device, dtype or pick_dtype(checkpoint, device)), Tokenizer(checkpoint.directory)
+
+
+def pick_device(wanted: torch.device | str | None) -> torch.device:
+    """The device asked for, or the best there is; UsageError if there is none of this name here."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+        return torch.device(wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {str(wanted)!r} cannot be used", str(error).splitlines()[0], "try cpu") from error
+
+
+def pick_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The half precision that config.json states, float16 if it states none, and float32 on a CPU."""
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if stated == "bfloat16" else torch.float16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `miniawq generate`."""
+    parser = cli.parser(
+        "generate",
+        "Write text with a model. Text goes to stdout, everything else to stderr. Without a model, the demo that comes "
+        "with miniawq tells a story.",
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="directory, Hub id or id@revision (default: the demo)")
+    add("--model", "-m", dest="model_flag", metavar="MODEL", help="the same, as a flag")
+    prompt = parser.add_argument_group("prompt").add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", "-p", help="text, or - for stdin")
+    prompt.add_argument("--file", type=Path, help="file with the prompt")
+    prompt.add_argument("--messages", type=Path, help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
+    prompt.add_argument("--interactive", "-i", action="store_true", help="talk with a chat model")
+    add = parser.add_argument_group("chat template").add_argument
+    add("--system-prompt", metavar="TEXT", help="system message of the conversation")
+    add("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
+    add("--show-prompt", action="store_true", help="show the text that the model continues, on stderr")
+    add = parser.add_argument_group("length").add_argument
+    add("--max-tokens", "-n", type=int, help=f"most tokens to generate, -1 for all that fit ({DEFAULT_MAX_TOKENS})")
+    add("--max-seq-len", type=int, help="most tokens of prompt and answer together (the model's context)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--ignore-eos", action="store_true", help="go on behind the model's own end")
+    group = parser.add_argument_group(
+        "sampling", "defaults: generation_config.json if it asks for sampling, else greedy"
+    )
+    temperature = group.add_mutually_exclusive_group()
+    temperature.add_argument("--temperature", type=float, help="0 takes the most probable token")
+    temperature.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help="--temperature 0")
+    for flag, kind in zip(SAMPLING_FLAGS[1:], (int, float, float, float, float, float), strict=True):
+        group.add_argument(f"--{flag.replace('_', '-')}", type=kind)
+    group.add_argument("--seed", type=int, help="same seed, same text, on one machine (random, and shown)")
+    group.add_argument("--num-samples", type=int, default=1, help="texts to write, with seeds S, S+1, ... (1)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object a text instead of the text")
+    detail = output.add_mutually_exclusive_group()
+    detail.add_argument("--stats", action="store_true", help="speed, memory and settings on stderr")
+    detail.add_argument("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
+    add = parser.add_argument_group("loading").add_argument
+    add("--device", help="cuda, cuda:1, cpu (cuda if there is one)")
+    add(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of activations (auto: config.json's; float32 on CPU)",
+    )
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--local-files-only", action="store_true", help="never use the network")
+    add("--cache-dir", help="where downloads are kept")
+    add("--token", help="access token of the Hub")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. See `build_parser`."""
+    return cli.run(_run, build_parser(), argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.quiet:
+        logging.getLogger("miniawq").setLevel(logging.ERROR)
+    _check_flags(arguments)
+    try:
+        _write(arguments)
+    except torch.OutOfMemoryError as error:
+        fix = "give a smaller --max-tokens, or ask `miniawq plan` what fits"
+        raise DoesNotFit("the memory of the device is full", str(error).splitlines()[0], fix) from error
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(
+        arguments.model,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+        token=arguments.token,
+        cache_dir=arguments.cache_dir,
+    )
+    # Whatever can be refused is refused before the weights are read.
+    device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
+    stated = read_object(checkpoint.directory / "generation_config.json")
+    sampling = Sampling.choose(stated, **{name: getattr(arguments, name) for name in SAMPLING_FLAGS})
+    prompt = None if arguments.interactive else read_prompt(arguments, tokenizer)
+    if prompt is None and not tokenizer.has_chat_template:
+        raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
+    limit = checkpoint.model_config.max_position_embeddings
+    if not 0 < (arguments.max_seq_len or limit) <= limit:
+        why = f"config.json: max_position_embeddings = {limit}"
+        raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {limit} or less")
+    model = load_model(checkpoint, device, DTYPES.get(arguments.dtype) or pick_dtype(checkpoint, device))
+    writer = Writer(arguments, model, tokenizer, sampling, load_seconds=time.perf_counter() - started)
+    if prompt is None:
+        converse(writer.answer, system_message(arguments))
+    else:
+        writer.write_all(*prompt)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if arguments.model and arguments.model_flag:
+        raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
+    arguments.model = arguments.model or arguments.model_flag
+    check_variables(arguments.chat_template_kwargs)
+    talks, has_prompt = arguments.interactive, any((arguments.prompt is not None, arguments.file, arguments.messages))
+    if arguments.model and not talks and not has_prompt:
+        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages or --interactive")
+    if talks and (arguments.json or arguments.raw or arguments.num_samples > 1):
+        raise UsageError("--interactive goes with none of --json, --raw and --num-samples")
+    if arguments.raw and (arguments.system_prompt or arguments.messages or arguments.chat_template_kwargs):
+        what = "--raw goes with none of --system-prompt, --messages and --chat-template-kwargs"
+        raise UsageError(what, "they are for the chat template, which --raw leaves out")
+    if arguments.num_samples < 1:
+        raise UsageError(f"--num-samples {arguments.num_samples} makes no sense", "", "give 1 or more")
+    if arguments.max_tokens is not None and arguments.max_tokens < 1 and arguments.max_tokens != -1:
+        raise UsageError(f"--max-tokens {arguments.max_tokens} makes no sense", "", "give 1 or more, or -1 for all")
+
+
+def system_message(arguments: argparse.Namespace) -> list[Message]:
+    """The message of --system-prompt, if it is given."""
+    return [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+
+
+def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """The text to continue, and whether it is a conversation written by the chat template."""
+    tools = None
+    if arguments.messages:
+        messages, tools = _read_messages(arguments.messages)
+    else:
+        text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
+        if arguments.file or arguments.prompt == "-":
+            text = _read_text(arguments.file)
+        if arguments.raw or not (tokenizer.has_chat_template or arguments.system_prompt):
+            return text, False
+        messages = [{"role": "user", "content": text}]
+    conversation = system_message(arguments) + messages
+    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs), True
+
+
+def _read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    try:
+        given = json.loads(_read_text(path))
+        messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
+        return [dict(message) for message in messages], tools
+    except (TypeError, KeyError, ValueError) as error:
+        why, fix = f"{path}: {type(error).__name__}: {error}", 'write [{"role": "user", "content": "..."}]'
+        raise InvalidInput("the messages cannot be read", why, fix) from error
+
+
+def _read_text(path: Path | None) -> str:
+    """A file, or stdin, as it is."""
+    try:
+        return (sys.stdin.buffer.read() if path is None else path.read_bytes()).decode()
+    except OSError as error:
+        raise NotFound(f"{path} cannot be read", str(error)) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput("the prompt is not UTF-8", str(error)) from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}'
+        ) from error
+
+
+class Writer:
+    """A loaded model with the user's settings, writing texts to stdout and figures to stderr."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        model: Llama,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        load_seconds: float,
+    ) -> None:
+        self.arguments, self.model, self.tokenizer, self.sampling = arguments, model, tokenizer, sampling
+        self.load_seconds = load_seconds
+        self.tells_story = arguments.model is arguments.prompt is arguments.file is arguments.messages is None
+        chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
+        self.next_seed = chosen if arguments.seed is None else arguments.seed
+        self.limit = arguments.max_seq_len or model.config.max_position_embeddings
+
+    def write_all(self, prompt: str, is_chat: bool) -> None:
+        """All samples of one prompt."""
+        for number in range(self.arguments.num_samples):
+            completion, seed = self.begin(prompt, is_chat)
+            try:
+                if self.arguments.json:
+                    list(completion)
+                    print(json.dumps({"prompt": prompt} | self.figures(completion, seed), ensure_ascii=False))
+                else:
+                    print("\n" if number else "", prompt if self.tells_story else "", sep="", end="")
+                    self.write_text(completion)
+            finally:
+                self.report(completion, seed)
+
+    @staticmethod
+    def write_text(completion: Completion) -> None:
+        """Each piece as it comes, and an end of line even if it is interrupted."""
+        try:
+            for piece in completion:
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+
+    def answer(self, messages: list[Message]) -> Iterator[str]:
+        """The next turn of a conversation."""
+        prompt = self.tokenizer.render_chat(messages, **self.arguments.chat_template_kwargs)
+        completion, seed = self.begin(prompt, is_chat=True)
+        try:
+            yield from completion
+        finally:
+            if self.arguments.stats:
+                print(file=sys.stderr)
+                self.report(completion, seed)
+
+    def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
+        """A completion with the next seed."""
+        if self.arguments.show_prompt:
+            print(prompt, file=sys.stderr)
+        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=not is_chat)
+        seed, self.next_seed = self.next_seed, self.next_seed + 1
+        ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
+        completion = complete(
+            self.model,
+            self.tokenizer,
+            prompt_ids,
+            max_tokens=self.room(len(prompt_ids)),
+            stop=self.arguments.stop,
+            stop_ids=frozenset() if self.arguments.ignore_eos else ends,
+            sampling=self.sampling,
+            seed=seed,
+        )
+        return completion, seed
+
+    def room(self, prompt_length: int) -> int:
+        """How many tokens to generate: as many as asked for, or as fit."""
+        wanted, left = self.arguments.max_tokens, self.limit - prompt_length
+        if left < 1:
+            why = f"it has {prompt_length} tokens, and prompt and answer together may have {self.limit}"
+            raise InvalidInput("the prompt does not fit into the context", why, "shorten it, or begin again")
+        if wanted is not None and wanted > left:
+            log.info("only %d new tokens fit behind a prompt of %d in a context of %d", left, prompt_length, self.limit)
+        return left if wanted == -1 else min(wanted or DEFAULT_MAX_TOKENS, left)
+
+    def figures(self, completion: Completion, seed: int) -> dict[str, Any]:
+        """All that is known about one text, for --json."""
+        return completion.record() | {
+            "model": self.arguments.model or "demo",
+            "sampling": dataclasses.asdict(self.sampling),
+            "seed": seed,
+            "load_s": self.load_seconds,
+            "peak_memory": peak_memory(self.model) / 1e9,
+            "gigabytes_per_s": completion.generation_rate * bytes_per_token(self.model) / 1e9,
+        }
+
+    def report(self, completion: Completion, seed: int) -> None:
+        """Say on stderr how it went."""
+        if self.arguments.quiet:
+            return
+        found = self.figures(completion, seed)
+        generation = f"Generation: {found['generation_tokens']} tokens, {found['generation_tps']:.1f} tokens-per-sec"
+        if not self.arguments.stats:
+            print(generation, "" if self.sampling.temperature == 0 else f"(seed {seed})", file=sys.stderr)
+            return
+        settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
+        print(
+            f"Prompt: {found['prompt_tokens']} tokens, {found['prompt_tps']:.1f} tokens-per-sec",
+            f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second",
+            f"Time to first token: {found['first_token_s']:.3f} s; loading: {found['load_s']:.3f} s",
+            f"Peak memory: {found['peak_memory']:.3f} GB",
+            f"Sampling: {settings}, seed {seed}",
+            sep="\n",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
