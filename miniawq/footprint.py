@@ -1,0 +1,170 @@
+"""What running a model takes in memory, known from headers: weights, kv cache, prefill, overhead.
+
+All in bytes. `check_fit` is called before a weight is read, so that what cannot run is told at once, with what would.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from miniawq.checkpoint import Checkpoint, skeleton
+from miniawq.errors import DoesNotFit
+from miniawq.kernel import QuantLinear
+from miniawq.model import Llama, LlamaConfig
+
+PREFILL_CHUNK = 2048
+# Outside torch's own counters: CUDA context, allocator, graphs; on a CPU the interpreter and the libraries.
+OVERHEAD = {"cuda": 1 << 30, "cpu": 1 << 29}
+# Unpacking a slice of a layer makes temporaries of this many bytes at most (kernel.WEIGHTS_PER_SLICE, in float32).
+SLICE_BYTES = 64 << 20
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class DeviceMemory(NamedTuple):
+    """Memory of a device in bytes; what is not free is in use by any process."""
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes needed to run `batch` sequences of `max_seq_len` tokens."""
+
+    batch: int
+    max_seq_len: int
+    weights: int
+    kv_cache: int
+    prefill: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """Everything at once."""
+        return self.weights + self.kv_cache + self.prefill + self.overhead
+
+
+def device_memory(device: torch.device | str) -> DeviceMemory:
+    """What a CUDA device or this machine has."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(f"{device} ({torch.cuda.get_device_name(device)})", total, free)
+    page, total_pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    return DeviceMemory("cpu", page * total_pages, _available() or page * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _available() -> int:
+    """Linux counts the file cache, which gives way, as not free: MemAvailable is what can be had."""
+    try:
+        with open("/proc/meminfo") as file:
+            kib = next(line.split()[1] for line in file if line.startswith("MemAvailable:"))
+        return int(kib) * 1024
+    except (OSError, StopIteration):
+        return 0
+
+
+def footprint(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    max_seq_len: int,
+    prefill_chunk: int = PREFILL_CHUNK,
+    overhead: int = OVERHEAD["cuda"],
+) -> Footprint:
+    """The memory of a checkpoint as `load_model` and `generate` use it, activations and kv cache in `dtype`."""
+    config = checkpoint.model_config
+    return Footprint(
+        batch=batch,
+        max_seq_len=max_seq_len,
+        weights=weight_bytes(skeleton(checkpoint), dtype),
+        kv_cache=batch * max_seq_len * kv_bytes_per_token(config, dtype),
+        prefill=prefill_bytes(config, dtype, batch, min(prefill_chunk, max_seq_len), max_seq_len),
+        overhead=overhead,
+    )
+
+
+def weight_bytes(model: Llama, dtype: torch.dtype) -> int:
+    """Bytes of a loaded model's weights: packed words and scales as stored, the rest in `dtype`."""
+    packed = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, QuantLinear)
+        for tensor in (module.qweight, module.qzeros, module.scales)
+    }
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(
+        tensor.numel() * (tensor.itemsize if key in packed else dtype.itemsize) for key, tensor in tensors.items()
+    )
+
+
+def kv_bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def prefill_bytes(config: LlamaConfig, dtype: torch.dtype, batch: int, chunk: int, max_seq_len: int) -> int:
+    """Activations of one layer while a prompt runs, with the logits of its last position.
+
+    Alive at once in the MLP: the residual, its normed copy in float32 and `dtype`, gate, up and their product. With a
+    longer prompt than one chunk, attention needs a mask for each pair of a new and an old position.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    activations = batch * chunk * ((2 * width + 3 * inner) * dtype.itemsize + 4 * width)
+    shared = config.num_attention_heads // config.num_key_value_heads
+    mask = (1 + dtype.itemsize) * shared * chunk * max_seq_len if max_seq_len > chunk else 0
+    logits = 2 * 4 * batch * config.vocab_size
+    return activations + mask + logits + SLICE_BYTES
+
+
+def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.dtype, free: int) -> int:
+    """The longest context that fits beside the same weights and batch, in steps of 64 tokens; 0 if none does."""
+    limit = checkpoint.model_config.max_position_embeddings
+    low, high = 0, limit // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        length = middle * 64
+        per_token = kv_bytes_per_token(checkpoint.model_config, dtype)
+        prefill = prefill_bytes(checkpoint.model_config, dtype, needed.batch, min(PREFILL_CHUNK, length), length)
+        total = needed.weights + needed.overhead + prefill + needed.batch * length * per_token
+        low, high = (middle, high) if total <= free else (low, middle - 1)
+    return low * 64
+
+
+def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """DoesNotFit with the need, the supply, who holds the rest, and what would fit."""
+    if needed.total <= memory.free:
+        return
+    parts = [f"{field} {size(value)}" for field, value in parts_of(needed).items()]
+    supply = f"{size(memory.free)} of {size(memory.total)} are free"
+    if memory.free < memory.total:
+        supply += f", other processes hold {size(memory.total - memory.free)}"
+    longest = largest_max_seq_len(needed, checkpoint, dtype, memory.free)
+    if longest:
+        fix = f"--max-seq-len {longest} fits"
+    elif needed.batch > 1:
+        fix = "try --batch 1"
+    else:
+        fix = "use a smaller model, or free memory on this device"
+    raise DoesNotFit(
+        f"this model does not fit on {memory.name}",
+        f"it needs {size(needed.total)} ({', '.join(parts)}); {supply}",
+        fix,
+    )
+
+
+def parts_of(needed: Footprint) -> dict[str, int]:
+    """The bytes by name, in the order they are told."""
+    names = ("weights", "kv_cache", "prefill", "overhead")
+    return {name.replace("_", " "): value for name, value in dataclasses.asdict(needed).items() if name in names}
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: two decimals of the largest unit of which there is a tenth."""
+    unit = next((unit for unit in ("GiB", "MiB") if nbytes >= UNITS[unit] / 10), "KiB")
+    return f"{nbytes / UNITS[unit]:.2f} {unit}"
