@@ -1,0 +1,190 @@
+"""The INT4 product as expressions that `torch.compile` turns into one fast kernel each.
+
+**Planes.** A CUDA thread wants one load to bring eight weights, and no arithmetic to find out which. So a group of S
+inputs of one output becomes S / 8 words, and word p of group g holds, sequentially, the codes of inputs
+g S + 8 p + 0..7. Words of the same p form a plane [O, G]. Every form below reads the same words:
+
+    rows      form                                                       where
+    1..3      `reduce_planes`: multiply and sum, float32                 CUDA
+    4..64     `dot_planes`: eight tensor-core products, one a nibble     CUDA
+    more      `expand`, then the library's matmul, a slice at a time     CUDA
+    1..       `reduce_words`: multiply and sum, float32                  CPU
+
+A form is a pure function of tensors, to be called inside a larger compiled function; `compiled` compiles it alone.
+
+Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, K splits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.choices import InductorChoices
+from torch._inductor.codegen.triton import FixedTritonConfig
+from torch._inductor.virtualized import V
+
+CODES_PER_WORD = 8
+
+# Where `reduce_planes` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
+# Bit 16 is the last in place, because bit 23 of a float begins its exponent.
+SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
+PRESCALE = 80
+
+# Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
+MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
+
+
+def prescale(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Activations as `reduce_planes` wants them: x_PNTG float32, each times its nibble's power of two; sums_TG.
+
+    Powers of two are exact as long as |x| < 2^48. The sums are those of each group, in units of 2^(149 - PRESCALE).
+    """
+    x_TGPN = x_TI.float().unflatten(-1, (groups, -1, CODES_PER_WORD))
+    scaled_N = [x_TGP * 2.0 ** (PRESCALE - place) for (_, place), x_TGP in zip(SUBNORMAL_PLACES, x_TGPN.unbind(-1))]
+    x_PNTG = torch.stack(scaled_N).permute(3, 0, 1, 2).contiguous()
+    return x_PNTG, x_TGPN.sum((-2, -1)) * 2.0 ** (PRESCALE - 149)
+
+
+def reduce_planes(
+    planes_OG: Sequence[Tensor], scales_OG: Tensor, zeros_OG: Tensor, x_PNTG: Tensor, sums_TG: Tensor
+) -> Tensor:
+    """y [T, O] in float32 for a few rows: sum over groups of scale * (sum of code * x - zero * sum of x).
+
+    Turning a nibble into a float costs one instruction. Masked out of the word and read as a float, a nibble n whose
+    lowest bit is bit b has a zero exponent: it is the subnormal number n * 2^(b - 149), exactly. The activation it
+    meets was multiplied by 2^(80 - b) beforehand (`prescale`), so every product is n * x * 2^(80 - 149), whichever b
+    it came from, and one multiplication by 2^(149 - 80) at the end gives n * x:
+
+        (word & (15 << b)) as float * (x * 2^(80 - b)) = n * x * 2^-69
+
+    A fused multiply-add takes subnormal inputs at full speed and rounds its result, which is a normal number, once.
+    So a weight costs two instructions, an AND and a multiply-add, and no weight is ever rounded.
+
+    The planes are P tensors, because Inductor marks a buffer that it loads once `evict_first`, and one loaded P times
+    `evict_last`.
+    """
+    rows_OG: list[Tensor | None] = [None] * x_PNTG.shape[2]
+    for words_OG, x_NTG in zip(planes_OG, x_PNTG.unbind(), strict=True):
+        for (shift, place), x_TG in zip(SUBNORMAL_PLACES, x_NTG.unbind(), strict=True):
+            shifted_OG = words_OG >> shift if shift else words_OG
+            codes_OG = (shifted_OG & (15 << place)).view(torch.float32)
+            for row, (sum_OG, x_G) in enumerate(zip(rows_OG, x_TG.unbind(), strict=True)):
+                rows_OG[row] = codes_OG * x_G if sum_OG is None else sum_OG + codes_OG * x_G
+    scales_OG, zeros_OG = scales_OG.float(), zeros_OG.float()
+    y_TO = [
+        (scales_OG * (sum_OG - zeros_OG * sums_G)).sum(1) * 2.0 ** (149 - PRESCALE)
+        for sum_OG, sums_G in zip(rows_OG, sums_TG.unbind(), strict=True)
+    ]
+    return torch.stack(y_TO)
+
+
+def magic_exponents(device: torch.device) -> Tensor:
+    """The bits of 2^11 and 2^7 as floats, int32 [2]: a tensor, because one instruction takes one constant at most."""
+    return torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
+
+
+def spread(x_TI: Tensor, groups: int) -> Tensor:
+    """Activations as `dot_planes` wants them: x_NJT, the inputs of each nibble, T padded with zeros to 16, 32 or 64."""
+    rows = x_TI.shape[0]
+    padding = (16 if rows <= 16 else 32 if rows <= 32 else -(-rows // 64) * 64) - rows
+    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, padding)).unflatten(-1, (groups, -1, CODES_PER_WORD))
+    return x_TGPN.permute(3, 2, 1, 0).flatten(1, 2).contiguous()
+
+
+def dot_planes(
+    words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NJT: Tensor, exponents: Tensor, splits: int = 1
+) -> Tensor:
+    """y [O, T] for 4 to 64 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
+
+    A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
+    One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale.
+    `splits` cuts the planes into parts summed by different programs, for matrices with few outputs.
+    """
+    exponent_12, exponent_16 = exponents.unbind()
+    groups, rows = scales_OG.shape[1], x_NJT.shape[2]
+    words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
+    scales_O1G = scales_OG.float().unsqueeze(1)
+    offsets_O1G = zeros_OG.float().unsqueeze(1) * scales_O1G
+    y_KOT = None
+    for (shift, place), x_JT in zip(MAGIC_PLACES, x_NJT.unbind(), strict=True):
+        shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
+        magic_KOPG = (shifted_KOPG & (15 << place)) | (exponent_12 if place == 12 else exponent_16)
+        weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + (-offsets_O1G - scales_O1G * 2.0 ** (23 - place))
+        weight_KOJ = weight_KOPG.to(x_NJT.dtype).flatten(2)
+        if splits == 1:
+            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_JT).unsqueeze(0)
+        else:
+            product_KOT = torch.bmm(weight_KOJ, x_JT.unflatten(0, (splits, -1)))
+        y_KOT = product_KOT if y_KOT is None else y_KOT + product_KOT
+    if splits == 1:
+        return y_KOT.squeeze(0)
+    # `as_strided` makes Inductor write the partial sums in float32, as they are in registers, and not rounded.
+    partial_KOT = y_KOT.float().as_strided(y_KOT.shape, y_KOT.stride())
+    return partial_KOT.sum(0).to(x_NJT.dtype)
+
+
+def expand(words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [O, I] itself, each (code - zero) * scale rounded once to `dtype`, a 16-bit one.
+
+    Four weights are computed at a time, as the quarters of one int64: a quarter of the index arithmetic, wide stores.
+    """
+    words_OGP1 = words_OPG.transpose(1, 2).unsqueeze(-1)
+    scales_OG11 = scales_OG.float().unsqueeze(-1).unsqueeze(-1)
+    zeros_OG11 = zeros_OG.float().unsqueeze(-1).unsqueeze(-1)
+    halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
+    half_OGP2 = words_OGP1 >> halves
+    quads_OGP2 = None
+    for nibble in range(4):
+        code = ((half_OGP2 >> 4 * nibble) & 15).float()
+        bits = ((code - zeros_OG11) * scales_OG11).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
+        quads_OGP2 = bits if quads_OGP2 is None else quads_OGP2 | (bits << 16 * nibble)
+    return quads_OGP2.flatten(1)
+
+
+class BlockSizes(InductorChoices):
+    """Inductor's choices, except for the kernels of this file, whose block sizes are known (`block_sizes`): no search."""
+
+    def __init__(self, choose: Callable[..., dict[str, int] | None]) -> None:
+        self.choose = choose
+
+    def uuid(self) -> str:
+        """Part of the key of Inductor's cache of compiled graphs."""
+        return __name__
+
+    def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: Any) -> dict[str, Any]:
+        """The hook that Inductor offers for fixed configurations."""
+        reductions = [node.node.get_reduction_type() for node in features.reduction_nodes()]
+        words = [name for name in features.buf_accesses() if V.graph.get_dtype(name) == torch.int32]
+        if "dot" in reductions:
+            blocks = self.choose("dot", sizes={name: int(size) for name, size in groups[0].items()})
+        elif reductions and len(words) >= 4:
+            sizes = {"x": int(features.numel), "r0_": int(features.reduction_numel)}
+            blocks = self.choose("planes", sizes=sizes, sums=len(reductions))
+        else:
+            blocks = None
+        if blocks is None:
+            return kernel_kwargs
+        return kernel_kwargs | {"fixed_config": FixedTritonConfig(blocks), "override_persistent_reduction": False}
+
+
+OPTIONS: dict[str, Any] = {
+    "triton.native_matmul": True,
+    # Below these thresholds Inductor would cut the long sums into several kernels.
+    "realize_opcount_threshold": 100_000,
+    "realize_reads_threshold": 1_000,
+    "realize_acc_reads_threshold": 1_000,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+def compiled(function: Callable[..., Any], choose: Callable[..., dict[str, int] | None], **options: Any) -> Callable[..., Any]:
+    """`function` compiled for the shapes it meets, with the block sizes that `choose` knows."""
+    lowered = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS | options)
+    choices = BlockSizes(choose)
+
+    def call(*arguments: Any) -> Any:
+        with V.set_choices_handler(choices):
+            return lowered(*arguments)
+
+    return call
