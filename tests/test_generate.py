@@ -1,0 +1,348 @@
+"""The command line of generate: what goes to which stream, what each flag does, what each error says."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny_checkpoints
+import tiny_tokenizers
+
+from miniawq import generate
+from miniawq.completion import complete
+from miniawq.errors import NotFound, UsageError
+from miniawq.generate import build_parser, load, main
+
+FLAGS = """
+--cache-dir --chat-template-kwargs --debug --device --dtype --file --frequency-penalty --greedy --help --ignore-eos
+--interactive --json --local-files-only --max-seq-len --max-tokens --messages --min-p --model --num-samples
+--presence-penalty --prompt --quiet --raw --repetition-penalty --revision --seed --show-prompt --stats --stop
+--system-prompt --temperature --token --top-k --top-p --version -h -i -m -n -p -q
+"""
+CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{{ prefix }}{% endif %}{% if tools %}{{ tools | length }} tools{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A checkpoint of random weights that can be talked to."""
+    directory = tmp_path_factory.mktemp("chat")
+    tiny_checkpoints.make_dense(directory, vocab_size=420, num_hidden_layers=1, max_position_embeddings=128)
+    tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    return str(tiny_tokenizers.write(directory, tiny_tokenizers.byte_level(), tokenizer_config=tokenizer_config))
+
+
+def run(capsys, *flags):
+    """Exit code, stdout and stderr of the command line."""
+    code = main([str(flag) for flag in flags])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def prompt_of(capsys, *flags):
+    """The text that a model is given to continue."""
+    code, _, err = run(capsys, *flags, "--show-prompt", "-n", 1, "-q")
+    assert code == 0
+    return err.removesuffix("\n")
+
+
+def test_flags_are_these():
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert sorted(flags) == FLAGS.split()
+
+
+def test_the_demo_tells_a_story():
+    command = [sys.executable, "-X", "importtime", "-m", "miniawq.generate", "-n", "180"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith(generate.DEMO_PROMPT)
+    assert len(done.stdout.split()) >= 100
+    messages = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(messages) == 1
+    assert re.match(r"Generation: 180 tokens, \d+\.\d tokens-per-sec \(seed 0\)", messages[0])
+    assert re.search(r"\| +miniawq\.completion$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +miniawq\.generate$", done.stderr, re.MULTILINE), "imported twice"
+
+
+def test_the_same_seed_prints_the_same_text(capsys):
+    first = run(capsys, "-n", 20, "--seed", 3)[1]
+    assert run(capsys, "-n", 20, "--seed", 3)[1] == first
+    assert run(capsys, "-n", 20, "--seed", 4)[1] != first
+    both = run(capsys, "-n", 20, "--seed", 3, "--num-samples", 2)[1]
+    assert both == first + "\n" + run(capsys, "-n", 20, "--seed", 4)[1]
+
+
+def test_without_a_seed_a_model_draws_one_and_says_it(capsys, fairytales):
+    flags = [fairytales, "-p", "Once", "-n", 4, "--temperature", 3]
+    seeds = {re.search(r"\(seed (\d+)\)", run(capsys, *flags)[2])[1] for _ in range(2)}
+    assert len(seeds) == 2
+    text = run(capsys, *flags, "--seed", min(seeds))[1]
+    assert run(capsys, *flags, "--seed", min(seeds))[1] == text
+
+
+def test_text_is_that_of_the_library(capsys, fairytales):
+    code, out, err = run(capsys, "--model", fairytales, "--prompt", "Once upon a time", "--temperature", 0, "-n", 30)
+    model, tokenizer = load(fairytales)
+    expected = "".join(complete(model, tokenizer, tokenizer.encode("Once upon a time"), max_tokens=30))
+    assert (code, out) == (0, expected + "\n")
+    assert "seed" not in err
+
+
+def test_quiet_says_nothing_and_stats_say_all(capsys, fairytales):
+    flags = [fairytales, "-p", "Once", "-n", 4, "--greedy"]
+    code, text, err = run(capsys, *flags, "-q")
+    assert (code, err) == (0, "")
+    code, out, err = run(capsys, *flags, "--stats")
+    assert out == text
+    lines = err.splitlines()
+    patterns = [
+        r"Prompt: \d+ tokens, [\d.]+ tokens-per-sec",
+        r"Generation: 4 tokens, [\d.]+ tokens-per-sec, [\d.]+ GB of weights read per second",
+        r"Time to first token: [\d.]+ s; loading: [\d.]+ s",
+        r"Peak memory: [\d.]+ GB",
+        r"Sampling: temperature 0, top_k 0, top_p 1, min_p 0, repetition_penalty 1, .*, seed \d+",
+    ]
+    assert [bool(re.fullmatch(pattern, line)) for pattern, line in zip(patterns, lines, strict=True)] == [True] * 5
+
+
+def test_json_is_one_object_a_line(capsys, fairytales):
+    flags = [fairytales, "-p", "Once", "--max_tokens=3", "--top-k", 5, "--seed", 8, "--num-samples", 2, "--json", "-q"]
+    code, out, _ = run(capsys, *flags)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [record["seed"] for record in records] == [8, 9]
+    assert set(records[0]) == {
+        "prompt", "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps",
+        "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s", "peak_memory",
+        "gigabytes_per_s",
+    }  # fmt: skip
+    assert records[0]["generation_tokens"] == len(records[0]["tokens"]) == 3
+    # generation_config.json of the demo asks for temperature 0.8 and top-p 0.95.
+    assert (records[0]["sampling"]["temperature"], records[0]["sampling"]["top_p"]) == (0.8, 0.95)
+    assert records[0]["sampling"]["top_k"] == 5
+
+
+def test_stop_strings_and_the_models_own_end(capsys, fairytales):
+    flags = [fairytales, "-p", "Once upon a time", "--greedy", "-n", 30, "--json", "-q"]
+    free = json.loads(run(capsys, *flags)[1])
+    word = free["text"].split()[4]
+    stopped = json.loads(run(capsys, *flags, "--stop", "never there", "--stop", word)[1])
+    assert stopped["text"] == free["text"][: free["text"].index(word)]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", word)
+
+
+def test_eos_can_be_ignored(capsys, chat_model, monkeypatch):
+    seen = []
+
+    def spy(*arguments, stop_ids, **options):
+        seen.append(stop_ids)
+        return complete(*arguments, stop_ids=stop_ids, **options)
+
+    monkeypatch.setattr(generate, "complete", spy)
+    run(capsys, chat_model, "-p", "Once", "-n", 1)
+    run(capsys, chat_model, "-p", "Once", "-n", 1, "--ignore-eos")
+    assert len(seen[0]) == 1
+    assert seen[1] == frozenset()
+
+
+def test_prompts_come_from_flags_files_and_stdin(capsys, tmp_path, fairytales):
+    (tmp_path / "prompt.txt").write_bytes(b"Once \\n upon\n")
+    assert prompt_of(capsys, fairytales, "--file", tmp_path / "prompt.txt") == "Once \\n upon\n"
+    assert prompt_of(capsys, fairytales, "-p", "") == ""
+    command = [sys.executable, "-m", "miniawq.generate", fairytales, "-p", "-", "-n", "1", "--show-prompt", "-q"]
+    done = subprocess.run(command, input="Há muito tempo", capture_output=True, check=True, encoding="utf-8")
+    assert done.stderr == "Há muito tempo\n"
+
+
+def test_a_chat_model_gets_its_template_unless_raw(capsys, tmp_path, chat_model):
+    user = "<|im_start|>user\nHi<|im_end|>\n"
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    answer = "<|im_start|>assistant\n"
+    assert prompt_of(capsys, chat_model, "-p", "Hi") == user + answer
+    assert prompt_of(capsys, chat_model, "-p", "Hi", "--raw") == "Hi"
+    assert prompt_of(capsys, chat_model, "-p", "Hi", "--system-prompt", "Be brief.") == system + user + answer
+    prefix = ["--chat-template-kwargs", '{"prefix": "So"}']
+    assert prompt_of(capsys, chat_model, "-p", "Hi", *prefix) == user + answer + "So"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+    (tmp_path / "list.json").write_text(json.dumps(messages[:1]))
+    assert prompt_of(capsys, chat_model, "--messages", tmp_path / "list.json") == user + answer
+    (tmp_path / "object.json").write_text(json.dumps({"messages": messages[:1], "tools": [{"name": "spin"}]}))
+    assert prompt_of(capsys, chat_model, "--messages", tmp_path / "object.json") == user + answer + "1 tools"
+
+
+def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_model):
+    lines = iter(["Hi", "", "/what", "And?", "/clear", "Again", "x" * 500, "/bye", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, out, err = run(capsys, chat_model, "-i", "-n", 3, "--greedy", "--show-prompt")
+    assert code == 0
+    prompts = re.findall(r"<\|im_start\|>user.*?<\|im_start\|>assistant\n(?=\n)", err, re.DOTALL)
+    assert len(prompts) == 4
+    first_answer = out.split("\n")[0]
+    assert prompts[1].count("<|im_start|>user") == 2
+    assert f"assistant\n{first_answer}<|im_end|>" in prompts[1]
+    assert prompts[2].count("<|im_start|>user") == 1
+    assert err.count("/clear begins again") == 2
+    assert "the prompt does not fit into the context" in err
+    assert list(lines) == ["never read"]
+
+
+@pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
+def test_ctrl_d_and_ctrl_c_leave_a_conversation(capsys, monkeypatch, chat_model, leave):
+    def no_line(prompt):
+        raise leave
+
+    monkeypatch.setattr("builtins.input", no_line)
+    assert run(capsys, chat_model, "-i")[:2] == (0, "")
+
+
+def interrupted(monkeypatch, after):
+    """Press Ctrl-C behind a number of tokens."""
+    pushed = generate.Tokenizer.stream
+
+    def stream(tokenizer, prompt_ids):
+        made, count = pushed(tokenizer, prompt_ids), iter(range(after))
+        push = made.push
+
+        def counting(token_id):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            return push(token_id)
+
+        made.push = counting
+        return made
+
+    monkeypatch.setattr(generate.Tokenizer, "stream", stream)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(capsys, monkeypatch, chat_model):
+    lines = iter(["Hi", "Still there?", "/bye"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    interrupted(monkeypatch, after=3)
+    code, out, err = run(capsys, chat_model, "-i", "-n", 9, "--ignore-eos", "--show-prompt", "--stats")
+    assert code == 0
+    assert err.count("[stopped]") == 2
+    assert err.count("Generation: 4 tokens") == 2
+    assert f"assistant\n{out.splitlines()[0]}<|im_end|>\n<|im_start|>user\nStill there?" in err
+
+
+def test_ctrl_c_prints_the_figures_so_far_and_exits_with_130(capsys, monkeypatch, fairytales):
+    interrupted(monkeypatch, after=3)
+    code, out, err = run(capsys, fairytales, "-p", "Once", "-n", 9, "--greedy")
+    assert code == 130
+    assert out.endswith("\n")
+    assert "Generation: 4 tokens" in err
+    assert "interrupted" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_sigint_ends_a_story_at_once():
+    command = [sys.executable, "-u", "-m", "miniawq.generate"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(40)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Generation: " in err
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["-m", "here", "there", "-p", "x"], 2, "two models are given"),
+        (["here"], 2, "there is no prompt\n  give --prompt, --file, --messages or --interactive"),
+        (["here", "-i", "--json"], 2, "--interactive goes with none of"),
+        (["here", "-p", "x", "--raw", "--system-prompt", "y"], 2, "--raw goes with none of"),
+        (["--num-samples", "0"], 2, "--num-samples 0 makes no sense"),
+        (["-n", "0"], 2, "--max-tokens 0 makes no sense\n  give 1 or more, or -1 for all"),
+        (["--chat-template-kwargs", '{"messages": []}'], 2, "'messages' cannot be set"),
+        (
+            ["--max-seq-len", "513"],
+            2,
+            "--max-seq-len 513 is out of range\n  config.json: max_position_embeddings = 512",
+        ),
+        (["--max-seq-len", "-4"], 2, "--max-seq-len -4 is out of range"),
+        (["-i"], 2, "this model cannot talk\n  it has no chat template: a base model\n  use --prompt"),
+        (["--device", "warp"], 2, "device 'warp' cannot be used"),
+        (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be above 0 and at most 1"),
+        (["-p", "x", "--system-prompt", "y"], 1, "this checkpoint has no chat template"),
+        (["-p", "king " * 600], 1, "the prompt does not fit into the context\n  it has 6"),
+        (["-p", "king", "--max-seq-len", "2"], 1, "prompt and answer together may have 2"),
+        (["--file", "no/such/file"], 5, "no/such/file cannot be read"),
+        (["no/such/directory/", "-p", "x"], 5, "there is no directory no/such/directory/"),
+    ],
+)
+def test_errors_say_what_why_and_what_to_do(capsys, flags, code, message):
+    found, out, err = run(capsys, *flags)
+    assert (found, out) == (code, "")
+    assert err.startswith("miniawq generate: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-p", "a", "--file", "b"], "not allowed with argument"),
+        (["--greedy", "--temperature", "1"], "not allowed with argument"),
+        (["--stats", "--quiet"], "not allowed with argument"),
+        (["--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object"),
+        (["--dtype", "int4"], "invalid choice"),
+        (["--max-tokens", "many"], "invalid int value"),
+        (["--no-such-flag"], "unrecognized arguments"),
+    ],
+)
+def test_flags_that_cannot_be_parsed_are_usage_errors(capsys, flags, message):
+    with pytest.raises(SystemExit) as left:
+        main(flags)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "the messages cannot be read"),
+        (b'{"tools": []}', "KeyError: 'messages'"),
+        (b'["hello"]', "the messages cannot be read"),
+        (b"3", "the messages cannot be read"),
+        (b"[]", "there are no messages"),
+        (b"\xff\xfe", "the prompt is not UTF-8"),
+    ],
+)
+def test_message_files_that_cannot_be_read_are_refused(capsys, tmp_path, chat_model, content, message):
+    (tmp_path / "messages.json").write_bytes(content)
+    code, out, err = run(capsys, chat_model, "--messages", tmp_path / "messages.json")
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+def test_the_context_shortens_an_answer_and_says_so(capsys, caplog, chat_model):
+    with caplog.at_level(logging.INFO, logger="miniawq"):
+        code, out, _ = run(capsys, chat_model, "-p", "Once", "--raw", "-n", 500, "--ignore-eos", "--json")
+        record = json.loads(out)
+        assert code == 0
+        assert record["prompt_tokens"] + record["generation_tokens"] == 128
+        assert record["finish_reason"] == "length"
+        assert "new tokens fit behind a prompt of" in caplog.text
+        caplog.clear()
+        every = json.loads(run(capsys, chat_model, "-p", "Once", "--raw", "-n", -1, "--ignore-eos", "--json")[1])
+        assert every["generation_tokens"] == record["generation_tokens"]
+        short = ["--max-seq-len", record["prompt_tokens"] + 3, "--ignore-eos", "--json", "--raw"]
+        assert json.loads(run(capsys, chat_model, "-p", "Once", *short)[1])["generation_tokens"] == 3
+        assert not caplog.text
+
+
+def test_load_takes_device_and_dtype_and_refuses_what_is_not_there(fairytales, device):
+    model, tokenizer = load(fairytales, device=device, dtype=None)
+    assert model.model.embed_tokens.weight.device.type == device.type
+    assert tokenizer.eos_ids
+    with pytest.raises(UsageError, match="device 'warp' cannot be used"):
+        load(fairytales, device="warp")
+    with pytest.raises(NotFound, match="no/such/directory"):
+        load("./no/such/directory")
