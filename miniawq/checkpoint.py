@@ -200,11 +200,7 @@ def weight_files(files: LocalFiles) -> dict[str, set[str]]:
     for pattern, (kind, why) in FOREIGN_FILES.items():
         if names := [name for name in files.names if re.search(pattern, name)]:
             refuse_layout(kind, f"{_some(names)}: {why}")
-    raise UnsupportedCheckpoint(
-        "there are no weights here",
-        f"{files.directory} has no safetensors file",
-        "name a directory with config.json and model.safetensors",
-    )
+    raise files.missing(["model.safetensors"])
 
 
 def _indexed_files(files: LocalFiles, index: str) -> dict[str, set[str]]:
@@ -220,11 +216,7 @@ def _indexed_files(files: LocalFiles, index: str) -> dict[str, set[str]]:
                 "do not use this upload: such an index can read files it should not",
             )
     if missing := [shard for shard in shards if shard not in files.names]:
-        raise UnsupportedCheckpoint(
-            f"{len(missing)} of {len(shards)} weight files are missing",
-            f"{index} names {_some(missing)}",
-            "the download may be incomplete: download the repository again",
-        )
+        raise files.missing([f"{_some(missing)} ({len(missing)} of {len(shards)} files that {index} names)"])
     return {shard: {key for key, file in weight_map.items() if file == shard} for shard in shards}
 
 

@@ -6,15 +6,18 @@ Small files come first; a weight file is fetched when a tensor of it is read, an
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from miniawq.errors import MiniawqError, NotFound, UnsupportedCheckpoint, UsageError
+
+log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parent / "demo" / "fairytales-awq"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -39,6 +42,14 @@ class LocalFiles:
     def json(self, name: str) -> Any:
         """A parsed JSON file. UnsupportedCheckpoint on a key that is there twice and on numbers JSON does not know."""
         return parse_json(self.local(name))
+
+    def missing(self, names: Sequence[str]) -> MiniawqError:
+        """The error that files are not there."""
+        return UnsupportedCheckpoint(
+            "weight files are missing",
+            f"{self.directory} lacks {', '.join(names)}",
+            "the download may be incomplete: download the repository again",
+        )
 
     def header(self, name: str) -> Header:
         """dtype and shape of every tensor of a safetensors file, no values read."""
@@ -76,10 +87,30 @@ class HubFiles(LocalFiles):
             )
         super().__init__(Path(str(found)))
         self.commit = self.directory.name
-        self.online = not local_files_only and not constants.HF_HUB_OFFLINE
+        self.online = not local_files_only and self._list(token)
+
+    def _list(self, token: str | bool | None) -> bool:
+        """Learn the names of all files from the Hub; False when it cannot be asked, and the cache is all there is."""
+        try:
+            with hub_errors(self.repo_id, self.commit):
+                info = HfApi(token=token).model_info(self.repo_id, revision=self.commit)
+        except NotFound as error:
+            log.info("%s; going on with the files in the cache", error.what)
+            return False
+        if info.id != self.repo_id:
+            log.warning("%s is now called %s", self.repo_id, info.id)
+        self.names = sorted(sibling.rfilename for sibling in info.siblings or [])
+        return True
+
+    def missing(self, names: Sequence[str]) -> MiniawqError:
+        """The error that weight files are not there: offline, it is the cache that lacks them."""
         if self.online:
-            with hub_errors(repo_id, revision):
-                self.names = sorted(HfApi(token=token).list_repo_files(repo_id, revision=self.commit))
+            return super().missing(names)
+        return NotFound(
+            f"{self.repo_id} is only partly in the cache",
+            f"{self.directory} lacks {', '.join(names)}, and the Hub cannot be reached or may not be asked",
+            "run once with the network, without --local-files-only and HF_HUB_OFFLINE",
+        )
 
     def local(self, name: str) -> Path:
         """The path of a file in the cache, downloaded if it is not there yet."""

@@ -262,7 +262,7 @@ FILES = {
     "pickle": (["pytorch_model.bin"], ["pickle", "run code"]),
     "llm-awq": (["llama-w4-g128-v2.pt"], ["pickle", ".pt"]),
     "onnx": (["model.onnx"], ["model.onnx"]),
-    "nothing": ([], ["no weights"]),
+    "nothing": ([], ["lacks model.safetensors"]),
 }
 
 
@@ -309,7 +309,7 @@ def test_header_longer_than_the_file_refused(tmp_path):
 
 
 INDEXES = {
-    "missing-shard": (lambda m: m | {"x": "model-00009-of-00009.safetensors"}, ["1 of 3 weight files", "00009"]),
+    "missing-shard": (lambda m: m | {"x": "model-00009-of-00009.safetensors"}, ["weight files are missing", "1 of 3 files", "00009"]),
     "parent": (lambda m: m | {"x": "../other/model.safetensors"}, ["outside the checkpoint", ".."]),
     "absolute": (lambda m: m | {"x": "/etc/model.safetensors"}, ["outside the checkpoint", "/etc"]),
     "pickle": (lambda m: m | {"x": "model.bin"}, ["outside the checkpoint", "model.bin"]),
