@@ -188,20 +188,20 @@ def pack(codes_RC: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
         )
     if codes_RC.numel() and (codes_RC.amax() > TOP_CODE or codes_RC.amin() < 0):
         raise InvalidInput("a code is outside 0..15", f"the codes reach from {codes_RC.min()} to {codes_RC.max()}")
-    columns_RWC = codes_RC.to(torch.int32).unflatten(-1, (-1, CODES_PER_WORD))
-    words_RW = torch.zeros(columns_RWC.shape[:-1], dtype=torch.int32, device=codes_RC.device)
+    codes_RW8 = codes_RC.to(torch.int32).unflatten(-1, (-1, CODES_PER_WORD))
+    words_RW = torch.zeros(codes_RW8.shape[:-1], dtype=torch.int32, device=codes_RC.device)
     for nibble, column in enumerate(order):
-        words_RW |= columns_RWC[..., column] << 4 * nibble
+        words_RW |= codes_RW8[..., column] << 4 * nibble
     return words_RW
 
 
 def unpack(words_RW: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
     """int32 words [R, W] to uint8 codes [R, 8 W]: the inverse of `pack` on every bit pattern."""
-    codes_RWC = torch.empty(*words_RW.shape, CODES_PER_WORD, dtype=torch.uint8, device=words_RW.device)
+    codes_RW8 = torch.empty(*words_RW.shape, CODES_PER_WORD, dtype=torch.uint8, device=words_RW.device)
     for nibble, column in enumerate(order):
         # `>>` copies the sign bit into the top nibble; the mask removes it.
-        codes_RWC[..., column] = (words_RW >> 4 * nibble) & TOP_CODE
-    return codes_RWC.flatten(-2)
+        codes_RW8[..., column] = (words_RW >> 4 * nibble) & TOP_CODE
+    return codes_RW8.flatten(-2)
 
 
 Tensors = Mapping[str, Tensor]

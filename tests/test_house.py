@@ -1,0 +1,164 @@
+"""The rules of CONTRIBUTING.md that a machine can check."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+
+from miniawq.__main__ import VERBS, main
+from miniawq.completion import generate
+from miniawq.generate import load
+from miniawq.packing import LAYOUTS, quantize, symmetric_grid
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "miniawq"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the foundation up: a file imports only from files of earlier lines, and from those before it in its own.
+LADDER = """
+    errors cli
+    packing
+    forms kernel
+    rope model
+    awq
+    quant_config layouts hub shards checkpoint
+    chat tokenizer
+    sampling decode completion repl generate
+    calibration memory journal stream verify report quantize
+    evaluate plan convert
+""".split()
+
+
+def imports(path: Path) -> set[str]:
+    """The miniawq modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("miniawq."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "miniawq":
+            found |= {alias.name for alias in node.names if alias.name != "__version__"}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("miniawq.")}
+    return found
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent == PACKAGE], ids=lambda path: path.stem)
+def test_imports_point_down_the_ladder(path):
+    if path.stem in ("__init__", "__main__"):
+        assert not imports(path) - {"errors"}
+        return
+    below = LADDER[: LADDER.index(path.stem)]
+    assert imports(path) <= set(below), f"{path.stem} imports from above itself"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_hold_one_idea(path):
+    assert path.read_text().count("\n") <= 450
+    for function in functions(path):
+        assert function.end_lineno - function.lineno <= 70, f"{function.name} is too long"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_imported_inside_a_function_but_optional_extras(path):
+    inner = {
+        alias.name.split(".")[0]
+        for function in functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
+    }
+    assert inner <= {"matplotlib"}
+
+
+def suffix(name: str) -> str:
+    """The dimensions that a name ends in: codes_OI -> OI."""
+    found = re.fullmatch(r"[a-z0-9_]*[a-z0-9]_((?:[A-Z]|\d)+)", name)
+    return found.group(1) if found and not found.group(1).isdigit() else ""
+
+
+def misnamed(frame: FrameType) -> list[str]:
+    """Tensors of a returning function whose names tell another shape than they have."""
+    wrong, sizes = [], {}
+    for name, value in frame.f_locals.items():
+        dimensions = suffix(name)
+        if not dimensions or not isinstance(value, torch.Tensor):
+            continue
+        where = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}: {name} has shape {tuple(value.shape)}"
+        if len(dimensions) != value.dim():
+            wrong.append(where)
+            continue
+        for letter, size in zip(dimensions, value.shape, strict=True):
+            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            if size != expected and size != 1:
+                wrong.append(f"{where}, but {letter} is {expected}")
+    return wrong
+
+
+def test_the_shape_checker_sees_a_wrong_name():
+    def bad():
+        y_OI = torch.zeros(2)
+        return sys._getframe(), y_OI
+
+    def mixed():
+        a_OI, b_IO = torch.zeros(2, 3), torch.zeros(2, 3)
+        return sys._getframe(), a_OI, b_IO
+
+    assert "y_OI has shape (2,)" in misnamed(bad()[0])[0]
+    assert "I is 3" in misnamed(mixed()[0])[0]
+
+
+def test_names_of_tensors_tell_their_shapes():
+    wrong: set[str] = set()
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        if event == "return" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            wrong.update(misnamed(frame))
+
+    sys.setprofile(watch)
+    try:
+        model, tokenizer = load(None, device="cpu")
+        prompt_BL = torch.tensor([tokenizer.encode("Once upon a time"), tokenizer.encode("There lived a king")])
+        for _ in generate(model, prompt_BL, max_tokens=3):
+            pass
+        for encode, decode in LAYOUTS.values():
+            decode(encode(quantize(torch.randn(24, 64), 32, symmetric_grid)), 32)
+    finally:
+        sys.setprofile(None)
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def documented_commands() -> list[str]:
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
+    return sorted(set(re.findall(r"^\s*(?:\.venv/bin/)?((?:miniawq|python -m miniawq\.)\s?[^#\n|]+?)\s*(?:#.*)?$", text, re.M)))
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_have_the_flags_they_use(command):
+    words = shlex.split(command.replace("python -m miniawq.", "miniawq ").split(">")[0])
+    if words[1] == "oracle":
+        pytest.skip("the oracle hands its arguments to pytest")
+    importlib.import_module(f"miniawq.{words[1]}").build_parser().parse_args(words[2:])
+
+
+def test_every_verb_answers_help(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as exit_:
+            main([verb, "--help"])
+        assert exit_.value.code == 0
+        assert "usage: " in capsys.readouterr().out
+
+
+def test_an_unknown_verb_is_a_usage_error(capsys):
+    assert main(["quantise"]) == 2
+    assert "there is no verb 'quantise'" in capsys.readouterr().err
+    assert main([]) == 2
