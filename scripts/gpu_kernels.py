@@ -40,6 +40,7 @@ GROUP = 128
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 L2_BYTES = 60e6
+SEEN = []
 # Largest error allowed, relative to sum |x| |w|: see tests/test_kernel_forms.py for where these come from.
 BOUNDS = {"planes": 2e-5, "dot": 2e-3, "expand": 2e-3}
 
@@ -67,10 +68,13 @@ def seconds_per_call(function, argument_sets, replays=15):
         for arguments in sets[:2]:
             function(*arguments)
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
         for arguments in sets:
             function(*arguments)
+        graph.capture_end()
     times = []
     for _ in range(replays + 3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -118,10 +122,16 @@ def exact_weight(words_OPG, scales_OG, zeros_OG):
 
 
 def compiled(function, blocks=None, **options):
+    """Compiled with exactly these block sizes; `SEEN` keeps what Inductor says that the kernels iterate over."""
     if not CUDA:
         return function
     torch._dynamo.reset()
-    return forms.compiled(function, lambda *_, **__: blocks, fx_graph_cache=False, **options)
+
+    def choose(kind, **sizes):
+        SEEN.append(f"{kind} {sizes}")
+        return blocks
+
+    return forms.compiled(function, choose, fx_graph_cache=False, **options)
 
 
 def planes_job(case, rows, blocks):
@@ -157,7 +167,7 @@ def expand_job(case, rows, slice_rows, _shared={}):
         for first in range(0, len(words_OPG), slice_rows):
             some = slice(first, first + slice_rows)
             weight_OI = expand(words_OPG[some], scales_OG[some], zeros_OG[some], torch.bfloat16).view(torch.bfloat16)
-            y_TO[:, some] = x_TI @ weight_OI.t()
+            torch.mm(x_TI, weight_OI.t(), out=y_TO[:, some])
         return y_TO
 
     return sliced, case.weights, lambda y: y
@@ -176,6 +186,7 @@ JOBS = {"planes": planes_job, "dot": dot_job, "expand": expand_job, "dense": den
 
 def run_job(job, case):
     start = time.perf_counter()
+    SEEN.clear()
     kind, arguments = job["kind"], job["arguments"]
     with gpu_turn():
         function, sets, finish = JOBS[kind](case, **arguments)
@@ -193,6 +204,7 @@ def run_job(job, case):
         "error": f"{error:.1e}",
         "right": error <= bound,
         "compile_s": round(compile_seconds, 1),
+        "seen": list(SEEN),
     }
 
 
@@ -293,7 +305,7 @@ def main():
         jobs = [job for job in jobs if job["shape"] == "8b.o"]
     queues = [jobs[k * len(jobs) // arguments.workers : (k + 1) * len(jobs) // arguments.workers] for k in range(arguments.workers)]
     environment = os.environ | {
-        "GPU_LOCK": tempfile.mkstemp(prefix="gpu-lock")[1],
+        "GPU_LOCK": os.environ.get("GPU_LOCK") or tempfile.mkstemp(prefix="gpu-lock")[1],
         "DEADLINE": str(time.time() + arguments.seconds),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "OMP_NUM_THREADS": "1",

@@ -3,7 +3,8 @@
     python scripts/peers/bench_gpu.py --out $OUT --seconds 200
 
 gemlite (0.6.0) must be importable, AutoAWQ's `awq/modules/triton/gemm.py` importable as `autoawq_gemm`; what is absent is
-said and left out. Cold L2, several copies of the weight in rotation, CUDA graphs, the median of the replays.
+said and left out. Cold L2, several copies of the weight in rotation, CUDA graphs, the median of the replays. With GPU_LOCK set to a file it
+takes turns with gpu_kernels.py.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / ".whl/peers")]
 os.environ.setdefault("GPU_LOCK", tempfile.mkstemp(prefix="gpu-lock")[1])
-from gpu_kernels import CUDA, DEVICE, GROUP, L2_BYTES, SHAPES, Case, exact_weight, seconds_per_call
+from gpu_kernels import CUDA, DEVICE, GROUP, L2_BYTES, SHAPES, Case, exact_weight, gpu_turn, seconds_per_call
 
 from miniawq.packing import pack
 
@@ -92,16 +93,19 @@ def main():
     arguments = parser.parse_args()
     deadline, results = time.time() + arguments.seconds, []
     for shape in arguments.shapes.split(","):
-        case = Case(*(SHAPES[shape] if CUDA else (1024, 1024)))
+        with gpu_turn():
+            case = Case(*(SHAPES[shape] if CUDA else (1024, 1024)))
         for name, make in KERNELS.items():
             if time.time() > deadline:
                 break
             try:
-                kernel, weights, dtype = make(case, len(case.weights))
+                with gpu_turn():
+                    kernel, weights, dtype = make(case, len(case.weights))
                 for rows in (rows for rows in ROWS if rows <= MOST_ROWS[name]):
                     x_TI = case.x_TI.repeat(-(-rows // len(case.x_TI)), 1)[:rows].to(dtype)
                     error = case.error(kernel(x_TI, weights[0]))
-                    seconds = seconds_per_call(kernel, [(x_TI, weight) for weight in weights])
+                    with gpu_turn():
+                        seconds = seconds_per_call(kernel, [(x_TI, weight) for weight in weights])
                     result = {"shape": shape, "kernel": name, "rows": rows, "us": round(seconds * 1e6, 2), "error": error}
                     results.append(result)
                     print(f"{shape:12s} {name:9s} rows {rows:5d} {seconds * 1e6:9.2f} us  err {error:.1e}", flush=True)
