@@ -117,7 +117,7 @@ def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | Non
 
 
 class KVCache:
-    """Keys and values of all positions so far, in buffers of a fixed size.
+    """Keys and values of all positions so far, in buffers of a fixed size, the heads of one position side by side.
 
     `padding_B` counts the unused positions at the start of each row, so that rows of different lengths end together.
     """
@@ -132,22 +132,23 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         padding_B: Tensor | None = None,
     ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_seq_len, config.head_dim)
-        self.keys_NBJME = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_NBJME = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.num_hidden_layers, batch, max_seq_len, config.num_key_value_heads, config.head_dim)
+        self.keys_NBMJE = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_NBMJE = torch.zeros(shape, device=device, dtype=dtype)
         self.padding_B = padding_B
         self.length = 0
 
     @property
     def max_seq_len(self) -> int:
         """Positions there is room for."""
-        return self.keys_NBJME.shape[3]
+        return self.keys_NBMJE.shape[2]
 
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; return all of them up to now, [B, J, M, E]."""
         end = self.length + k_BJLE.shape[2]
         assert end <= self.max_seq_len, f"{end} positions in a cache of {self.max_seq_len}"
-        keys_BJME, values_BJME = self.keys_NBJME[layer, :, :, :end], self.values_NBJME[layer, :, :, :end]
+        keys_BJME = self.keys_NBMJE[layer, :, :end].transpose(1, 2)
+        values_BJME = self.values_NBMJE[layer, :, :end].transpose(1, 2)
         keys_BJME[:, :, self.length :], values_BJME[:, :, self.length :] = k_BJLE, v_BJLE
         return keys_BJME, values_BJME
 
@@ -183,8 +184,15 @@ def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | Non
     return scaled_dot_product_attention(q_BJLE, k_BJME, v_BJME, attn_mask=rows).reshape(batch, heads, new, size)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, the mean in float32."""
+    x32 = x.float()
+    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean in float32."""
+    """`rms_norm` with a weight of its own."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -193,9 +201,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        x32 = x.float()
-        scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
