@@ -1,0 +1,142 @@
+"""One layer: from its weight and the second moments of its inputs to codes.
+
+Sixteen codes span a range of values in each group. Plain rounding spans all weights of the group; clipping chooses a
+narrower (sometimes wider) range for what the layer's outputs lose. With C = mean(x x^T) over the calibration text, an
+error E of the weight costs tr(E C E^T), so the search needs no text.
+
+Shapes: O outputs, I inputs, G groups of S inputs, K candidates, R some of the rows O.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from miniawq.packing import GRIDS, TOP_CODE, Quantized
+
+CLIP_LIMITS = [1 - index / 20 for index in range(10)]
+COARSE, FINE = (0.0, 0.1, -0.1, -0.2, -0.3), (0.0, 0.05, -0.05)
+CANDIDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Q: groups of `group_size` inputs (-1: all), scales and zeros by one of `packing.GRIDS`."""
+
+    group_size: int = 128
+    grid: str = "asymmetric"
+    scale_dtype: torch.dtype = torch.float16
+
+    def grouped(self, weight_OI: Tensor) -> Tensor:
+        """The weight as [O, G, S]."""
+        return weight_OI.unflatten(1, (-1, weight_OI.shape[1] if self.group_size == -1 else self.group_size))
+
+    def ends(self, weight_OI: Tensor) -> Tensor:
+        """The plain range of every group, [O, G, 2]: its lowest and its highest value, zero included."""
+        groups_OGS = self.grouped(weight_OI)
+        return torch.stack((groups_OGS.amin(-1).clamp(max=0), groups_OGS.amax(-1).clamp(min=0)), dim=-1)
+
+    def scales_and_zeros(self, ends_OG2: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [O, G] of given ranges: a grid depends on the ends alone."""
+        return GRIDS[self.grid](ends_OG2, self.scale_dtype)
+
+    def snap(self, weight_RS: Tensor, ends_R2: Tensor) -> Tensor:
+        """Weights [..., R, S] at the nearest values of ranges [..., R, 2], in float32."""
+        scales_R, zeros_R = self.scales_and_zeros(ends_R2)
+        scales_R1, zeros_R1 = scales_R.float().unsqueeze(-1), zeros_R.unsqueeze(-1)
+        return (weight_RS / scales_R1).round_().add_(zeros_R1).clamp_(0, TOP_CODE).sub_(zeros_R1).mul_(scales_R1)
+
+    def plain(self, weight_OI: Tensor) -> Tensor:
+        """Q(W): plain rounding."""
+        return self.snap(self.grouped(weight_OI), self.ends(weight_OI)).flatten(1)
+
+
+def layer_loss(error_OI: Tensor, moments_II: Tensor) -> Tensor:
+    """tr(E C E^T) / O: the mean squared error of a layer's outputs when its weight is off by E."""
+    return ((error_OI @ moments_II) * error_OI).sum() / len(error_OI)
+
+
+Candidates = Callable[[Tensor, Tensor], Tensor]
+
+
+def limited(plain_R2: Tensor, best_R2: Tensor) -> Tensor:
+    """The paper's candidates [K, R, 2]: a range limited on both sides to parts of its largest magnitude."""
+    limits_KR = torch.tensor(CLIP_LIMITS, device=plain_R2.device)[:, None] * plain_R2.abs().amax(-1)
+    return torch.stack((plain_R2[:, 0].maximum(-limits_KR), plain_R2[:, 1].minimum(limits_KR)), dim=-1)
+
+
+def moved(plain_R2: Tensor, best_R2: Tensor, steps: Sequence[float]) -> Tensor:
+    """Candidates [K, R, 2]: each end of the best range so far moved by steps of its own, no move first."""
+    steps_K2 = torch.tensor(list(itertools.product(steps, repeat=2)), device=plain_R2.device)
+    return best_R2 + steps_K2[:, None] * plain_R2
+
+
+def limit_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> Tensor:
+    """The paper's clipping, ranges [O, G, 2]: each group by itself, as if the others had no error."""
+    return _by_rows(weight_OI, moments_II, rounding, [limited], alone=True)
+
+
+def range_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> Tensor:
+    """Ranges [O, G, 2] chosen group by group, both ends, with the errors that the other groups make.
+
+    For the error E of a group and the pull P = E' C of the others' error E', the loss changes by E C E^T + 2 E P^T. No
+    step makes it larger, so the layer never loses more than by plain rounding.
+    """
+    stages = [partial(moved, steps=COARSE), partial(moved, steps=FINE)]
+    return _by_rows(weight_OI, moments_II, rounding, stages, alone=False)
+
+
+def _by_rows(
+    weight_OI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], alone: bool
+) -> Tensor:
+    """Rows do not know each other, so a few at a time bound the memory."""
+    elements = CANDIDATE_ELEMENTS.get(weight_OI.device.type, CANDIDATE_ELEMENTS["cpu"])
+    group_size = rounding.grouped(weight_OI).shape[-1]
+    step = max(1, elements // (len(COARSE) ** 2 * group_size))
+    return torch.cat([_search(rows_RI, moments_II, rounding, stages, alone) for rows_RI in weight_OI.split(step)])
+
+
+def _search(
+    weight_RI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], alone: bool
+) -> Tensor:
+    ends_RG2 = rounding.ends(weight_RI)
+    error_RI = rounding.plain(weight_RI) - weight_RI
+    every_R = torch.arange(len(weight_RI), device=weight_RI.device)
+    group_size = rounding.grouped(weight_RI).shape[-1]
+    for group, plain_R2 in enumerate(ends_RG2.clone().unbind(1)):
+        here = slice(group * group_size, (group + 1) * group_size)
+        weight_RS, moments_SS = weight_RI[:, here], moments_II[here, here]
+        pull_RS = torch.zeros_like(weight_RS)
+        if not alone:
+            pull_RS = error_RI @ moments_II[:, here] - error_RI[:, here] @ moments_SS
+        for candidates in stages:
+            ends_KR2 = candidates(plain_R2, ends_RG2[:, group])
+            error_KRS = rounding.snap(weight_RS, ends_KR2) - weight_RS
+            loss_KR = ((error_KRS @ moments_SS + 2 * pull_RS) * error_KRS).sum(-1)
+            lowest_R, best_R = loss_KR.min(0)
+            best_R = best_R.where(lowest_R < loss_KR[0], 0)
+            ends_RG2[:, group], error_RI[:, here] = ends_KR2[best_R, every_R], error_KRS[best_R, every_R]
+    return ends_RG2
+
+
+def compensated(weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, moments_II: Tensor) -> Quantized:
+    """Round column by column and let the columns to come make up for each error (GPTQ, arXiv 2210.17323).
+
+    Codes are then no longer the nearest to the weights: errors of weights grow, errors of outputs shrink.
+    """
+    damping = DAMPING * moments_II.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damped_II = moments_II + damping * torch.eye(len(moments_II), device=moments_II.device)
+    factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+    rest_OI, codes_OI = weight_OI.clone(), torch.empty_like(weight_OI, dtype=torch.uint8)
+    group_size = weight_OI.shape[1] // scales_OG.shape[1]
+    for column in range(weight_OI.shape[1]):
+        scale_O, zero_O = scales_OG[:, column // group_size].float(), zeros_OG[:, column // group_size]
+        code_O = ((rest_OI[:, column] / scale_O).round() + zero_O).clamp(0, TOP_CODE)
+        error_O = (rest_OI[:, column] - (code_O - zero_O) * scale_O) / factor_II[column, column]
+        rest_OI[:, column + 1 :] -= error_O[:, None] * factor_II[column, column + 1 :]
+        codes_OI[:, column] = code_O.to(torch.uint8)
+    return Quantized(codes_OI, scales_OG, zeros_OG)

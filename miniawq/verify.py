@@ -1,0 +1,72 @@
+"""Check a finished INT4 checkpoint against the dense one it was made from, from the files alone.
+
+With the scale s and zero z of a group as stored, and codes that are the nearest ones, no weight w of the smoothed model
+is further from its stored value than
+
+    max(s / 2, max(w) - (15 - z) s, -min(w) - z s)
+
+where the last two are what clipping, on purpose, cuts off.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miniawq.checkpoint import Checkpoint
+from miniawq.errors import MiniawqError
+from miniawq.packing import TOP_CODE, Quantized, row_slices
+
+ROUNDING = 1e-6
+
+
+def verify(
+    source: Checkpoint,
+    written: Checkpoint,
+    listed: set[str],
+    smooth: Callable[[str, Tensor], Tensor],
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Check every linear layer of `written`: packed within the bound, or in `listed` and dense.
+
+    `smooth` gives a layer's weight [O, I] float32 after folding. MiniawqError names the first layer that fails.
+    """
+    packed, worst = 0, 0.0
+    for name in source.linears:
+        if (name in written.quantized) == (name in listed):
+            raise _broken(name, "it is neither packed nor listed as dense, or it is both")
+        if name in listed:
+            continue
+        quantized = written.read_linear(name, device)
+        assert isinstance(quantized, Quantized)
+        weight_OI = smooth(name, source.read(f"{name}.weight", device).float())
+        error = error_over_bound(weight_OI, quantized)
+        if not error <= 1 + ROUNDING:
+            raise _broken(name, f"a weight is {error:.6f} times the bound away from its code")
+        packed, worst = packed + 1, max(worst, error)
+    return {"packed_linears": packed, "dense_linears": sorted(listed), "largest_error_over_bound": worst}
+
+
+def error_over_bound(weight_OI: Tensor, quantized: Quantized) -> float:
+    """The largest error of any weight, in units of its group's bound; at most 1 for nearest codes."""
+    codes_OI, scales_OG, zeros_OG = quantized
+    worst = []
+    for rows in row_slices(codes_OI):
+        groups_OGS = weight_OI[rows].unflatten(1, (scales_OG.shape[1], -1)).double()
+        scale_OG, zero_OG = scales_OG[rows].double(), zeros_OG[rows].double()
+        above_OG = groups_OGS.amax(-1) - (TOP_CODE - zero_OG) * scale_OG
+        below_OG = -groups_OGS.amin(-1) - zero_OG * scale_OG
+        bound_OG = torch.maximum(torch.maximum(above_OG, below_OG), scale_OG / 2)
+        codes_OGS = codes_OI[rows].unflatten(1, (scales_OG.shape[1], -1))
+        values_OGS = (codes_OGS - zero_OG.unsqueeze(-1)) * scale_OG.unsqueeze(-1)
+        worst.append(((groups_OGS - values_OGS).abs().amax(-1) / bound_OG).max())
+    return float(torch.stack(worst).max())
+
+
+def _broken(name: str, why: str) -> MiniawqError:
+    return MiniawqError(
+        f"the written checkpoint is wrong at {name}",
+        why,
+        "do not use it; this is a defect of miniawq or of the disk: please report it",
+    )
