@@ -29,7 +29,7 @@ LADDER = """
     awq
     quant_config layouts hub shards checkpoint
     chat tokenizer
-    sampling decode completion repl generate
+    sampling products decode completion repl generate
     calibration memory journal stream verify report quantize
     evaluate plan convert
 """.split()

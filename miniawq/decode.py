@@ -1,0 +1,317 @@
+"""One more token for every row: what `model.py` computes for one position, by few compiled functions in fixed buffers.
+
+A layer is two functions of tensors, around its attention. The weights are arguments, so each is compiled once and
+called for every layer. The length is a number on the device, so no length ever compiles anything: new keys are written
+where it points, and attention, which is not compiled, reads as far as it says. On CUDA the launches of a whole token
+are recorded once, in a CUDA graph, and replayed for each token; on a CPU the same functions run one by one.
+
+Shapes: B batch, M positions in the cache, D model width, F feed-forward width, V vocabulary, H query heads, J key/value
+heads, E size of one head.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, silu
+
+from miniawq.errors import InvalidInput
+from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask, rms_norm
+from miniawq.products import Product, multiply, products_of
+from miniawq.rope import Rope, apply_rope, rope_tables
+from miniawq.sampling import History, Sampling, sample
+
+log = logging.getLogger(__name__)
+
+# The first call compiles; in the second, libraries allocate what they keep.
+WARM_UP_CALLS = 2
+SMALLEST_BUCKET = 256
+GREEDY = Sampling()
+
+
+class Layer(NamedTuple):
+    """The weights of one layer; matrices that read the same input lie together."""
+
+    input_norm_D: Tensor
+    qkv: tuple[Product, ...]
+    q_norm_E: Tensor | None
+    k_norm_E: Tensor | None
+    o: tuple[Product, ...]
+    post_norm_D: Tensor
+    gate_up: tuple[Product, ...]
+    down: tuple[Product, ...]
+
+    @classmethod
+    def of(cls, block: Any, rows: int) -> "Layer":
+        """The weights of a DecoderBlock, whose own are views of these from now on."""
+        attn, mlp = block.self_attn, block.mlp
+        q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attn.q_norm, attn.k_norm))
+        return cls(
+            input_norm_D=block.input_layernorm.weight.data,
+            qkv=products_of((attn.q_proj, attn.k_proj, attn.v_proj), rows),
+            q_norm_E=None if q_norm is None else q_norm.data,
+            k_norm_E=None if k_norm is None else k_norm.data,
+            o=products_of((attn.o_proj,), rows),
+            post_norm_D=block.post_attention_layernorm.weight.data,
+            gate_up=products_of((mlp.gate_proj, mlp.up_proj), rows),
+            down=products_of((mlp.down_proj,), rows),
+        )
+
+
+def before_attention(
+    config: LlamaConfig,
+    layer: Layer,
+    h_BD: Tensor,
+    rope: Rope,
+    position_1: Tensor,
+    keys_BMJE: Tensor,
+    values_BMJE: Tensor,
+) -> Tensor:
+    """q_BHE of the residual stream; its key and value go into the cache at `position_1`."""
+    heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+    qkv_BHE = multiply(layer.qkv, rms_norm(h_BD, layer.input_norm_D, eps)).unflatten(-1, (-1, config.head_dim))
+    q_BHE, k_BJE, v_BJE = qkv_BHE.split((heads, kv_heads, kv_heads), dim=1)
+    if layer.q_norm_E is not None and layer.k_norm_E is not None:
+        q_BHE, k_BJE = rms_norm(q_BHE, layer.q_norm_E, eps), rms_norm(k_BJE, layer.k_norm_E, eps)
+    keys_BMJE.index_copy_(1, position_1, apply_rope(k_BJE, rope).unsqueeze(1))
+    values_BMJE.index_copy_(1, position_1, v_BJE.unsqueeze(1))
+    return apply_rope(q_BHE, rope).contiguous()
+
+
+def after_attention(config: LlamaConfig, layer: Layer, h_BD: Tensor, attended_BHE: Tensor) -> Tensor:
+    """The residual stream behind the layer."""
+    h_BD = h_BD + multiply(layer.o, attended_BHE.flatten(1))
+    gate_up_BF = multiply(layer.gate_up, rms_norm(h_BD, layer.post_norm_D, config.rms_norm_eps))
+    gate_BF, up_BF = gate_up_BF.chunk(2, dim=-1)
+    return h_BD + multiply(layer.down, silu(gate_BF) * up_BF)
+
+
+def finish(
+    config: LlamaConfig, head: tuple[Product, ...], norm_D: Tensor, is_greedy: bool, h_BD: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """logits_BV, and the most probable ids_B if that is what is wanted."""
+    logits_BV = multiply(head, rms_norm(h_BD, norm_D, config.rms_norm_eps))
+    return logits_BV, sample(logits_BV, GREEDY) if is_greedy else None
+
+
+class Spans(NamedTuple):
+    """Which positions of a cache [B M, J, E] the new token of each row sees: int32, as flash attention takes them."""
+
+    rows_B1: Tensor  # 0, 1, .. B: the first query of each row, and an end
+    starts_B1: Tensor  # the first position of each row, and an end
+    used_B: Tensor
+
+
+def spans_of(position_1: Tensor, padding_B: Tensor, window: int | None, max_seq_len: int) -> Spans:
+    """From behind the padding, or the last `window`, to the new token."""
+    batch, end_1 = len(padding_B), position_1 + 1
+    first_B = padding_B if window is None else torch.maximum(padding_B, end_1 - window)
+    rows_B1 = torch.arange(batch + 1, device=padding_B.device, dtype=torch.int32)
+    starts_B1 = rows_B1 * max_seq_len + torch.nn.functional.pad(first_B, (0, 1))
+    return Spans(rows_B1, starts_B1.int(), (end_1 - first_B).int())
+
+
+def enter(
+    embedding_VD: Tensor,
+    tables_ME: Rope,
+    ids_B: Tensor,
+    position_1: Tensor,
+    padding_B: Tensor,
+    windows: tuple[int | None, ...],
+) -> tuple[Tensor, Rope, list[Spans]]:
+    """h_BD, the rotary tables of one position, and what it sees through each window.
+
+    The id of a row that has no number (-1) is taken for 0, since nobody looks at such rows.
+    """
+    cos_ME, sin_ME = tables_ME
+    spans = [spans_of(position_1, padding_B, window, cos_ME.shape[0]) for window in windows]
+    return embedding(ids_B.clamp_min(0), embedding_VD), (cos_ME[position_1], sin_ME[position_1]), spans
+
+
+def mask_of(position_1: Tensor, padding_B: Tensor, window: int | None, end: int) -> Tensor:
+    """The same as bool [B, 1, 1, M] over the first `end` positions of the cache."""
+    key_M = torch.arange(end, device=padding_B.device)
+    seen_BM = (key_M <= position_1) & (key_M >= padding_B[:, None])
+    if window is not None:
+        seen_BM = seen_BM & (key_M > position_1 - window)
+    return seen_BM[:, None, None]
+
+
+def flash_attention(q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, spans: Spans) -> Tensor:
+    """[B, H, E]. The keys of a row are split among the processors, and each is read once for the heads that share it.
+
+    `aten::_flash_attention_forward` finds the lengths on the device; its launches depend on the size of the cache only.
+    """
+    keys_TJE, values_TJE = keys_BMJE.flatten(0, 1), values_BMJE.flatten(0, 1)
+    longest = keys_BMJE.shape[1]
+    return torch.ops.aten._flash_attention_forward(
+        q_BHE,
+        keys_TJE,
+        values_TJE,
+        spans.rows_B1,
+        spans.starts_B1,
+        1,
+        longest,
+        0.0,
+        False,
+        False,
+        seqused_k=spans.used_B,
+    )[0]
+
+
+def flash_attention_works(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device and this torch compute it, shown by an example with padding and an end before the cache's."""
+    if device.type != "cuda":
+        return False
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    q_BHE = torch.randn(2, heads, size, device=device, generator=generator).to(dtype)
+    keys_BMJE, values_BMJE = torch.randn(2, 2, 512, kv_heads, size, device=device, generator=generator).to(dtype)
+    padding_B, end = torch.tensor([3, 290], device=device), 300
+    spans = spans_of(torch.tensor([end - 1], device=device), padding_B, None, 512)
+    mask = attention_mask(end - 1, 1, None, padding_B, device)
+    keys_BJME, values_BJME = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
+    expected = attention(q_BHE.unsqueeze(2).float(), keys_BJME.float(), values_BJME.float(), mask).squeeze(2)
+    try:
+        error = (flash_attention(q_BHE, keys_BMJE, values_BMJE, spans) - expected).abs().max()
+    except (RuntimeError, TypeError) as problem:
+        log.info("attention by masks, not by lengths: %s", str(problem).splitlines()[0])
+        return False
+    if not (works := bool(error < 0.02)):
+        log.warning("flash attention by lengths is wrong by %.3g on this device: attention by masks instead", error)
+    return works
+
+
+def own_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for one DecodeStep.
+
+    Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
+    code has a list of its own, which other models do not fill.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+class DecodeStep:
+    """`step(ids_B) -> ids_B` feeds one token to every row and chooses the next, all on the device.
+
+    It owns what a recorded step must own: the cache, the history, the random numbers. A text starts with `begin`; its
+    prompt goes through the model itself, into `cache`; the first `step` compiles, so the first token need not wait.
+    """
+
+    def __init__(
+        self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling | None = None, *, compiled: bool = True
+    ) -> None:
+        self.config, self.sampling = model.config, sampling or Sampling()
+        like = model.model.embed_tokens.weight
+        self.device = like.device
+        # What is made in inference mode could not be used outside.
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers = [Layer.of(block, batch) for block in model.model.layers]
+            self.head = products_of((model.lm_head,), batch)
+            self.norm_D, self.embedding_VD = model.model.norm.weight.data, like.data
+            positions_M = torch.arange(max_seq_len, device=like.device)
+            self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, like.dtype)
+            self.cache = KVCache(self.config, batch, max_seq_len, device=like.device, dtype=like.dtype)
+            self.ids_B = torch.zeros(batch, dtype=torch.long, device=like.device)
+            self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
+            has_history = self.sampling.has_penalties
+            self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
+        self.keys, self.values = self.cache.keys_NBMJE.unbind(), self.cache.values_NBMJE.unbind()
+        self.windows = tuple(dict.fromkeys(self.config.layer_windows))
+        self.generator = torch.Generator(like.device)
+        self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.build_seconds = 0.0
+        lower = own_compile if compiled else lambda function: function
+        self._enter, self._before, self._after = lower(enter), lower(before_attention), lower(after_attention)
+        self._finish = lower(finish)
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
+        """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
+        self.cache.length, self.cache.padding_B = 0, padding_B
+        self.padding_B.copy_(torch.zeros_like(self.padding_B) if padding_B is None else padding_B)
+        self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        if self.history is not None:
+            fresh = History.of_prompt(tokens_BL, self.config.vocab_size, padding_B)
+            for kept, new in zip(self.history, fresh, strict=True):
+                kept.copy_(new)
+
+    @torch.inference_mode()
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Append ids_B to the rows; the ids behind them, NOT_A_NUMBER for a row whose logits hold a NaN."""
+        length, room = self.cache.length, self.cache.max_seq_len
+        if length >= room:
+            raise InvalidInput("the cache is full", f"it has room for {room} positions", "make a DecodeStep with more")
+        self.position_1.fill_(length)
+        if self.device.type == "cuda":
+            graph = self._graph(self._end_of_reading(length))
+            self.ids_B.copy_(ids_B)
+            graph.replay()
+        else:
+            self.ids_B.copy_(ids_B)
+            self._token(length + 1)
+        self.cache.length += 1
+        return self.ids_B.clone()
+
+    def _end_of_reading(self, length: int) -> int:
+        """How far a graph can read: everywhere if it goes by lengths, else to the next power of two."""
+        room = self.cache.max_seq_len
+        return room if self.reads_by_length else min(room, max(SMALLEST_BUCKET, 1 << length.bit_length()))
+
+    def _token(self, end: int) -> None:
+        """From `ids_B` to the next `ids_B`, by nothing that a CUDA graph cannot record."""
+        h_BD, rope, spans = self._enter(
+            self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B, self.windows
+        )
+        seen = dict(zip(self.windows, spans if self.reads_by_length else self._masks(end), strict=True))
+        layers = zip(self.layers, self.keys, self.values, self.config.layer_windows, strict=True)
+        for layer, keys_BMJE, values_BMJE, window in layers:
+            q_BHE = self._before(self.config, layer, h_BD, rope, self.position_1, keys_BMJE, values_BMJE)
+            if self.reads_by_length:
+                attended_BHE = flash_attention(q_BHE, keys_BMJE, values_BMJE, seen[window])
+            else:
+                keys_BJME, values_BJME = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
+                attended_BHE = attention(q_BHE.unsqueeze(2), keys_BJME, values_BJME, seen[window]).squeeze(2)
+            h_BD = self._after(self.config, layer, h_BD, attended_BHE)
+        if self.history is not None:
+            self.history.add(self.ids_B.clamp_min(0))
+        self.logits_BV, ids_B = self._finish(self.config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
+        if ids_B is None:
+            ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)
+        self.ids_B.copy_(ids_B)
+
+    def _masks(self, end: int) -> list[Tensor | None]:
+        if self.device.type == "cuda":
+            return [mask_of(self.position_1, self.padding_B, window, end) for window in self.windows]
+        return [attention_mask(end - 1, 1, window, self.cache.padding_B, self.device) for window in self.windows]
+
+    def _graph(self, end: int) -> torch.cuda.CUDAGraph:
+        """The recorded token that reads up to `end`. Recording it leaves history and random numbers as they were."""
+        if end in self.graphs:
+            return self.graphs[end]
+        started = time.perf_counter()
+        log.info("compiling the decode step: %d rows, %d positions", len(self.ids_B), end)
+        random_state = self.generator.get_state()
+        counts_BV = None if self.history is None else self.history.counts_BV.clone()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                self._token(end)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._token(end)
+        self.generator.set_state(random_state)
+        if self.history is not None and counts_BV is not None:
+            self.history.counts_BV.copy_(counts_BV)
+        self.graphs[end] = graph
+        self.build_seconds += time.perf_counter() - started
+        log.info("compiled the decode step in %.1f s", time.perf_counter() - started)
+        return graph
