@@ -16,6 +16,7 @@ from miniawq import generate
 from miniawq.completion import complete
 from miniawq.errors import NotFound, UsageError
 from miniawq.generate import build_parser, load, main
+from miniawq.tokenizer import Tokenizer
 
 FLAGS = """
 --cache-dir --chat-template-kwargs --debug --device --dtype --file --frequency-penalty --greedy --help --ignore-eos
@@ -34,7 +35,7 @@ def chat_model(tmp_path_factory):
     """A checkpoint of random weights that can be talked to."""
     directory = tmp_path_factory.mktemp("chat")
     tiny_checkpoints.make_dense(directory, vocab_size=420, num_hidden_layers=1, max_position_embeddings=128)
-    tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    tokenizer_config = {"bos_token": "<s>", "add_bos_token": True, "eos_token": "<|im_end|>", "chat_template": CHATML}
     return str(tiny_tokenizers.write(directory, tiny_tokenizers.byte_level(), tokenizer_config=tokenizer_config))
 
 
@@ -150,6 +151,16 @@ def test_eos_can_be_ignored(capsys, chat_model, monkeypatch):
     assert seen[1] == frozenset()
 
 
+def test_a_chat_has_only_the_bos_that_its_template_writes(capsys, chat_model):
+    tokenizer = Tokenizer(chat_model)
+    for flags, prompt, bos in [
+        ([], tokenizer.render_chat([{"role": "user", "content": "Hi"}]), 0),
+        (["--raw"], "Hi", 1),
+    ]:
+        record = json.loads(run(capsys, chat_model, "-p", "Hi", "-n", 1, "--json", *flags)[1])
+        assert record["prompt_tokens"] == len(tokenizer.encode(prompt, add_special_tokens=False)) + bos
+
+
 def test_prompts_come_from_flags_files_and_stdin(capsys, tmp_path, fairytales):
     (tmp_path / "prompt.txt").write_bytes(b"Once \\n upon\n")
     assert prompt_of(capsys, fairytales, "--file", tmp_path / "prompt.txt") == "Once \\n upon\n"
@@ -178,9 +189,9 @@ def test_a_chat_model_gets_its_template_unless_raw(capsys, tmp_path, chat_model)
 def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_model):
     lines = iter(["Hi", "", "/what", "And?", "/clear", "Again", "x" * 500, "/bye", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    code, out, err = run(capsys, chat_model, "-i", "-n", 3, "--greedy", "--show-prompt")
+    code, out, err = run(capsys, chat_model, "-i", "-n", 3, "--greedy", "--show-prompt", "--system-prompt", "Be brief.")
     assert code == 0
-    prompts = re.findall(r"<\|im_start\|>user.*?<\|im_start\|>assistant\n(?=\n)", err, re.DOTALL)
+    prompts = re.findall(r"<\|im_start\|>system.*?<\|im_start\|>assistant\n(?=\n)", err, re.DOTALL)
     assert len(prompts) == 4
     first_answer = out.split("\n")[0]
     assert prompts[1].count("<|im_start|>user") == 2
