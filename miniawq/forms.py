@@ -1,8 +1,9 @@
 """The INT4 product as expressions that `torch.compile` turns into one fast kernel each.
 
-**Planes.** A CUDA thread wants one load to bring eight weights, and no arithmetic to find out which. So a group of S
-inputs of one output becomes S / 8 words, and word p of group g holds, sequentially, the codes of inputs
-g S + 8 p + 0..7. Words of the same p form a plane [O, G]. Every form below reads the same words:
+**Words and planes.** One load should bring eight weights, and no arithmetic should be needed to find out which. So a
+group of S inputs of one output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs
+g S + 8 p + 0..7. A CPU reads the words of a group one after the other, [O, G, P]. On CUDA, where neighbouring threads
+take neighbouring groups, the words of the same p lie together as a plane [O, G] of [O, P, G].
 
     rows      form                                                       where
     1..3      `reduce_planes`: multiply and sum, float32                 CUDA
@@ -24,7 +25,7 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.triton import FixedTritonConfig
 from torch._inductor.virtualized import V
 
-CODES_PER_WORD = 8
+from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, pack, unpack
 
 # Where `reduce_planes` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
 # Bit 16 is the last in place, because bit 23 of a float begins its exponent.
@@ -35,13 +36,25 @@ PRESCALE = 80
 MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
 
 
+def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
+    """The words [O, G, P] of codes 0..15."""
+    return pack(codes_OI, SEQUENTIAL).unflatten(1, (groups, -1))
+
+
+def codes_of_words(words_OGP: Tensor) -> Tensor:
+    """The inverse of `sequential_words`."""
+    return unpack(words_OGP.flatten(1), SEQUENTIAL)
+
+
 def prescale(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Activations as `reduce_planes` wants them: x_PNTG float32, each times its nibble's power of two; sums_TG.
 
     Powers of two are exact as long as |x| < 2^48. The sums are those of each group, in units of 2^(149 - PRESCALE).
     """
     x_TGPN = x_TI.float().unflatten(-1, (groups, -1, CODES_PER_WORD))
-    scaled_N = [x_TGP * 2.0 ** (PRESCALE - place) for (_, place), x_TGP in zip(SUBNORMAL_PLACES, x_TGPN.unbind(-1))]
+    scaled_N = [
+        x_TGP * 2.0 ** (PRESCALE - place) for (_, place), x_TGP in zip(SUBNORMAL_PLACES, x_TGPN.unbind(-1), strict=True)
+    ]
     x_PNTG = torch.stack(scaled_N).permute(3, 0, 1, 2).contiguous()
     return x_PNTG, x_TGPN.sum((-2, -1)) * 2.0 ** (PRESCALE - 149)
 
@@ -64,13 +77,13 @@ def reduce_planes(
     The planes are P tensors, because Inductor marks a buffer that it loads once `evict_first`, and one loaded P times
     `evict_last`.
     """
-    rows_OG: list[Tensor | None] = [None] * x_PNTG.shape[2]
+    rows_OG: list[Any] = [0.0] * x_PNTG.shape[2]
     for words_OG, x_NTG in zip(planes_OG, x_PNTG.unbind(), strict=True):
         for (shift, place), x_TG in zip(SUBNORMAL_PLACES, x_NTG.unbind(), strict=True):
             shifted_OG = words_OG >> shift if shift else words_OG
             codes_OG = (shifted_OG & (15 << place)).view(torch.float32)
             for row, (sum_OG, x_G) in enumerate(zip(rows_OG, x_TG.unbind(), strict=True)):
-                rows_OG[row] = codes_OG * x_G if sum_OG is None else sum_OG + codes_OG * x_G
+                rows_OG[row] = sum_OG + codes_OG * x_G
     scales_OG, zeros_OG = scales_OG.float(), zeros_OG.float()
     y_TO = [
         (scales_OG * (sum_OG - zeros_OG * sums_G)).sum(1) * 2.0 ** (149 - PRESCALE)
@@ -102,11 +115,10 @@ def dot_planes(
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs.
     """
     exponent_12, exponent_16 = exponents.unbind()
-    groups, rows = scales_OG.shape[1], x_NJT.shape[2]
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
     scales_O1G = scales_OG.float().unsqueeze(1)
     offsets_O1G = zeros_OG.float().unsqueeze(1) * scales_O1G
-    y_KOT = None
+    y_KOT: Any = 0.0
     for (shift, place), x_JT in zip(MAGIC_PLACES, x_NJT.unbind(), strict=True):
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
         magic_KOPG = (shifted_KOPG & (15 << place)) | (exponent_12 if place == 12 else exponent_16)
@@ -116,7 +128,7 @@ def dot_planes(
             product_KOT = torch.mm(weight_KOJ.squeeze(0), x_JT).unsqueeze(0)
         else:
             product_KOT = torch.bmm(weight_KOJ, x_JT.unflatten(0, (splits, -1)))
-        y_KOT = product_KOT if y_KOT is None else y_KOT + product_KOT
+        y_KOT = y_KOT + product_KOT
     if splits == 1:
         return y_KOT.squeeze(0)
     # `as_strided` makes Inductor write the partial sums in float32, as they are in registers, and not rounded.
@@ -134,16 +146,47 @@ def expand(words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, dtype: torch.
     zeros_OG11 = zeros_OG.float().unsqueeze(-1).unsqueeze(-1)
     halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
     half_OGP2 = words_OGP1 >> halves
-    quads_OGP2 = None
+    quads_OGP2: Any = 0
     for nibble in range(4):
         code = ((half_OGP2 >> 4 * nibble) & 15).float()
         bits = ((code - zeros_OG11) * scales_OG11).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
-        quads_OGP2 = bits if quads_OGP2 is None else quads_OGP2 | (bits << 16 * nibble)
+        quads_OGP2 = quads_OGP2 | (bits << 16 * nibble)
     return quads_OGP2.flatten(1)
 
 
+def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Activations as `reduce_words` wants them: x_NTGP float32, nibbles 0..6 divided by 16^nibble; means_TG.
+
+    A mean is the sum of a group's activations, divided by its words: what one word's zeros take away.
+    """
+    x_TGPN = x_TI.float().unflatten(-1, (groups, -1, CODES_PER_WORD))
+    x_NTGP = torch.stack([x_TGP * 16.0 ** -(nibble % 7) for nibble, x_TGP in enumerate(x_TGPN.unbind(-1))])
+    return x_NTGP, x_TGPN.sum(-1).mean(-1)
+
+
+def reduce_words(words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NTGP: Tensor, means_TG: Tensor) -> Tensor:
+    """y [T, O] in float32 on a CPU: `reduce_planes` with conversions, at which a CPU is good, instead of subnormals.
+
+    The words come as float32 and are read as int32 here, because Inductor's vector load of integers goes through the
+    stack (`Vectorized<int32_t>::loadu` of torch 2.13 on AVX2) and that of floats does not. A nibble is converted where
+    it stands, as n * 16^i, which the activation's 16^-i undoes; only the highest, beside the sign, is moved down.
+    """
+    words_OGP = words_OGP.view(torch.int32)
+    rows_OGP: list[Any] = [0.0] * x_NTGP.shape[1]
+    for nibble, x_TGP in enumerate(x_NTGP.unbind()):
+        codes_OGP = ((words_OGP >> 28) & 15 if nibble == 7 else words_OGP & (15 << 4 * nibble)).float()
+        for row, (sum_OGP, x_GP) in enumerate(zip(rows_OGP, x_TGP.unbind(), strict=True)):
+            rows_OGP[row] = sum_OGP + codes_OGP * x_GP
+    scales_OG1, zeros_OG = scales_OG.float().unsqueeze(-1), zeros_OG.float()
+    y_TO = [
+        (scales_OG1 * (sum_OGP - (zeros_OG * means_G).unsqueeze(-1))).sum((1, 2))
+        for sum_OGP, means_G in zip(rows_OGP, means_TG.unbind(), strict=True)
+    ]
+    return torch.stack(y_TO)
+
+
 class BlockSizes(InductorChoices):
-    """Inductor's choices, except for the kernels of this file, whose block sizes are known (`block_sizes`): no search."""
+    """Inductor's choices, except that `choose` knows the block sizes of the kernels of this file: no search."""
 
     def __init__(self, choose: Callable[..., dict[str, int] | None]) -> None:
         self.choose = choose
@@ -178,7 +221,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: Callable[..., Any], choose: Callable[..., dict[str, int] | None], **options: Any) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], choose: Callable[..., dict[str, int] | None], **options: Any
+) -> Callable[..., Any]:
     """`function` compiled for the shapes it meets, with the block sizes that `choose` knows."""
     lowered = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS | options)
     choices = BlockSizes(choose)

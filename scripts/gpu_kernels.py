@@ -155,11 +155,9 @@ def dot_job(case, rows, blocks, splits):
     return function, [(*weight, *x) for weight in case.weights], lambda y_OT: y_OT.t()[:rows]
 
 
-def expand_job(case, rows, slice_rows, _shared={}):
+def expand_job(case, rows, slice_rows):
     """Expand `slice_rows` outputs into a scratch, multiply, and so on."""
-    if "expand" not in _shared:
-        _shared["expand"] = compiled(forms.expand)
-    expand = _shared["expand"]
+    expand = compiled(forms.expand)
     x_TI = case.x_TI.repeat(-(-rows // len(case.x_TI)), 1)[:rows]
     y_TO = torch.empty(rows, case.exact_TO.shape[1], dtype=x_TI.dtype, device=DEVICE)
 
@@ -303,7 +301,10 @@ def main():
     jobs = [job for job in sweep() if job["kind"] in arguments.kinds.split(",")]
     if not CUDA:
         jobs = [job for job in jobs if job["shape"] == "8b.o"]
-    queues = [jobs[k * len(jobs) // arguments.workers : (k + 1) * len(jobs) // arguments.workers] for k in range(arguments.workers)]
+    queues = [
+        jobs[k * len(jobs) // arguments.workers : (k + 1) * len(jobs) // arguments.workers]
+        for k in range(arguments.workers)
+    ]
     environment = os.environ | {
         "GPU_LOCK": os.environ.get("GPU_LOCK") or tempfile.mkstemp(prefix="gpu-lock")[1],
         "DEADLINE": str(time.time() + arguments.seconds),
@@ -311,7 +312,7 @@ def main():
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    log = tempfile.TemporaryFile("w+")
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     workers = []
     for queue in queues:
         process = subprocess.Popen(
@@ -350,7 +351,9 @@ def collect(workers, expected, path):
 
 
 def show(result):
-    what = " ".join(f"{name}={value}" for name, value in result["arguments"].items()).replace("BLOCK", "").replace("'", "")
+    what = (
+        " ".join(f"{name}={value}" for name, value in result["arguments"].items()).replace("BLOCK", "").replace("'", "")
+    )
     if "failed" in result:
         print(result["shape"], result["kind"], what, "FAILED", result["failed"][:200], flush=True)
     else:

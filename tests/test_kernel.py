@@ -11,12 +11,6 @@ from miniawq.packing import dequantize as dequantize_codes
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture
-def device():
-    """The device of the whole file; tests/conftest.py overrides it."""
-    return torch.device("cpu")
-
-
 def random_quantized(outputs, inputs, group_size, seed=0, device="cpu", scale_dtype=torch.float16):
     generator = torch.Generator().manual_seed(seed)
     groups = inputs // group_size

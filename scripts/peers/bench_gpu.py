@@ -1,10 +1,10 @@
-"""Other people's INT4 kernels on the shapes of scripts/gpu_kernels.py, in one process: cuBLAS, tinygemm, gemlite, AutoAWQ.
+"""Other people's INT4 kernels on the shapes of gpu_kernels.py, in one process: cuBLAS, tinygemm, gemlite, AutoAWQ.
 
     python scripts/peers/bench_gpu.py --out $OUT --seconds 200
 
-gemlite (0.6.0) must be importable, AutoAWQ's `awq/modules/triton/gemm.py` importable as `autoawq_gemm`; what is absent is
-said and left out. Cold L2, several copies of the weight in rotation, CUDA graphs, the median of the replays. With GPU_LOCK set to a file it
-takes turns with gpu_kernels.py.
+gemlite (0.6.0) must be importable, AutoAWQ's `awq/modules/triton/gemm.py` importable as `autoawq_gemm`; what is absent
+is said and left out. Cold L2, several copies of the weight in rotation, CUDA graphs, the median of the replays. With
+GPU_LOCK set to a file it takes turns with gpu_kernels.py.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / ".whl/peers")]
 os.environ.setdefault("GPU_LOCK", tempfile.mkstemp(prefix="gpu-lock")[1])
-from gpu_kernels import CUDA, DEVICE, GROUP, L2_BYTES, SHAPES, Case, exact_weight, gpu_turn, seconds_per_call
+from gpu_kernels import CUDA, GROUP, L2_BYTES, SHAPES, Case, exact_weight, gpu_turn, seconds_per_call  # noqa: E402
 
-from miniawq.packing import pack
+from miniawq.packing import pack  # noqa: E402
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 
@@ -106,7 +106,13 @@ def main():
                     error = case.error(kernel(x_TI, weights[0]))
                     with gpu_turn():
                         seconds = seconds_per_call(kernel, [(x_TI, weight) for weight in weights])
-                    result = {"shape": shape, "kernel": name, "rows": rows, "us": round(seconds * 1e6, 2), "error": error}
+                    result = {
+                        "shape": shape,
+                        "kernel": name,
+                        "rows": rows,
+                        "us": round(seconds * 1e6, 2),
+                        "error": error,
+                    }
                     results.append(result)
                     print(f"{shape:12s} {name:9s} rows {rows:5d} {seconds * 1e6:9.2f} us  err {error:.1e}", flush=True)
             except Exception as error:

@@ -1,0 +1,191 @@
+"""The compiled forms as plain functions: arrangements that can be undone, products within derived bounds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miniawq import forms
+from miniawq.packing import Quantized, dequantize
+
+FLOAT32 = 2.0**-24
+
+
+def random_quantized(outputs, inputs, group_size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = inputs // group_size
+    codes_OI = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    zeros_OG = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8)
+    scales_OG = (torch.rand(outputs, groups, generator=generator) * 0.02 + 1e-4).half()
+    return Quantized(codes_OI, scales_OG, zeros_OG)
+
+
+def random_rows(rows, inputs, dtype=torch.float32, seed=1):
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def planes_product(x_TI, quantized):
+    groups = quantized.scales_OG.shape[1]
+    words_OPG = forms.sequential_words(quantized.codes_OI, groups).transpose(1, 2).contiguous()
+    x = forms.prescale(x_TI, groups)
+    return forms.reduce_planes(words_OPG.unbind(1), quantized.scales_OG, quantized.zeros_OG, *x)
+
+
+def words_product(x_TI, quantized):
+    groups = quantized.scales_OG.shape[1]
+    words_OGP = forms.sequential_words(quantized.codes_OI, groups).view(torch.float32)
+    x = forms.prescale_words(x_TI, groups)
+    return forms.reduce_words(words_OGP, quantized.scales_OG, quantized.zeros_OG, *x)
+
+
+def dot_product(x_TI, quantized, splits=1):
+    groups = quantized.scales_OG.shape[1]
+    words_OPG = forms.sequential_words(quantized.codes_OI, groups).transpose(1, 2).contiguous()
+    x_NJT, exponents = forms.spread(x_TI, groups), forms.magic_exponents(x_TI.device)
+    y_OT = forms.dot_planes(words_OPG, quantized.scales_OG, quantized.zeros_OG, x_NJT, exponents, splits)
+    return y_OT[:, : x_TI.shape[0]].t()
+
+
+def exact(x_TI, quantized):
+    return x_TI.double() @ dequantize(quantized, torch.float64).t()
+
+
+def magnitude(x_TI, quantized, term):
+    """sum |x| term, with term [O, G, S] a function of codes, zeros and scales as float64."""
+    codes_OGS = quantized.codes_OI.double().unflatten(1, (quantized.scales_OG.shape[1], -1))
+    zeros_OG1, scales_OG1 = quantized.zeros_OG.double().unsqueeze(-1), quantized.scales_OG.double().unsqueeze(-1)
+    return x_TI.double().abs() @ term(codes_OGS, zeros_OG1, scales_OG1).expand(codes_OGS.shape).flatten(1).t()
+
+
+def reduction_bound(x_TI, quantized):
+    """`reduce_planes` and `reduce_words` round nothing but sums and their products with zero and scale.
+
+    A group's sums, of code * x and of x, take S additions each; subtracting, scaling and adding up G groups G + 8
+    more. Each is off by 2^-24 of at most the sum of (code + zero) * scale * |x|.
+    """
+    groups = quantized.scales_OG.shape[1]
+    roundings = quantized.group_size + groups + 8
+    return roundings * FLOAT32 * magnitude(x_TI, quantized, lambda code, zero, scale: (code + zero) * scale)
+
+
+def dot_bound(x_TI, quantized):
+    """`dot_planes` rounds every weight, twice in float32 under an exponent of up to 2^11, once to the dtype of x.
+
+    The float32 roundings are off by 2^-24 of (2^11 + 30) scales each. The sum takes I float32 additions. Uncompiled,
+    the eight products and their seven sums are also rounded to the dtype.
+    """
+    unit = torch.finfo(x_TI.dtype).eps / 2
+    weight_TO = magnitude(x_TI, quantized, lambda code, zero, scale: (code - zero).abs() * scale)
+    scale_TO = magnitude(x_TI, quantized, lambda code, zero, scale: scale)
+    sums = x_TI.shape[1] * FLOAT32 + 16 * unit
+    return (sums + unit) * weight_TO + 3 * (2**11 + 30) * FLOAT32 * scale_TO * (1 + sums)
+
+
+PRODUCTS = {
+    "planes": (planes_product, reduction_bound),
+    "words": (words_product, reduction_bound),
+    "dot": (dot_product, dot_bound),
+    "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
+}
+
+
+@pytest.fixture(params=PRODUCTS)
+def form(request):
+    return PRODUCTS[request.param]
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(0, 2**32))
+def test_words_hold_every_code_and_give_it_back(outputs, groups, group_size, seed):
+    codes_OI = random_quantized(outputs, groups * group_size, group_size, seed).codes_OI
+    words_OGP = forms.sequential_words(codes_OI, groups)
+    assert words_OGP.shape == (outputs, groups, group_size // 8)
+    assert torch.equal(forms.codes_of_words(words_OGP), codes_OI)
+    output, group, word, nibble = outputs - 1, groups - 1, group_size // 8 - 1, 5
+    code = (int(words_OGP[output, group, word]) >> 4 * nibble) & 15
+    assert code == codes_OI[output, group * group_size + 8 * word + nibble]
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 384])
+@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+def test_forms_stay_within_their_bounds(form, rows, group_size):
+    product, bound = form
+    quantized = random_quantized(24, 384, group_size)
+    x_TI = random_rows(rows, 384)
+    error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= bound(x_TI, quantized)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 16, 33])
+def test_half_precision_dots_stay_within_their_bound(dtype, rows):
+    quantized = random_quantized(24, 512, 128)
+    x_TI = random_rows(rows, 512, dtype)
+    error_TO = (dot_product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= dot_bound(x_TI, quantized)).all()
+
+
+@pytest.mark.parametrize("wrong", ["code", "zero", "scale", "activation"])
+def test_bounds_catch_the_smallest_fault(form, wrong):
+    product, bound = form
+    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    codes_OI, scales_OG, zeros_OG = (tensor.clone() for tensor in quantized)
+    faulty_x_TI = x_TI.clone()
+    if wrong == "code":
+        codes_OI[3, 77] ^= 1
+    elif wrong == "zero":
+        zeros_OG[3, 1] ^= 1
+    elif wrong == "scale":
+        scales_OG[3, 1] *= 1 + 2.0**-9
+    else:
+        faulty_x_TI[0, 7] *= 1.03
+    faulty = Quantized(codes_OI, scales_OG, zeros_OG)
+    error_TO = (product(faulty_x_TI, faulty).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO > bound(x_TI, quantized)).any()
+
+
+@pytest.mark.parametrize("places", ["SUBNORMAL_PLACES", "MAGIC_PLACES"])
+def test_bounds_catch_two_nibbles_exchanged(places, monkeypatch):
+    product, bound = PRODUCTS["planes" if places == "SUBNORMAL_PLACES" else "dot"]
+    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    good = getattr(forms, places)
+    monkeypatch.setattr(forms, places, (good[1], good[0], *good[2:]))
+    error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO > bound(x_TI, quantized)).any()
+
+
+def test_every_code_and_zero_in_every_nibble_is_exact(form):
+    """One activation of 1 and the rest 0 read out single weights: (code - zero) * scale, with nothing to round."""
+    product, _ = form
+    codes_OI = torch.arange(16, dtype=torch.uint8).repeat_interleave(16)[:, None].repeat(1, 32)
+    zeros_OG = torch.arange(16, dtype=torch.uint8).repeat(16)[:, None]
+    quantized = Quantized(codes_OI, torch.full((256, 1), 0.25).half(), zeros_OG)
+    y_IO = product(torch.eye(32), quantized)
+    assert torch.equal(y_IO.double(), dequantize(quantized, torch.float64).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_expand_rounds_like_the_definition(dtype, group_size):
+    quantized = random_quantized(24, 384, group_size)
+    groups = quantized.scales_OG.shape[1]
+    words_OPG = forms.sequential_words(quantized.codes_OI, groups).transpose(1, 2).contiguous()
+    weight_OI = forms.expand(words_OPG, quantized.scales_OG, quantized.zeros_OG, dtype).view(dtype)
+    assert torch.equal(weight_OI, dequantize(quantized, dtype))
+
+
+@pytest.mark.parametrize("value", [2.0**40, 2.0**-60, 6e4, 0.0])
+def test_activations_of_any_size_keep_the_bound(form, value):
+    product, bound = form
+    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    x_TI[0] *= value
+    x_TI[1, 9] = value
+    error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= bound(x_TI, quantized) + 2.0**-70).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(form, value):
+    product, _ = form
+    quantized, x_TI = random_quantized(24, 256, 64), random_rows(3, 256)
+    x_TI[1, 9] = value
+    assert product(x_TI, quantized).isfinite().all(1).tolist() == [True, False, True]
