@@ -27,6 +27,8 @@ def assert_loads(directory: Path, reference: torch.nn.Module, device: torch.devi
 
 PACKINGS = {
     "awq": {"layout": "awq"},
+    "awq-bf16-scales": {"layout": "awq", "scale_dtype": torch.bfloat16},
+    "awq-fp32-scales": {"layout": "awq", "scale_dtype": torch.float32},
     "gemv": {"layout": "gemv"},
     "gemv-32": {"layout": "gemv", "group_size": 32, "block": tiny.AWQ_BLOCK | {"version": "gemv", "group_size": 32}},
     "compressed-tensors": {"layout": "compressed-tensors"},
@@ -126,6 +128,13 @@ def test_no_config_at_all_loads_with_a_notice(tmp_path, layout, caplog):
     directory, reference = tiny.make(tmp_path, layout=layout, block={})
     assert_loads(directory, reference)
     assert "taken from the tensors" in caplog.text
+
+
+def test_oldest_llama_config_loads(tmp_path):
+    """LLaMA 1: no key/value heads, no rope_theta, a length under another name, and a dtype that is not the files'."""
+    changes = {"num_key_value_heads": None, "max_sequence_length": 64, "max_position_embeddings": None}
+    directory, reference = tiny.make(tmp_path, changes=changes | {"torch_dtype": "float64"})
+    assert_loads(directory, reference)
 
 
 def test_group_size_minus_one_is_whole_rows(tmp_path):

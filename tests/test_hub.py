@@ -182,6 +182,17 @@ def test_local_files_only_asks_no_server(hub, capsys):
     assert hub.requests == []
 
 
+def test_offline_variable_is_honoured(hub, monkeypatch, capsys):
+    """HF_HUB_OFFLINE, as huggingface_hub has read it."""
+    load_model(open_checkpoint("owner/name"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    load_model(open_checkpoint("owner/name"))
+    assert plan.main(["owner/another"]) == 5
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+    assert hub.requests == []
+
+
 def test_half_downloaded_weights_offline(hub, tmp_path):
     """Config and index are in the cache, a shard is not."""
     checkpoint = open_checkpoint("owner/name", cache_dir=tmp_path / "cache")

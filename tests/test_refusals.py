@@ -146,6 +146,12 @@ FOREIGN = {
         },
         ["no such layer", "experts.0.up_proj"],
     ),
+    "fused-qkv": (
+        lambda t: {
+            f"model.layers.0.self_attn.qkv_proj.{p}": t[f"{Q}.{p}"].clone() for p in ("qweight", "qzeros", "scales")
+        },
+        ["no such layer", "qkv_proj"],
+    ),
     "another-shape-than-config": (
         lambda t: {f"{DOWN}.{p}": t[f"{Q}.{p}"].clone() for p in ("qweight", "qzeros", "scales")},
         ["config.json makes it 256 to 128", DOWN],
@@ -309,7 +315,10 @@ def test_header_longer_than_the_file_refused(tmp_path):
 
 
 INDEXES = {
-    "missing-shard": (lambda m: m | {"x": "model-00009-of-00009.safetensors"}, ["weight files are missing", "1 of 3 files", "00009"]),
+    "missing-shard": (
+        lambda m: m | {"x": "model-00009-of-00009.safetensors"},
+        ["weight files are missing", "1 of 3 files", "00009"],
+    ),
     "parent": (lambda m: m | {"x": "../other/model.safetensors"}, ["outside the checkpoint", ".."]),
     "absolute": (lambda m: m | {"x": "/etc/model.safetensors"}, ["outside the checkpoint", "/etc"]),
     "pickle": (lambda m: m | {"x": "model.bin"}, ["outside the checkpoint", "model.bin"]),

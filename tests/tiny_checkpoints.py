@@ -1,5 +1,7 @@
 """Small checkpoints in every layout, as other tools write them: random weights, files by safetensors' own writer."""
 
+import copy
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,6 +114,12 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     return directory
 
 
+@functools.cache
+def _packed(config: str, layout: str, **packing: Any) -> tuple[dict[str, Tensor], Llama]:
+    model = dense_model(json.loads(config))
+    return pack_model(model, layout, **packing), model
+
+
 def make(
     directory: Path,
     layout: str = "awq",
@@ -123,8 +131,7 @@ def make(
 ) -> tuple[Path, Llama]:
     """A checkpoint and the dense model of the same codes. Block None stands for the usual one of the layout."""
     config = config_of(family, **(changes or {}))
-    model = dense_model(config)
-    tensors = pack_model(model, layout, **packing)
+    tensors, model = copy.deepcopy(_packed(json.dumps(config), layout, **packing))
     if block is None:
         block = (
             CT_BLOCK
