@@ -7,7 +7,13 @@
 `contract.Target` is the specification. `truth` is a second definition of it, written apart from the rest of miniawq.
 """
 
-from miniawq.oracle.contract import FLAGS, LEVELS, Limits, Target
-from miniawq.oracle.door import conformance_tests, run_conformance
+from importlib.util import find_spec
+
+for extra in ("hypothesis", "pytest"):
+    if find_spec(extra) is None:
+        raise ModuleNotFoundError(f"the oracle needs {extra}: pip install 'miniawq[oracle]'")
+
+from miniawq.oracle.contract import FLAGS, LEVELS, Limits, Target  # noqa: E402
+from miniawq.oracle.door import conformance_tests, run_conformance  # noqa: E402
 
 __all__ = ["FLAGS", "LEVELS", "Limits", "Target", "conformance_tests", "run_conformance"]

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from miniawq.errors import UsageError
 from miniawq.oracle import checkpoints, dequantization, multiplication, rounding, search, storage
 from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run
@@ -98,8 +100,6 @@ def conformance_tests(
 
     Skips what the target lacks, fails on what it breaks and on expected failures that pass.
     """
-    import pytest  # an optional extra
-
     expected = xfails or {}
 
     @pytest.mark.parametrize("check", [pytest.param(check, id=check.id) for check in chosen(levels)])

@@ -303,7 +303,7 @@ SEARCH = [
     Fault("squares of activations in float16", "L5.scales.extreme-activations",
           {"search_scales": lambda w, x, g: truth.search_scales(w, x, g) * (1 + 0 * x.half().square().sum())}),
     Fault("one token divides by 0 degrees of freedom", "L5.scales.few-tokens",
-          {"search_scales": lambda w, x, g: truth.search_scales(w, x, g) * (1 + 0 * x.std(0))}),
+          {"search_scales": lambda w, x, g: truth.search_scales(w, x, g) * (1 + 0 * x.sub(x.mean(0)).square().sum(0) / (len(x) - 1))}),
     Fault("only the first token is looked at", "L5.scales.token-order",
           {"search_scales": lambda w, x, g: powers(0.5, lambda t: t[0].abs() + 1e-3)["search_scales"](w, x, g)}),
     Fault("factors so small that weights become subnormal", "L5.scales.folding-is-exact",
