@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from miniawq import cli
-from miniawq.chat import Message, check_variables
+from miniawq import cli, prompts
+from miniawq.chat import Message
 from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
 from miniawq.completion import Completion, bytes_per_token, complete, generate, peak_memory
-from miniawq.errors import DoesNotFit, InvalidInput, NotFound, UsageError
+from miniawq.errors import DoesNotFit, InvalidInput, UsageError
 from miniawq.model import Llama
 from miniawq.repl import converse
 from miniawq.sampling import Sampling
@@ -33,18 +33,16 @@ __all__ = ["build_parser", "complete", "generate", "load", "main"]
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 512
-DEMO_PROMPT = "Once upon a time"
 DEMO_SEED = 0
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SAMPLING_FLAGS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
+FILTERS: dict[str, tuple[type, str]] = {
+    "top_k": (int, "draw from the N best tokens; 0 is off"),
+    "top_p": (float, "draw from the best tokens that together have probability X; 1 is off"),
+    "min_p": (float, "draw from tokens at least X times as probable as the best; 0 is off"),
+    "repetition_penalty": (float, "divide the logits of tokens in prompt and answer by X; 1 is off"),
+    "presence_penalty": (float, "subtract X from the logits of tokens in the answer; 0 is off"),
+    "frequency_penalty": (float, "subtract X for each time a token is in the answer; 0 is off"),
+}
 
 
 def load(
@@ -93,31 +91,30 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", nargs="?", help="directory, Hub id or id@revision (default: the demo)")
     add("--model", "-m", dest="model_flag", metavar="MODEL", help="the same, as a flag")
-    prompt = parser.add_argument_group("prompt").add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", "-p", help="text, or - for stdin")
-    prompt.add_argument("--file", type=Path, help="file with the prompt")
-    prompt.add_argument("--messages", type=Path, help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
-    prompt.add_argument("--interactive", "-i", action="store_true", help="talk with a chat model")
-    add = parser.add_argument_group("chat template").add_argument
-    add("--system-prompt", metavar="TEXT", help="system message of the conversation")
-    add("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
-    add("--show-prompt", action="store_true", help="show the text that the model continues, on stderr")
+    prompts.add_flags(parser)
     add = parser.add_argument_group("length").add_argument
-    add("--max-tokens", "-n", type=int, help=f"most tokens to generate, -1 for all that fit ({DEFAULT_MAX_TOKENS})")
-    add("--max-seq-len", type=int, help="most tokens of prompt and answer together (the model's context)")
+    add(
+        "--max-tokens",
+        "-n",
+        type=int,
+        metavar="N",
+        help=f"most tokens to generate, -1 for all that fit ({DEFAULT_MAX_TOKENS})",
+    )
+    add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together (the model's context)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="go on behind the model's own end")
     group = parser.add_argument_group(
         "sampling", "defaults: generation_config.json if it asks for sampling, else greedy"
     )
     temperature = group.add_mutually_exclusive_group()
-    temperature.add_argument("--temperature", type=float, help="0 takes the most probable token")
+    temperature.add_argument("--temperature", type=float, metavar="X", help="0 takes the most probable token")
     temperature.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help="--temperature 0")
-    for flag, kind in zip(SAMPLING_FLAGS[1:], (int, float, float, float, float, float), strict=True):
-        group.add_argument(f"--{flag.replace('_', '-')}", type=kind)
-    group.add_argument("--seed", type=int, help="same seed, same text, on one machine (random, and shown)")
-    group.add_argument("--num-samples", type=int, default=1, help="texts to write, with seeds S, S+1, ... (1)")
+    for name, (kind, meaning) in FILTERS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=meaning)
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text, on one machine (random, and shown)")
+    group.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="texts to write, with seeds S, S+1, ... (1)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object a text instead of the text")
     detail = output.add_mutually_exclusive_group()
@@ -166,8 +163,8 @@ def _write(arguments: argparse.Namespace) -> None:
     # Whatever can be refused is refused before the weights are read.
     device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
     stated = read_object(checkpoint.directory / "generation_config.json")
-    sampling = Sampling.choose(stated, **{name: getattr(arguments, name) for name in SAMPLING_FLAGS})
-    prompt = None if arguments.interactive else read_prompt(arguments, tokenizer)
+    sampling = Sampling.choose(stated, **{name: getattr(arguments, name) for name in ("temperature", *FILTERS)})
+    prompt = None if arguments.interactive else prompts.read(arguments, tokenizer)
     if prompt is None and not tokenizer.has_chat_template:
         raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
     limit = checkpoint.model_config.max_position_embeddings
@@ -177,7 +174,7 @@ def _write(arguments: argparse.Namespace) -> None:
     model = load_model(checkpoint, device, DTYPES.get(arguments.dtype) or pick_dtype(checkpoint, device))
     writer = Writer(arguments, model, tokenizer, sampling, load_seconds=time.perf_counter() - started)
     if prompt is None:
-        converse(writer.answer, system_message(arguments))
+        converse(writer.answer, prompts.system_message(arguments))
     else:
         writer.write_all(*prompt)
 
@@ -186,69 +183,13 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.model and arguments.model_flag:
         raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
     arguments.model = arguments.model or arguments.model_flag
-    check_variables(arguments.chat_template_kwargs)
-    talks, has_prompt = arguments.interactive, any((arguments.prompt is not None, arguments.file, arguments.messages))
-    if arguments.model and not talks and not has_prompt:
-        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages or --interactive")
-    if talks and (arguments.json or arguments.raw or arguments.num_samples > 1):
-        raise UsageError("--interactive goes with none of --json, --raw and --num-samples")
-    if arguments.raw and (arguments.system_prompt or arguments.messages or arguments.chat_template_kwargs):
-        what = "--raw goes with none of --system-prompt, --messages and --chat-template-kwargs"
-        raise UsageError(what, "they are for the chat template, which --raw leaves out")
+    prompts.check_flags(arguments)
+    if arguments.interactive and (arguments.json or arguments.num_samples > 1):
+        raise UsageError("--interactive goes with neither --json nor --num-samples")
     if arguments.num_samples < 1:
         raise UsageError(f"--num-samples {arguments.num_samples} makes no sense", "", "give 1 or more")
     if arguments.max_tokens is not None and arguments.max_tokens < 1 and arguments.max_tokens != -1:
         raise UsageError(f"--max-tokens {arguments.max_tokens} makes no sense", "", "give 1 or more, or -1 for all")
-
-
-def system_message(arguments: argparse.Namespace) -> list[Message]:
-    """The message of --system-prompt, if it is given."""
-    return [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
-
-
-def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, bool]:
-    """The text to continue, and whether it is a conversation written by the chat template."""
-    tools = None
-    if arguments.messages:
-        messages, tools = _read_messages(arguments.messages)
-    else:
-        text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
-        if arguments.file or arguments.prompt == "-":
-            text = _read_text(arguments.file)
-        if arguments.raw or not (tokenizer.has_chat_template or arguments.system_prompt):
-            return text, False
-        messages = [{"role": "user", "content": text}]
-    conversation = system_message(arguments) + messages
-    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs), True
-
-
-def _read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    try:
-        given = json.loads(_read_text(path))
-        messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
-        return [dict(message) for message in messages], tools
-    except (TypeError, KeyError, ValueError) as error:
-        why, fix = f"{path}: {type(error).__name__}: {error}", 'write [{"role": "user", "content": "..."}]'
-        raise InvalidInput("the messages cannot be read", why, fix) from error
-
-
-def _read_text(path: Path | None) -> str:
-    """A file, or stdin, as it is."""
-    try:
-        return (sys.stdin.buffer.read() if path is None else path.read_bytes()).decode()
-    except OSError as error:
-        raise NotFound(f"{path} cannot be read", str(error)) from error
-    except UnicodeDecodeError as error:
-        raise InvalidInput("the prompt is not UTF-8", str(error)) from error
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}'
-        ) from error
 
 
 class Writer:
@@ -264,7 +205,7 @@ class Writer:
     ) -> None:
         self.arguments, self.model, self.tokenizer, self.sampling = arguments, model, tokenizer, sampling
         self.load_seconds = load_seconds
-        self.tells_story = arguments.model is arguments.prompt is arguments.file is arguments.messages is None
+        self.tells_story = not prompts.is_given(arguments)
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         self.limit = arguments.max_seq_len or model.config.max_position_embeddings

@@ -12,7 +12,7 @@ import pytest
 import tiny_checkpoints
 import tiny_tokenizers
 
-from miniawq import generate
+from miniawq import generate, prompts
 from miniawq.completion import complete
 from miniawq.errors import NotFound, UsageError
 from miniawq.generate import build_parser, load, main
@@ -61,7 +61,7 @@ def test_flags_are_these():
 def test_the_demo_tells_a_story():
     command = [sys.executable, "-X", "importtime", "-m", "miniawq.generate", "-n", "180"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.startswith(generate.DEMO_PROMPT)
+    assert done.stdout.startswith(prompts.DEMO_PROMPT)
     assert len(done.stdout.split()) >= 100
     messages = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert len(messages) == 1
@@ -267,7 +267,8 @@ def test_sigint_ends_a_story_at_once():
     [
         (["-m", "here", "there", "-p", "x"], 2, "two models are given"),
         (["here"], 2, "there is no prompt\n  give --prompt, --file, --messages or --interactive"),
-        (["here", "-i", "--json"], 2, "--interactive goes with none of"),
+        (["here", "-i", "--json"], 2, "--interactive goes with neither --json nor --num-samples"),
+        (["here", "-i", "--raw"], 2, "--raw goes with none of"),
         (["here", "-p", "x", "--raw", "--system-prompt", "y"], 2, "--raw goes with none of"),
         (["--num-samples", "0"], 2, "--num-samples 0 makes no sense"),
         (["-n", "0"], 2, "--max-tokens 0 makes no sense\n  give 1 or more, or -1 for all"),
