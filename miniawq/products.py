@@ -61,7 +61,7 @@ def _join_dense(layers: Sequence[Any]) -> Product:
     weight_OI = lay_together([layer.weight.data for layer in layers])
     sizes = [layer.out_features for layer in layers]
     for layer, part_OI in zip(layers, weight_OI.split(sizes), strict=True):
-        layer.weight.data = part_OI
+        layer.weight = nn.Parameter(part_OI, requires_grad=False)
     has_bias = layers[0].bias is not None
     return Product(linear, (weight_OI, torch.cat([layer.bias.data for layer in layers]) if has_bias else None))
 
