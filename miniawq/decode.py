@@ -5,19 +5,20 @@ called for every layer. The length is a number on the device, so no length ever 
 where it points, and attention, which is not compiled, reads as far as it says. On CUDA the launches of a whole token
 are recorded once, in a CUDA graph, and replayed for each token; on a CPU the same functions run one by one.
 
-Shapes: B batch, M positions in the cache, D model width, F feed-forward width, V vocabulary, H query heads, J key/value
-heads, E size of one head.
+Shapes: B batch, M positions in the cache, T slots of a layer's cache (B M), D model width, F feed-forward width,
+V vocabulary, H query heads, J key/value heads, E size of one head.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding, pad, silu
 
 from miniawq.errors import InvalidInput
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask, rms_norm
@@ -67,18 +68,18 @@ def before_attention(
     layer: Layer,
     h_BD: Tensor,
     rope: Rope,
-    position_1: Tensor,
-    keys_BMJE: Tensor,
-    values_BMJE: Tensor,
+    slots_B: Tensor,
+    keys_TJE: Tensor,
+    values_TJE: Tensor,
 ) -> Tensor:
-    """q_BHE of the residual stream; its key and value go into the cache at `position_1`."""
+    """q_BHE of the residual stream; the new key and value of each row go into its slot of the cache."""
     heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
     qkv_BHE = multiply(layer.qkv, rms_norm(h_BD, layer.input_norm_D, eps)).unflatten(-1, (-1, config.head_dim))
     q_BHE, k_BJE, v_BJE = qkv_BHE.split((heads, kv_heads, kv_heads), dim=1)
     if layer.q_norm_E is not None and layer.k_norm_E is not None:
         q_BHE, k_BJE = rms_norm(q_BHE, layer.q_norm_E, eps), rms_norm(k_BJE, layer.k_norm_E, eps)
-    keys_BMJE.index_copy_(1, position_1, apply_rope(k_BJE, rope).unsqueeze(1))
-    values_BMJE.index_copy_(1, position_1, v_BJE.unsqueeze(1))
+    keys_TJE.index_copy_(0, slots_B, apply_rope(k_BJE, rope))
+    values_TJE.index_copy_(0, slots_B, v_BJE)
     return apply_rope(q_BHE, rope).contiguous()
 
 
@@ -99,37 +100,48 @@ def finish(
 
 
 class Spans(NamedTuple):
-    """Which positions of a cache [B M, J, E] the new token of each row sees: int32, as flash attention takes them."""
+    """Which slots of a layer's cache [T, J, E] the new token of each row sees: int32, as flash attention takes them."""
 
     rows_B1: Tensor  # 0, 1, .. B: the first query of each row, and an end
-    starts_B1: Tensor  # the first position of each row, and an end
+    starts_B1: Tensor  # the first slot of each row, and an end
     used_B: Tensor
 
 
-def spans_of(position_1: Tensor, padding_B: Tensor, window: int | None, max_seq_len: int) -> Spans:
+def spans_of(first_slot_B1: Tensor, position_1: Tensor, padding_B: Tensor, window: int | None) -> Spans:
     """From behind the padding, or the last `window`, to the new token."""
-    batch, end_1 = len(padding_B), position_1 + 1
+    end_1 = position_1 + 1
     first_B = padding_B if window is None else torch.maximum(padding_B, end_1 - window)
-    rows_B1 = torch.arange(batch + 1, device=padding_B.device, dtype=torch.int32)
-    starts_B1 = rows_B1 * max_seq_len + torch.nn.functional.pad(first_B, (0, 1))
-    return Spans(rows_B1, starts_B1.int(), (end_1 - first_B).int())
+    rows_B1 = torch.arange(len(padding_B) + 1, device=padding_B.device, dtype=torch.int32)
+    return Spans(rows_B1, (first_slot_B1 + pad(first_B, (0, 1))).int(), (end_1 - first_B).int())
+
+
+class Entry(NamedTuple):
+    """What all layers share in one token."""
+
+    h_BD: Tensor
+    rope: Rope
+    slots_B: Tensor
+    spans: dict[int | None, Spans]
 
 
 def enter(
-    embedding_VD: Tensor,
-    tables_ME: Rope,
-    ids_B: Tensor,
-    position_1: Tensor,
-    padding_B: Tensor,
-    windows: tuple[int | None, ...],
-) -> tuple[Tensor, Rope, list[Spans]]:
-    """h_BD, the rotary tables of one position, and what it sees through each window.
+    config: LlamaConfig, embedding_VD: Tensor, tables_ME: Rope, ids_B: Tensor, position_1: Tensor, padding_B: Tensor
+) -> Entry:
+    """The embedding of each id, the rotary tables of the position, its slots, and what is seen through each window.
 
     The id of a row that has no number (-1) is taken for 0, since nobody looks at such rows.
     """
     cos_ME, sin_ME = tables_ME
-    spans = [spans_of(position_1, padding_B, window, cos_ME.shape[0]) for window in windows]
-    return embedding(ids_B.clamp_min(0), embedding_VD), (cos_ME[position_1], sin_ME[position_1]), spans
+    first_slot_B1 = torch.arange(len(ids_B) + 1, device=ids_B.device) * cos_ME.shape[0]
+    return Entry(
+        embedding(ids_B.clamp_min(0), embedding_VD),
+        (cos_ME[position_1], sin_ME[position_1]),
+        first_slot_B1[:-1] + position_1,
+        {
+            window: spans_of(first_slot_B1, position_1, padding_B, window)
+            for window in dict.fromkeys(config.layer_windows)
+        },
+    )
 
 
 def mask_of(position_1: Tensor, padding_B: Tensor, window: int | None, end: int) -> Tensor:
@@ -141,13 +153,12 @@ def mask_of(position_1: Tensor, padding_B: Tensor, window: int | None, end: int)
     return seen_BM[:, None, None]
 
 
-def flash_attention(q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, spans: Spans) -> Tensor:
+def flash_attention(q_BHE: Tensor, keys_TJE: Tensor, values_TJE: Tensor, spans: Spans) -> Tensor:
     """[B, H, E]. The keys of a row are split among the processors, and each is read once for the heads that share it.
 
     `aten::_flash_attention_forward` finds the lengths on the device; its launches depend on the size of the cache only.
     """
-    keys_TJE, values_TJE = keys_BMJE.flatten(0, 1), values_BMJE.flatten(0, 1)
-    longest = keys_BMJE.shape[1]
+    longest = len(keys_TJE) // len(q_BHE)
     return torch.ops.aten._flash_attention_forward(
         q_BHE,
         keys_TJE,
@@ -167,17 +178,19 @@ def flash_attention_works(config: LlamaConfig, device: torch.device, dtype: torc
     """Whether this device and this torch compute it, shown by an example with padding and an end before the cache's."""
     if device.type != "cuda":
         return False
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, kv_heads, size, room, end = config.num_attention_heads, config.num_key_value_heads, config.head_dim, 512, 300
     generator = torch.Generator(device).manual_seed(0)
     q_BHE = torch.randn(2, heads, size, device=device, generator=generator).to(dtype)
-    keys_BMJE, values_BMJE = torch.randn(2, 2, 512, kv_heads, size, device=device, generator=generator).to(dtype)
-    padding_B, end = torch.tensor([3, 290], device=device), 300
-    spans = spans_of(torch.tensor([end - 1], device=device), padding_B, None, 512)
-    mask = attention_mask(end - 1, 1, None, padding_B, device)
-    keys_BJME, values_BJME = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
-    expected = attention(q_BHE.unsqueeze(2).float(), keys_BJME.float(), values_BJME.float(), mask).squeeze(2)
+    keys_TJE, values_TJE = torch.randn(2, 2 * room, kv_heads, size, device=device, generator=generator).to(dtype)
+    padding_B, position_1 = torch.tensor([3, 290], device=device), torch.tensor([end - 1], device=device)
+    spans = spans_of(torch.arange(3, device=device) * room, position_1, padding_B, None)
+    mask = mask_of(position_1, padding_B, None, end)
+    keys_BJME, values_BJME = (
+        t.unflatten(0, (2, room))[:, :end].transpose(1, 2).float() for t in (keys_TJE, values_TJE)
+    )
+    expected = attention(q_BHE.unsqueeze(2).float(), keys_BJME, values_BJME, mask).squeeze(2)
     try:
-        error = (flash_attention(q_BHE, keys_BMJE, values_BMJE, spans) - expected).abs().max()
+        error = (flash_attention(q_BHE, keys_TJE, values_TJE, spans) - expected).abs().max()
     except (RuntimeError, TypeError) as problem:
         log.info("attention by masks, not by lengths: %s", str(problem).splitlines()[0])
         return False
@@ -186,11 +199,12 @@ def flash_attention_works(config: LlamaConfig, device: torch.device, dtype: torc
     return works
 
 
-def own_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for one DecodeStep.
+@cache
+def compiled(function: Callable[..., Any], config: LlamaConfig, rows: int) -> Callable[..., Any]:
+    """`function` compiled for models of one shape and a number of rows, once in a process.
 
     Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
-    code has a list of its own, which other models do not fill.
+    code has a list of its own, which other shapes do not fill.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, fullgraph=True, dynamic=False)
@@ -204,7 +218,7 @@ class DecodeStep:
     """
 
     def __init__(
-        self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling | None = None, *, compiled: bool = True
+        self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling | None = None, *, compile_: bool = True
     ) -> None:
         self.config, self.sampling = model.config, sampling or Sampling()
         like = model.model.embed_tokens.weight
@@ -221,15 +235,21 @@ class DecodeStep:
             self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
             has_history = self.sampling.has_penalties
             self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
-        self.keys, self.values = self.cache.keys_NBMJE.unbind(), self.cache.values_NBMJE.unbind()
-        self.windows = tuple(dict.fromkeys(self.config.layer_windows))
+        # Nothing compiled depends on how many positions there are.
+        self.keys, self.values = (
+            self.cache.keys_NBMJE.flatten(1, 2).unbind(),
+            self.cache.values_NBMJE.flatten(1, 2).unbind(),
+        )
+        for tensor in (*self.tables_ME, *self.keys, *self.values):
+            torch._dynamo.mark_dynamic(tensor, 0)
         self.generator = torch.Generator(like.device)
         self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.build_seconds = 0.0
-        lower = own_compile if compiled else lambda function: function
-        self._enter, self._before, self._after = lower(enter), lower(before_attention), lower(after_attention)
-        self._finish = lower(finish)
+        functions: list[Callable[..., Any]] = [enter, before_attention, after_attention, finish]
+        if compile_:
+            functions = [compiled(function, self.config, batch) for function in functions]
+        self._enter, self._before, self._after, self._finish = functions
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
@@ -265,18 +285,17 @@ class DecodeStep:
 
     def _token(self, end: int) -> None:
         """From `ids_B` to the next `ids_B`, by nothing that a CUDA graph cannot record."""
-        h_BD, rope, spans = self._enter(
-            self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B, self.windows
-        )
-        seen = dict(zip(self.windows, spans if self.reads_by_length else self._masks(end), strict=True))
+        entry = self._enter(self.config, self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B)
+        masks = {} if self.reads_by_length else self._masks(end)
+        h_BD = entry.h_BD
         layers = zip(self.layers, self.keys, self.values, self.config.layer_windows, strict=True)
-        for layer, keys_BMJE, values_BMJE, window in layers:
-            q_BHE = self._before(self.config, layer, h_BD, rope, self.position_1, keys_BMJE, values_BMJE)
+        for layer, keys_TJE, values_TJE, window in layers:
+            q_BHE = self._before(self.config, layer, h_BD, entry.rope, entry.slots_B, keys_TJE, values_TJE)
             if self.reads_by_length:
-                attended_BHE = flash_attention(q_BHE, keys_BMJE, values_BMJE, seen[window])
+                attended_BHE = flash_attention(q_BHE, keys_TJE, values_TJE, entry.spans[window])
             else:
-                keys_BJME, values_BJME = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
-                attended_BHE = attention(q_BHE.unsqueeze(2), keys_BJME, values_BJME, seen[window]).squeeze(2)
+                keys_BJME, values_BJME = self._first(end, keys_TJE), self._first(end, values_TJE)
+                attended_BHE = attention(q_BHE.unsqueeze(2), keys_BJME, values_BJME, masks[window]).squeeze(2)
             h_BD = self._after(self.config, layer, h_BD, attended_BHE)
         if self.history is not None:
             self.history.add(self.ids_B.clamp_min(0))
@@ -285,10 +304,16 @@ class DecodeStep:
             ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)
         self.ids_B.copy_(ids_B)
 
-    def _masks(self, end: int) -> list[Tensor | None]:
+    def _first(self, end: int, cache_TJE: Tensor) -> Tensor:
+        """The first `end` positions of each row, [B, J, M, E]."""
+        return cache_TJE.unflatten(0, (len(self.ids_B), -1))[:, :end].transpose(1, 2)
+
+    def _masks(self, end: int) -> dict[int | None, Tensor | None]:
+        windows = set(self.config.layer_windows)
         if self.device.type == "cuda":
-            return [mask_of(self.position_1, self.padding_B, window, end) for window in self.windows]
-        return [attention_mask(end - 1, 1, window, self.cache.padding_B, self.device) for window in self.windows]
+            return {window: mask_of(self.position_1, self.padding_B, window, end) for window in windows}
+        padding_B = self.cache.padding_B
+        return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in windows}
 
     def _graph(self, end: int) -> torch.cuda.CUDAGraph:
         """The recorded token that reads up to `end`. Recording it leaves history and random numbers as they were."""

@@ -118,7 +118,7 @@ def check(config: LlamaConfig, kind: str, rows: int, arguments: argparse.Namespa
     config = dataclasses.replace(config, num_hidden_layers=2, layer_windows=config.layer_windows[:2])
     model = random_model(config, kind, arguments.group_size, arguments.device, arguments.activations)
     exact = float32_of(model)
-    step = DecodeStep(model, rows, 64, compiled=arguments.compile)
+    step = DecodeStep(model, rows, 64, compile_=arguments.compile)
     exact_cache = KVCache(config, rows, 64, device=arguments.device)
     tokens_BL = torch.randint(config.vocab_size, (rows, 20), device=arguments.device)
     step.begin(tokens_BL)
@@ -168,7 +168,7 @@ def decode_rate(
     """Time `new_tokens` steps behind `context` positions of random keys and values."""
     device, steps = arguments.device, arguments.new_tokens
     room = context + steps + 2
-    step, clock = DecodeStep(model, rows, room, compiled=arguments.compile), Clock(device)
+    step, clock = DecodeStep(model, rows, room, compile_=arguments.compile), Clock(device)
     ids_B = torch.randint(model.config.vocab_size, (rows,), device=device)
     step.begin(ids_B[:, None])
     step.cache.keys_NBMJE.normal_()
