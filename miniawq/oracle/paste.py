@@ -8,7 +8,7 @@ from torch import Tensor
 
 from miniawq.oracle.check import Broken, Call, name_of
 
-LONGEST_LITERAL = 640
+LONGEST_LITERAL = 300
 MOST_EXCEPTIONS = 12
 
 

@@ -174,7 +174,7 @@ def answer_to(target: Any, request: dict[str, Any]) -> dict[str, Any]:
         functions = [name for name in FUNCTIONS if callable(getattr(target, name, None))]
         name = str(getattr(target, "name", getattr(target, "__name__", "target")))
         return {"name": name, "version": str(getattr(target, "version", "")), "functions": functions, "limits": limits}
-    arguments = dict(request["parameters"])
+    arguments = {name: Path(v) if name == "directory" else v for name, v in request["parameters"].items()}
     arguments |= {item["name"]: read(item, Path(item["path"])) for item in request["tensors"]}
     ordered = [arguments[name] for name in PARAMETERS[request["function"]] if name in arguments]
     try:
