@@ -27,7 +27,7 @@ LADDER = """
     forms kernel
     rope model
     awq
-    quant_config layouts hub shards checkpoint
+    quant_config shards layouts hub checkpoint footprint
     chat tokenizer
     sampling products decode completion repl generate
     calibration memory journal stream verify report quantize
