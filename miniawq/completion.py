@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.model import KVCache, Llama
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample
@@ -21,8 +22,32 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-Step = Callable[[Tensor, KVCache], Tensor]
 Clock = Callable[[], float]
+
+
+class PlainStep:
+    """What `DecodeStep` computes, by the model as it is: nothing to compile, and a cache for one text."""
+
+    def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        like = model.model.embed_tokens.weight
+        self.cache = KVCache(model.config, batch, max_seq_len, device=like.device, dtype=like.dtype)
+        self.history: History | None = None
+        self.generator = torch.Generator(like.device)
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
+        """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
+        self.cache.length, self.cache.padding_B = 0, padding_B
+        self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        if self.sampling.has_penalties:
+            self.history = History.of_prompt(tokens_BL, self.model.config.vocab_size, padding_B)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Append ids_B to the rows; the ids behind them, NOT_A_NUMBER for a row whose logits hold a NaN."""
+        if self.history is not None:
+            self.history.add(ids_B)
+        logits_BV = last_logits(self.model, ids_B[:, None], self.cache)
+        return sample(logits_BV, self.sampling, self.history, self.generator)
 
 
 @torch.inference_mode()
@@ -36,39 +61,38 @@ def generate(
     stop_ids: frozenset[int] = frozenset(),
     padding_B: Tensor | None = None,
     prefill_chunk: int = 2048,
-    step: Step | None = None,
+    decoder: DecodeStep | PlainStep | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
 
     A row ends with the first of `stop_ids`, which is still yielded; the iterator ends with the last row, or after
     `max_tokens` steps. `padding_B` counts the padding at the start of each row. The prompt runs in pieces of
-    `prefill_chunk` positions to bound the memory it takes; `step` (tokens_BL, cache) -> logits_BV replaces the model in
-    all steps after it. `sampling` defaults to greedy, `seed` to torch's global generator.
+    `prefill_chunk` positions to bound the memory it takes. `sampling` defaults to greedy, `seed` to torch's global
+    generator. A `decoder` computes the steps behind the prompt in place of the model; it must have the same `sampling`.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens)
-    (batch, length), device = tokens_BL.shape, tokens_BL.device
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, batch, length + max_tokens, device=device, dtype=dtype, padding_B=padding_B)
-    history = History.of_prompt(tokens_BL, model.config.vocab_size, padding_B) if sampling.has_penalties else None
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-
+    batch, needed = len(tokens_BL), tokens_BL.shape[1] + max_tokens
+    decoder = decoder or PlainStep(model, batch, needed, sampling)
+    found = (decoder.sampling, decoder.cache.keys_NBMJE.shape[1], decoder.cache.max_seq_len >= needed)
+    if found != (sampling, batch, True):
+        why = f"wanted: {batch} rows, {needed} positions, {sampling}"
+        raise InvalidInput("the decoder was made for another text", why, "make one for this text, or give none")
+    decoder.begin(tokens_BL, padding_B, seed)
     for chunk_BL in tokens_BL.split(prefill_chunk, dim=1):
-        logits_BV = last_logits(model, chunk_BL, cache)
-    running = [True] * batch
+        logits_BV = last_logits(model, chunk_BL, decoder.cache)
+    ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
+    running = [True] * len(tokens_BL)
     for left in reversed(range(max_tokens)):
-        ids_B = sample(logits_BV, sampling, history, generator)
         ids = ids_B.tolist()
         if NOT_A_NUMBER in ids:
-            fix = f"{dtype} may be too narrow for this model: try --dtype bfloat16 or float32"
-            raise MiniawqError("the model computed something that is not a number", f"at position {cache.length}", fix)
+            fix = f"{logits_BV.dtype} may be too narrow for this model: try --dtype bfloat16 or float32"
+            raise MiniawqError("the model computed something that is not a number", "", fix)
         yield [token_id if is_on else None for token_id, is_on in zip(ids, running, strict=True)]
         running = [is_on and token_id not in stop_ids for token_id, is_on in zip(ids, running, strict=True)]
         if not left or not any(running):
             return
-        if history is not None:
-            history.add(ids_B)
-        logits_BV = step(ids_B[:, None], cache) if step else last_logits(model, ids_B[:, None], cache)
+        ids_B = decoder.step(ids_B)
 
 
 def last_logits(model: Llama, tokens_BL: Tensor, cache: KVCache) -> Tensor:

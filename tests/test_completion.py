@@ -1,5 +1,6 @@
 """The token loop and the text over it: batches, splits, ends, stop strings, figures."""
 
+import copy
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniawq.completion import Completion, StopStrings, bytes_per_token, complete, generate, last_logits
+from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.model import KVCache
 from miniawq.sampling import Sampling
@@ -101,15 +103,25 @@ def test_a_large_frequency_penalty_repeats_nothing(model, device):
     assert len(set(found)) == 40
 
 
-def test_a_step_of_ones_own_replaces_the_model_behind_the_prompt(model, device):
-    shapes = []
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_decode_step_writes_what_the_model_writes_text_after_text(model, device, temperature, penalty):
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+    decoder = DecodeStep(model, 2, 40, sampling, compile_=device.type == "cuda")
+    for seed in range(3):
+        prompt_BL, padding_B = tokens(5 + seed, device, rows=2, seed=seed), torch.tensor([0, 2], device=device)
+        options = {"sampling": sampling, "seed": seed, "padding_B": padding_B}
+        found = continued(model, prompt_BL, 12, decoder=decoder, **options)
+        assert found == continued(model, prompt_BL, 12, **options)
 
-    def step(tokens_BL, cache):
-        shapes.append((tuple(tokens_BL.shape), cache.length))
-        return last_logits(model, tokens_BL, cache)
 
-    assert continued(model, tokens(5, device), 4, step=step) == continued(model, tokens(5, device), 4)
-    assert shapes == [((1, 1), 5), ((1, 1), 6), ((1, 1), 7)]
+@pytest.mark.parametrize(
+    ("rows", "room", "sampling"), [(2, 16, Sampling()), (1, 8, Sampling()), (1, 16, Sampling(temperature=1.0))]
+)
+def test_a_decoder_made_for_another_text_is_refused(model, device, rows, room, sampling):
+    decoder = DecodeStep(model, rows, room, sampling, compile_=False)
+    with pytest.raises(InvalidInput, match="made for another text\n  wanted: 1 rows, 9 positions"):
+        continued(model, tokens(5, device), 4, decoder=decoder)
 
 
 def test_only_the_last_position_is_projected(model, device):
@@ -136,11 +148,10 @@ def test_the_context_may_be_filled_to_the_last_position(model, device):
 
 
 def test_logits_that_are_not_numbers_are_an_error(model, device):
-    def step(tokens_BL, cache):
-        return torch.full((1, 420), math.nan, device=device)
-
-    with pytest.raises(MiniawqError, match=r"not a number\n  at position 5\n  torch\.float32 may be too narrow"):
-        continued(model, tokens(5, device), 4, step=step)
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight[7] = math.nan
+    with pytest.raises(MiniawqError, match=r"not a number\n  torch\.float32 may be too narrow"):
+        continued(broken, tokens(5, device), 4)
 
 
 def cut(text, stops):
