@@ -6,7 +6,6 @@ same bytes. One layer is in memory at a time.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,12 @@ from tqdm import tqdm
 
 from miniawq import cli
 from miniawq.checkpoint import Checkpoint, open_checkpoint, skeleton
-from miniawq.errors import DoesNotFit, InvalidInput
+from miniawq.errors import InvalidInput
 from miniawq.hub import add_hub_flags, hub_options
 from miniawq.layouts import part_shapes
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize
 from miniawq.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
-from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, published, write_json
+from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, published, write_json
 
 FORMATS = ("awq", "compressed-tensors", "dense")
 
@@ -67,7 +66,7 @@ def convert_checkpoint(
     packed = _packed_linears(checkpoint, layout)
     pieces = list(_pieces(checkpoint))
     specs = [spec for name, leaf in pieces for spec in _specs(checkpoint, name, leaf, layout, packed)]
-    _check_disk(Path(destination), sum(spec.nbytes for spec in specs))
+    check_disk(Path(destination), sum(spec.nbytes for spec in specs))
     with published(destination) as directory:
         with ShardWriter(directory, specs, shard_bytes) as writer:
             for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None):
@@ -178,16 +177,6 @@ def _group_size(checkpoint: Checkpoint, packed: set[str]) -> int:
         f"{checkpoint.directory} has {sorted(sizes)}, and the format states one for all",
         "convert to dense and quantize again",
     )
-
-
-def _check_disk(destination: Path, nbytes: int) -> None:
-    parent = next(path for path in destination.absolute().parents if path.exists())
-    if (free := shutil.disk_usage(parent).free) < nbytes:
-        raise DoesNotFit(
-            f"{destination} needs {nbytes / 1e9:.2f} GB of disk",
-            f"{parent} has {free / 1e9:.2f} GB free",
-            "free some space, or name a destination on another disk",
-        )
 
 
 def build_parser() -> argparse.ArgumentParser:

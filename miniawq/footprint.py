@@ -1,6 +1,7 @@
 """What running a model takes in memory, known from headers: weights, kv cache, prefill, overhead.
 
-All in bytes. `check_fit` is called before a weight is read, so that what cannot run is told at once, with what would.
+All in bytes. `require_memory` is called before a weight is read, so that what cannot run is told at once, with what
+would.
 """
 
 import dataclasses
@@ -134,6 +135,16 @@ def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.
         total = needed.weights + needed.overhead + prefill + needed.batch * length * per_token
         low, high = (middle, high) if total <= free else (low, middle - 1)
     return low * 64
+
+
+def require_memory(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1, max_seq_len: int
+) -> Footprint:
+    """The footprint on a device, for callers about to load; DoesNotFit when there is not that much free."""
+    overhead = OVERHEAD.get(torch.device(device).type, OVERHEAD["cuda"])
+    needed = footprint(checkpoint, dtype, batch=batch, max_seq_len=max_seq_len, overhead=overhead)
+    check_fit(needed, device_memory(device), checkpoint, dtype)
+    return needed
 
 
 def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from miniawq.errors import InvalidInput, MiniawqError, UsageError
+from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UsageError
 
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
@@ -248,6 +248,17 @@ def published(destination: str | Path) -> Iterator[Path]:
         raise
     os.replace(partial, destination)
     _sync_directory(destination.parent)
+
+
+def check_disk(destination: Path, nbytes: int) -> None:
+    """DoesNotFit when the disk that `destination` is on, or will be on, has less room than will be written."""
+    place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < nbytes:
+        raise DoesNotFit(
+            f"{destination} needs {nbytes / 1e9:.2f} GB of disk",
+            f"{place} has {free / 1e9:.2f} GB free",
+            "free some space, or name a destination on another disk",
+        )
 
 
 def _sync_directory(directory: Path) -> None:

@@ -13,7 +13,7 @@ from test_checkpoint import PACKINGS, TOKENS
 from miniawq import convert
 from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.convert import convert_checkpoint
-from miniawq.errors import InvalidInput, UsageError
+from miniawq.errors import DoesNotFit, InvalidInput, UsageError
 from miniawq.layouts import part_shapes
 from miniawq.packing import LAYOUTS, Quantized, dequantize
 
@@ -133,6 +133,15 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, tmp_path / "there", "compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_full_disk_is_foreseen(tmp_path, monkeypatch):
+    source, _ = tiny.make(tmp_path / "source")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(DoesNotFit, match="GB of disk"):
+        convert_checkpoint(source, tmp_path / "deep" / "there", "awq")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -18,6 +18,7 @@ from miniawq.footprint import (
     footprint,
     kv_bytes_per_token,
     largest_max_seq_len,
+    require_memory,
     size,
 )
 from miniawq.layouts import QuantizedLinear, TensorInfo, find_quantized
@@ -151,6 +152,14 @@ def test_nothing_fits_names_another_way(tmp_path):
     needed = footprint(checkpoint, torch.float16, max_seq_len=64)
     with pytest.raises(DoesNotFit, match="smaller model"):
         check_fit(needed, DeviceMemory("cpu", 1 << 20, 1 << 20), checkpoint, torch.float16)
+
+
+def test_memory_is_required_before_loading(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(tiny.make(tmp_path)[0])
+    assert require_memory(checkpoint, "cpu", torch.float32, max_seq_len=64).max_seq_len == 64
+    monkeypatch.setattr("miniawq.footprint.device_memory", lambda _: DeviceMemory("cpu", 1 << 30, 1 << 20))
+    with pytest.raises(DoesNotFit, match="other processes hold"):
+        require_memory(checkpoint, "cpu", torch.float32, max_seq_len=64)
 
 
 def test_this_machine_has_memory():
