@@ -268,7 +268,7 @@ def apply_fold(block: nn.Module, fold: Fold, scales_P: Tensor, dtype: torch.dtyp
     """
     previous = block.get_parameter(f"{fold.previous}.weight")
     if previous.dim() == 1:
-        stored_P = (previous.data / scales_P).to(dtype).float()
+        stored_P = (previous.data / scales_P).to(dtype).to(previous.dtype)
         kept_P = stored_P.isfinite() & (stored_P != 0)
         scales_P = (previous.data / stored_P).where(kept_P, scales_P)
         previous.data = stored_P

@@ -74,9 +74,9 @@ def cut(ids: Sequence[int], sequence_length: int) -> Tensor:
 
     InvalidInput on fewer than two tokens: there is nothing to predict.
     """
-    if len(ids) < 2:
-        raise InvalidInput("the text is too short to score", f"it has {len(ids)} tokens", "give at least two")
     length = min(sequence_length, len(ids))
+    if length < 2:
+        raise InvalidInput("a window is too short to score", f"it has {length} tokens", "give at least two")
     count = len(ids) // length
     return torch.tensor(ids[: count * length]).view(count, length)
 

@@ -15,7 +15,7 @@ from miniawq.checkpoint import Checkpoint
 from miniawq.errors import UsageError
 
 NAME = "quantization_journal.jsonl"
-PIECES, PIECE_BYTES = 64, 4096
+PIECES, PIECE_BYTES = 1024, 4096
 
 
 class Journal:
@@ -81,6 +81,6 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         size = path.stat().st_size
         with open(path, "rb") as file:
             for piece in range(PIECES):
-                file.seek(size * piece // PIECES)
+                file.seek(max(piece * PIECE_BYTES, size * piece // PIECES))
                 digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()

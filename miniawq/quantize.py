@@ -11,6 +11,7 @@ goes on after a kill computes them again from the blocks it has finished, withou
 import argparse
 import base64
 import logging
+import math
 import signal
 import sys
 import threading
@@ -328,7 +329,9 @@ def quantize_checkpoint(
     checkpoint.copy_side_files(destination)
     scales = [_decode(block["scales"]) for block in journal.blocks]
     smooth = lambda name, weight_OI: job.smooth(scales, name, weight_OI)  # noqa: E731
-    verification = verify(checkpoint, open_checkpoint(destination), set(job.dense), smooth, device)
+    # Compensated codes are not the nearest ones: for them there is no bound to hold, only one to report.
+    limit = math.inf if settings.recipe.compensate else 1.0
+    verification = verify(checkpoint, open_checkpoint(destination), set(job.dense), smooth, device, limit)
     report = Report(
         source=str(checkpoint.directory),
         settings=settings.described(),

@@ -54,7 +54,7 @@ class Report:
         worst = self.verification["largest_error_over_bound"]
         return (
             f"{self.verification['packed_linears']} layers packed, {len(self.dense_linears)} dense; "
-            f"every weight is within its bound (largest {worst:.4f} of it)\n"
+            f"the largest error is {worst:.4f} of the bound for nearest codes\n"
             f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before; "
             f"clipping kept {lost / plain:.1%} of the layers' loss\n"
             f"{self.seconds:.1f} s, {self.peak_memory_bytes / 2**30:.2f} GiB of memory at most"
