@@ -234,6 +234,7 @@ def complete(
     max_tokens: int,
     stop: Sequence[str] = (),
     stop_ids: frozenset[int] | None = None,
+    clock: Clock = time.perf_counter,
     **options: Any,
 ) -> Completion:
     """Text behind a prompt, in pieces as it comes; `options` go to `generate`, `stop_ids` default to `eos_ids`."""
@@ -241,7 +242,7 @@ def complete(
     tokens_BL = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.model.embed_tokens.weight.device)
     steps = generate(model, tokens_BL, max_tokens=max_tokens, stop_ids=stop_ids, **options)
     ids = (token_id for (token_id,) in steps if token_id is not None)
-    return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop)
+    return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop, clock=clock)
 
 
 def _rate(count: int, seconds: float) -> float:

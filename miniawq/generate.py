@@ -22,6 +22,7 @@ from miniawq import cli, prompts
 from miniawq.chat import Message
 from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
 from miniawq.completion import Completion, bytes_per_token, complete, generate, peak_memory
+from miniawq.decode import DecodeStep
 from miniawq.errors import DoesNotFit, InvalidInput, UsageError
 from miniawq.model import Llama
 from miniawq.repl import converse
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 512
 DEMO_SEED = 0
+SMALLEST_CACHE = 1024
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FILTERS: dict[str, tuple[type, str]] = {
     "top_k": (int, "draw from the N best tokens; 0 is off"),
@@ -128,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of activations (auto: config.json's; float32 on CPU)",
     )
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps behind the prompt (on a GPU)")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--local-files-only", action="store_true", help="never use the network")
     add("--cache-dir", help="where downloads are kept")
@@ -209,6 +212,9 @@ class Writer:
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         self.limit = arguments.max_seq_len or model.config.max_position_embeddings
+        on_gpu = model.model.embed_tokens.weight.device.type == "cuda"
+        self.compiles = on_gpu if arguments.compile is None else arguments.compile
+        self.decoder: DecodeStep | None = None
 
     def write_all(self, prompt: str, is_chat: bool) -> None:
         """All samples of one prompt."""
@@ -251,17 +257,32 @@ class Writer:
         prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=not is_chat)
         seed, self.next_seed = self.next_seed, self.next_seed + 1
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
+        max_tokens = self.room(len(prompt_ids))
         completion = complete(
             self.model,
             self.tokenizer,
             prompt_ids,
-            max_tokens=self.room(len(prompt_ids)),
+            max_tokens=max_tokens,
             stop=self.arguments.stop,
             stop_ids=frozenset() if self.arguments.ignore_eos else ends,
             sampling=self.sampling,
             seed=seed,
+            decoder=self.compiled(len(prompt_ids) + max_tokens) if self.compiles else None,
+            clock=lambda: time.perf_counter() - self.compile_seconds(),
         )
         return completion, seed
+
+    def compiled(self, positions: int) -> DecodeStep:
+        """One decode step for all texts, made again when a text is longer than its cache."""
+        if self.decoder is None or self.decoder.cache.max_seq_len < positions:
+            self.decoder = None
+            room = max(SMALLEST_CACHE, 1 << (positions - 1).bit_length())
+            self.decoder = DecodeStep(self.model, 1, min(room, self.limit), self.sampling)
+        return self.decoder
+
+    def compile_seconds(self) -> float:
+        """Time spent on compiling the decode step, which the figures leave out."""
+        return 0.0 if self.decoder is None else self.decoder.build_seconds
 
     def room(self, prompt_length: int) -> int:
         """How many tokens to generate: as many as asked for, or as fit."""
@@ -280,6 +301,7 @@ class Writer:
             "sampling": dataclasses.asdict(self.sampling),
             "seed": seed,
             "load_s": self.load_seconds,
+            "compile_s": self.compile_seconds(),
             "peak_memory": peak_memory(self.model) / 1e9,
             "gigabytes_per_s": completion.generation_rate * bytes_per_token(self.model) / 1e9,
         }
@@ -297,7 +319,8 @@ class Writer:
         print(
             f"Prompt: {found['prompt_tokens']} tokens, {found['prompt_tps']:.1f} tokens-per-sec",
             f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second",
-            f"Time to first token: {found['first_token_s']:.3f} s; loading: {found['load_s']:.3f} s",
+            f"Time to first token: {found['first_token_s']:.3f} s",
+            f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s",
             f"Peak memory: {found['peak_memory']:.3f} GB",
             f"Sampling: {settings}, seed {seed}",
             sep="\n",

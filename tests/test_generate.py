@@ -14,15 +14,16 @@ import tiny_tokenizers
 
 from miniawq import generate, prompts
 from miniawq.completion import complete
+from miniawq.decode import DecodeStep
 from miniawq.errors import NotFound, UsageError
 from miniawq.generate import build_parser, load, main
 from miniawq.tokenizer import Tokenizer
 
 FLAGS = """
---cache-dir --chat-template-kwargs --debug --device --dtype --file --frequency-penalty --greedy --help --ignore-eos
---interactive --json --local-files-only --max-seq-len --max-tokens --messages --min-p --model --num-samples
---presence-penalty --prompt --quiet --raw --repetition-penalty --revision --seed --show-prompt --stats --stop
---system-prompt --temperature --token --top-k --top-p --version -h -i -m -n -p -q
+--cache-dir --chat-template-kwargs --compile --debug --device --dtype --file --frequency-penalty --greedy --help
+--ignore-eos --interactive --json --local-files-only --max-seq-len --max-tokens --messages --min-p --model
+--no-compile --num-samples --presence-penalty --prompt --quiet --raw --repetition-penalty --revision --seed
+--show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version -h -i -m -n -p -q
 """
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -104,11 +105,12 @@ def test_quiet_says_nothing_and_stats_say_all(capsys, fairytales):
     patterns = [
         r"Prompt: \d+ tokens, [\d.]+ tokens-per-sec",
         r"Generation: 4 tokens, [\d.]+ tokens-per-sec, [\d.]+ GB of weights read per second",
-        r"Time to first token: [\d.]+ s; loading: [\d.]+ s",
+        r"Time to first token: [\d.]+ s",
+        r"Loading: [\d.]+ s; compiling: 0\.000 s",
         r"Peak memory: [\d.]+ GB",
         r"Sampling: temperature 0, top_k 0, top_p 1, min_p 0, repetition_penalty 1, .*, seed \d+",
     ]
-    assert [bool(re.fullmatch(pattern, line)) for pattern, line in zip(patterns, lines, strict=True)] == [True] * 5
+    assert [bool(re.fullmatch(pattern, line)) for pattern, line in zip(patterns, lines, strict=True)] == [True] * 6
 
 
 def test_json_is_one_object_a_line(capsys, fairytales):
@@ -119,8 +121,8 @@ def test_json_is_one_object_a_line(capsys, fairytales):
     assert [record["seed"] for record in records] == [8, 9]
     assert set(records[0]) == {
         "prompt", "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps",
-        "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s", "peak_memory",
-        "gigabytes_per_s",
+        "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s", "compile_s",
+        "peak_memory", "gigabytes_per_s",
     }  # fmt: skip
     assert records[0]["generation_tokens"] == len(records[0]["tokens"]) == 3
     # generation_config.json of the demo asks for temperature 0.8 and top-p 0.95.
@@ -348,6 +350,42 @@ def test_the_context_shortens_an_answer_and_says_so(capsys, caplog, chat_model):
         short = ["--max-seq-len", record["prompt_tokens"] + 3, "--ignore-eos", "--json", "--raw"]
         assert json.loads(run(capsys, chat_model, "-p", "Once", *short)[1])["generation_tokens"] == 3
         assert not caplog.text
+
+
+def test_the_compiled_step_writes_the_same_text(capsys, monkeypatch, chat_model):
+    made = []
+
+    def step(*arguments, **options):
+        made.append(DecodeStep(*arguments, **options, compile_=False))
+        made[-1].build_seconds = 1e3
+        return made[-1]
+
+    monkeypatch.setattr(generate, "DecodeStep", step)
+    monkeypatch.setattr(generate, "SMALLEST_CACHE", 8)
+    flags = [chat_model, "-p", "Once", "--raw", "-n", 9, "--temperature", 2, "--seed", 1, "--num-samples", 2, "--json"]
+    plain = [json.loads(line) for line in run(capsys, *flags, "--no-compile")[1].splitlines()]
+    assert not made
+    quick = [json.loads(line) for line in run(capsys, *flags, "--compile")[1].splitlines()]
+    assert [record["text"] for record in quick] == [record["text"] for record in plain]
+    assert len(made) == 1, "one step for all samples"
+    assert made[0].cache.max_seq_len == 16
+    assert (plain[0]["compile_s"], quick[0]["compile_s"]) == (0, 1000)
+
+
+def test_a_longer_conversation_gets_a_longer_cache(capsys, monkeypatch, chat_model):
+    rooms = []
+
+    def step(model, batch, room, sampling):
+        rooms.append(room)
+        return DecodeStep(model, batch, room, sampling, compile_=False)
+
+    monkeypatch.setattr(generate, "DecodeStep", step)
+    monkeypatch.setattr(generate, "SMALLEST_CACHE", 8)
+    lines = iter(["Hi", "And?", "/bye"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert run(capsys, chat_model, "-i", "-n", 3, "--compile")[0] == 0
+    assert len(rooms) == 2
+    assert rooms[0] < rooms[1] <= 128
 
 
 def test_load_takes_device_and_dtype_and_refuses_what_is_not_there(fairytales, device):
