@@ -179,9 +179,9 @@ def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | Non
     if mask is None and new > 1:
         return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, is_causal=True, enable_gqa=heads != shared)
     # The R query heads of one key head stand as R times L queries of one head.
-    q_BJLE = q_BHLE.reshape(batch, shared, heads // shared * new, size)
+    q_BJTE = q_BHLE.reshape(batch, shared, heads // shared * new, size)
     rows = None if mask is None else mask.repeat(1, 1, heads // shared, 1)
-    return scaled_dot_product_attention(q_BJLE, k_BJME, v_BJME, attn_mask=rows).reshape(batch, heads, new, size)
+    return scaled_dot_product_attention(q_BJTE, k_BJME, v_BJME, attn_mask=rows).reshape(batch, heads, new, size)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -225,9 +225,8 @@ class Attention(nn.Module):
         q_BHLE = apply_rope(self.q_norm(self.q_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), rope)
         k_BJLE = apply_rope(self.k_norm(self.k_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), rope)
         v_BJLE = self.v_proj(x_BLD).unflatten(-1, heads).transpose(1, 2)
-        if cache is not None:
-            k_BJLE, v_BJLE = cache.append(self.layer, k_BJLE, v_BJLE)
-        return self.o_proj(attention(q_BHLE, k_BJLE, v_BJLE, mask).transpose(1, 2).flatten(2))
+        k_BJME, v_BJME = (k_BJLE, v_BJLE) if cache is None else cache.append(self.layer, k_BJLE, v_BJLE)
+        return self.o_proj(attention(q_BHLE, k_BJME, v_BJME, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

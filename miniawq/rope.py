@@ -3,7 +3,7 @@
 Each pair of channels (e, e + E/2) of a query or key is turned by position * frequency_e. The types differ in how they
 lower the frequencies for texts longer than the model was trained on.
 
-Shapes: B batch, L positions, H heads, E size of one head.
+Shapes: B batch, L positions, H heads, E size of one head, P pairs of its channels (E / 2).
 """
 
 import math
@@ -157,8 +157,8 @@ Rope = tuple[Tensor, Tensor]
 
 def rope_tables(rope: RopeConfig, positions_L: Tensor, length: int, dtype: torch.dtype) -> Rope:
     """cos_LE and sin_LE of the angles at each position; `length` is that of the whole text so far."""
-    frequencies_E = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_L.device)
-    angles_LE = torch.outer(positions_L.float(), frequencies_E).repeat(1, 2)
+    frequencies_P = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_L.device)
+    angles_LE = torch.outer(positions_L.float(), frequencies_P).repeat(1, 2)
     factor = rope.attention_factor
     return (angles_LE.cos() * factor).to(dtype), (angles_LE.sin() * factor).to(dtype)
 
