@@ -13,6 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 512
 DEMO_SEED = 0
 SMALLEST_CACHE = 1024
+SMALL_MODEL_BYTES = 32 << 20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FILTERS: dict[str, tuple[type, str]] = {
     "top_k": (int, "draw from the N best tokens; 0 is off"),
@@ -176,10 +178,22 @@ def _write(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {limit} or less")
     model = load_model(checkpoint, device, DTYPES.get(arguments.dtype) or pick_dtype(checkpoint, device))
     writer = Writer(arguments, model, tokenizer, sampling, load_seconds=time.perf_counter() - started)
-    if prompt is None:
-        converse(writer.answer, prompts.system_message(arguments))
-    else:
-        writer.write_all(*prompt)
+    with threads_for(model):
+        if prompt is None:
+            converse(writer.answer, prompts.system_message(arguments))
+        else:
+            writer.write_all(*prompt)
+
+
+@contextmanager
+def threads_for(model: Llama) -> Iterator[None]:
+    """One thread for a model that is done before a second one has woken up; all of them for the others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if bytes_per_token(model) < SMALL_MODEL_BYTES else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny_checkpoints
 import tiny_tokenizers
+import torch
 
 from miniawq import generate, prompts
 from miniawq.completion import complete
@@ -386,6 +387,17 @@ def test_a_longer_conversation_gets_a_longer_cache(capsys, monkeypatch, chat_mod
     assert run(capsys, chat_model, "-i", "-n", 3, "--compile")[0] == 0
     assert len(rooms) == 2
     assert rooms[0] < rooms[1] <= 128
+
+
+@pytest.mark.parametrize(("layers", "threads"), [(1, 1), (30, 2)])
+def test_a_small_model_runs_in_one_thread(layers, threads):
+    model = tiny_checkpoints.dense_model(tiny_checkpoints.config_of(num_hidden_layers=layers, intermediate_size=768))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with generate.threads_for(model):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_load_takes_device_and_dtype_and_refuses_what_is_not_there(fairytales, device):
