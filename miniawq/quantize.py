@@ -40,7 +40,7 @@ from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.packing import CODES_PER_WORD, GRIDS, LAYOUTS
 from miniawq.quant_config import awq_block, compressed_tensors_block
 from miniawq.report import Report, write_report
-from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, write_json
+from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, serialize, write_json
 from miniawq.stream import BlockStream, micro_batches
 from miniawq.tokenizer import Tokenizer
 from miniawq.verify import verify
@@ -89,7 +89,7 @@ class Settings:
     recipe: Recipe = awq.DEFAULT
     layout: str = "awq"
     dtype: torch.dtype = torch.float16
-    compared_tokens: int = 8192
+    compared_tokens: int = 4096
     shard_bytes: int = SHARD_BYTES
 
     def described(self) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _describe(search: ScaleSearch) -> dict[str, Any]:
 
 
 def _encode(tensors: dict[str, Tensor]) -> str:
-    return base64.b64encode(safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()})).decode()
+    return base64.b64encode(serialize(tensors)).decode()
 
 
 def _decode(text: str) -> dict[str, Tensor]:
@@ -365,6 +365,7 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--recipe", choices=RECIPES, default="default", help="the paper's searches, or ours")
     method.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default %(default)s)")
     method.add_argument("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
+    method.add_argument("--compared-tokens", type=_positive, default=4096, help="that modules' outputs are compared on")
     method.add_argument("--no-clip", action="store_true", help="leave out the search of ranges")
     method.add_argument("--compensate", action="store_true", help="GPTQ's error compensation on top; no part of AWQ")
     output = parser.add_argument_group("output")
@@ -397,7 +398,7 @@ def _body(arguments: argparse.Namespace) -> None:
     symmetric = arguments.format == "compressed-tensors" and arguments.grid == "symmetric"
     layout = "compressed-tensors-symmetric" if symmetric else arguments.format
     checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
-    settings = Settings(recipe, layout, dtype, shard_bytes=int(arguments.shard_gigabytes * 1e9))
+    settings = Settings(recipe, layout, dtype, arguments.compared_tokens, int(arguments.shard_gigabytes * 1e9))
     calibration = calibrate(checkpoint, arguments)
     log.info(
         "calibration: %d tokens in %d windows, of %d found in %s",

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -92,6 +92,13 @@ def _header(specs: Sequence[Spec]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks that values begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text
+
+
+def serialize(tensors: Mapping[str, Tensor]) -> bytes:
+    """A whole safetensors file in memory. The library's own `save` needs NumPy, which miniawq does not."""
+    specs = [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    values = [tensor.detach().cpu().contiguous() for tensor in tensors.values()]
+    return _header(specs) + b"".join(ctypes.string_at(value.data_ptr(), value.nbytes) for value in values)
 
 
 class ShardWriter:

@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
@@ -164,6 +165,28 @@ def test_every_verb_answers_help(capsys):
             main([verb, "--help"])
         assert exit_.value.code == 0
         assert "usage: " in capsys.readouterr().out
+
+
+def test_running_needs_no_more_than_the_dependencies(tmp_path, fairytales):
+    """What only tests and extras install must not be imported on the way of a user."""
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a king who had three sons. " * 40)
+    program = f"""
+import sys
+for name in ("numpy", "pytest", "hypothesis", "matplotlib", "transformers"):
+    sys.modules[name] = None
+from miniawq.__main__ import main
+for line in (
+    "quantize {fairytales} {tmp_path}/awq --calib {text} --num-samples 2 --sequence-length 64 --recipe paper",
+    "convert {tmp_path}/awq {tmp_path}/ct --format compressed-tensors",
+    "evaluate {tmp_path}/ct --text {text} --sequence-length 64",
+    "plan {tmp_path}/awq",
+    "generate {tmp_path}/ct --prompt Once -n 2",
+):
+    assert main(line.split()) == 0, line
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_an_unknown_verb_is_a_usage_error(capsys):
