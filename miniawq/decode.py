@@ -22,7 +22,7 @@ from torch.nn.functional import embedding, pad, silu
 
 from miniawq.errors import InvalidInput
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask, rms_norm
-from miniawq.products import Product, multiply, products_of
+from miniawq.products import Product, is_int4, lower, multiply, norm_and_multiply, products_of, written
 from miniawq.rope import Rope, apply_rope, rope_tables
 from miniawq.sampling import History, Sampling, sample
 
@@ -74,7 +74,8 @@ def before_attention(
 ) -> Tensor:
     """q_BHE of the residual stream; the new key and value of each row go into its slot of the cache."""
     heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-    qkv_BHE = multiply(layer.qkv, rms_norm(h_BD, layer.input_norm_D, eps)).unflatten(-1, (-1, config.head_dim))
+    qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, eps))
+    qkv_BHE = qkv_BO.unflatten(-1, (-1, config.head_dim))
     q_BHE, k_BJE, v_BJE = qkv_BHE.split((heads, kv_heads, kv_heads), dim=1)
     if layer.q_norm_E is not None and layer.k_norm_E is not None:
         q_BHE, k_BJE = rms_norm(q_BHE, layer.q_norm_E, eps), rms_norm(k_BJE, layer.k_norm_E, eps)
@@ -85,9 +86,9 @@ def before_attention(
 
 def after_attention(config: LlamaConfig, layer: Layer, h_BD: Tensor, attended_BHE: Tensor) -> Tensor:
     """The residual stream behind the layer."""
-    h_BD = h_BD + multiply(layer.o, attended_BHE.flatten(1))
-    gate_up_BF = multiply(layer.gate_up, rms_norm(h_BD, layer.post_norm_D, config.rms_norm_eps))
-    gate_BF, up_BF = gate_up_BF.chunk(2, dim=-1)
+    h_BD = written(h_BD + multiply(layer.o, attended_BHE.flatten(1)))
+    gate_up_BF = norm_and_multiply(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
+    gate_BF, up_BF = written(gate_up_BF).chunk(2, dim=-1)
     return h_BD + multiply(layer.down, silu(gate_BF) * up_BF)
 
 
@@ -95,7 +96,7 @@ def finish(
     config: LlamaConfig, head: tuple[Product, ...], norm_D: Tensor, is_greedy: bool, h_BD: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """logits_BV, and the most probable ids_B if that is what is wanted."""
-    logits_BV = multiply(head, rms_norm(h_BD, norm_D, config.rms_norm_eps))
+    logits_BV = norm_and_multiply(head, h_BD, norm_D, config.rms_norm_eps)
     return logits_BV, sample(logits_BV, GREEDY) if is_greedy else None
 
 
@@ -200,14 +201,13 @@ def flash_attention_works(config: LlamaConfig, device: torch.device, dtype: torc
 
 
 @cache
-def compiled(function: Callable[..., Any], config: LlamaConfig, rows: int) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], is_int4: bool, config: LlamaConfig, rows: int) -> Callable[..., Any]:
     """`function` compiled for models of one shape and a number of rows, once in a process.
 
     Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
     code has a list of its own, which other shapes do not fill.
     """
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return lower(FunctionType(function.__code__.replace(), function.__globals__, function.__name__), is_int4)
 
 
 class DecodeStep:
@@ -246,10 +246,15 @@ class DecodeStep:
         self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.build_seconds = 0.0
-        functions: list[Callable[..., Any]] = [enter, before_attention, after_attention, finish]
-        if compile_:
-            functions = [compiled(function, self.config, batch) for function in functions]
-        self._enter, self._before, self._after, self._finish = functions
+        kinds: dict[Callable[..., Any], bool] = {
+            enter: False,
+            before_attention: any(map(is_int4, self.layers[0].qkv)),
+            after_attention: any(map(is_int4, self.layers[0].down)),
+            finish: any(map(is_int4, self.head)),
+        }
+        self._enter, self._before, self._after, self._finish = (
+            compiled(function, kind, self.config, batch) if compile_ else function for function, kind in kinds.items()
+        )
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""

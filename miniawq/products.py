@@ -1,6 +1,6 @@
 """Linear layers as pure functions of tensors, for code that is compiled once and given each layer's weights in turn.
 
-Shapes: T rows, I input features, O output features.
+Shapes: T rows, I input features, O output features, G groups along I, P words of a group, N nibbles of a word (8).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,26 +11,121 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from miniawq import forms
 from miniawq.kernel import QuantLinear, matmul
+from miniawq.model import rms_norm
+from miniawq.packing import CODES_PER_WORD
 
 Form = Callable[..., Tensor]
+
+MOST_ROWS_REDUCED = 3
+MOST_ROWS_DOTTED = 64
+MOST_ROWS_ON_CPU = 8
+PARTS = 1
 
 
 class Product(NamedTuple):
     """form(x_TI, *tensors) -> y_TO. Products of the same form and shapes differ in their tensors only."""
 
     form: Form
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[Any, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """What one call reads."""
-        return sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
+
+def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
+    """Layers that read the same input, as one product of all their outputs where their weights can lie together.
+
+    `rows` is the number of rows that the product will get.
+    """
+    if all(type(layer) is nn.Linear for layer in layers):
+        return (_join_dense(layers),)
+    packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.scales.itemsize == 2]
+    if len(packed) == len(layers) and len({layer.group_size for layer in packed}) == 1:
+        form = _form_for(packed[0].qweight.device, rows)
+        if form is not None:
+            return (_join_int4(packed, form),)
+    return tuple(_alone(layer) for layer in layers)
+
+
+def multiply(products: Sequence[Product], x_TI: Tensor) -> Tensor:
+    """y_TO of all products, side by side."""
+    parts = [product.form(x_TI, *product.tensors) for product in products]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor, eps: float) -> Tensor:
+    """`multiply` of `rms_norm`. A norm scales a whole row, so the scale may as well come after the product.
+
+    Then the sums of a row need no kernel of their own that everything waits for.
+    """
+    (first, *others) = products
+    if others or first.form is not reduce_product:
+        return multiply(products, rms_norm(h_TI, norm_I, eps))
+    planes_OVG, grid_OG, scale_like, places_N, bias_O = first.tensors
+    h_TI = h_TI.float()
+    x_QNTVG, sums_TVG = prescaled(h_TI * norm_I.float(), planes_OVG, places_N)
+    squares_TVG = written(by_part(h_TI, planes_OVG).square().sum((2, 4)).transpose(1, 2))
+    # Summed for each output again, this is no kernel of its own either.
+    squares_TO = squares_TVG.unsqueeze(1).expand(-1, len(grid_OG), -1, -1).sum((2, 3))
+    y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
+    y_TO = y_TO * torch.rsqrt(squares_TO / h_TI.shape[1] + eps)
+    return (y_TO if bias_O is None else y_TO + bias_O).to(norm_I.dtype)
+
+
+def written(x: Tensor) -> Tensor:
+    """x, which Inductor writes to memory: without this it would compute it again for each output that reads it."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def by_part(x_TI: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
+    """x_TGQVN: the inputs as the words of `planes_OVG` hold them."""
+    parts, groups = planes_OVG[0].shape[1:]
+    return x_TI.unflatten(-1, (groups, len(planes_OVG), parts, CODES_PER_WORD))
+
+
+def prescaled(x_TI: Tensor, planes_OVG: Sequence[Tensor], places_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`forms.prescale` as one kernel: the powers of two are a tensor, so one expression covers all nibbles."""
+    x_TGQVN = by_part(x_TI.float(), planes_OVG)
+    x_QNTVG = (x_TGQVN * places_N).permute(2, 4, 0, 3, 1).contiguous()
+    sums_TVG = x_TGQVN.sum((2, 4)).transpose(1, 2) * 2.0 ** (forms.PRESCALE - 149)
+    return written(x_QNTVG), written(sums_TVG)
+
+
+def reduce_product(
+    x_TI: Tensor,
+    planes_OVG: Sequence[Tensor],
+    grid_OG: Tensor,
+    scale_like: Tensor,
+    places_N: Tensor,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """`forms.reduce_planes`."""
+    x_QNTVG, sums_TVG = prescaled(x_TI, planes_OVG, places_N)
+    y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
+    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+
+
+def dot_product(
+    x_TI: Tensor, words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, exponents: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """`forms.dot_planes`."""
+    x_NJT = written(forms.spread(x_TI, scales_OG.shape[1]))
+    y_OT = forms.dot_planes(words_OPG, scales_OG, zeros_OG, x_NJT, exponents)
+    y_TO = y_OT.t()[: len(x_TI)]
+    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+
+
+def words_product(
+    x_TI: Tensor, words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """`forms.reduce_words`."""
+    x_NTGP, means_TG = forms.prescale_words(x_TI, scales_OG.shape[1])
+    y_TO = forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_NTGP), written(means_TG))
+    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
 
 @cache
-def int4_form(group_size: int) -> Form:
-    """The INT4 product of AutoAWQ words."""
+def sliced_product(group_size: int) -> Form:
+    """`kernel.matmul`."""
 
     def product(
         x_TI: Tensor, qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, bias_O: Tensor | None
@@ -40,30 +135,66 @@ def int4_form(group_size: int) -> Form:
     return product
 
 
-def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
-    """Layers that read the same input, as one product of all their outputs where their weights can lie together.
-
-    Afterwards the layers hold views of the joined weights: there is never a second copy of the model.
-    """
-    if all(type(layer) is nn.Linear for layer in layers):
-        return (_join_dense(layers),)
-    return tuple(_product_of(layer) for layer in layers)
+def _form_for(device: torch.device, rows: int) -> Form | None:
+    if device.type == "cpu":
+        return words_product if rows <= MOST_ROWS_ON_CPU else None
+    if device.type != "cuda" or rows > MOST_ROWS_DOTTED:
+        return None
+    return reduce_product if rows <= MOST_ROWS_REDUCED else dot_product
 
 
-def _product_of(layer: nn.Module) -> Product:
+def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
+    """The block sizes of a kernel of `forms`, found by `scripts/gpu_kernels.py`."""
+    if kind == "planes":
+        return {"XBLOCK": 16, "R0_BLOCK": 16, "num_warps": 2, "num_stages": 1}
+    rows = sizes["x"]
+    return {"XBLOCK": rows, "YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 8 if rows == 64 else 4, "num_stages": 2}
+
+
+def is_int4(product: Product) -> bool:
+    """Whether it is compiled with the options of the forms."""
+    return product.form in (reduce_product, dot_product, words_product)
+
+
+def lower(function: Callable[..., Any], is_int4: bool) -> Callable[..., Any]:
+    """`function` compiled, with the options of the forms if it holds some."""
+    if is_int4:
+        return forms.compiled(function, block_sizes)
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _alone(layer: Any) -> Product:
     if isinstance(layer, QuantLinear):
-        return Product(int4_form(layer.group_size), (layer.qweight, layer.qzeros, layer.scales, layer.bias))
-    assert isinstance(layer, nn.Linear), type(layer)
-    return Product(linear, (layer.weight, layer.bias))
+        return Product(sliced_product(layer.group_size), (layer.qweight, layer.qzeros, layer.scales, layer.bias))
+    return Product(linear, (layer.weight.data, layer.bias))
 
 
 def _join_dense(layers: Sequence[Any]) -> Product:
+    """Afterwards the layers hold views of the joined weight: there is never a second copy of the model."""
     weight_OI = lay_together([layer.weight.data for layer in layers])
     sizes = [layer.out_features for layer in layers]
     for layer, part_OI in zip(layers, weight_OI.split(sizes), strict=True):
         layer.weight = nn.Parameter(part_OI, requires_grad=False)
-    has_bias = layers[0].bias is not None
-    return Product(linear, (weight_OI, torch.cat([layer.bias.data for layer in layers]) if has_bias else None))
+    return Product(linear, (weight_OI, _join_bias(layers)))
+
+
+def _join_bias(layers: Sequence[Any]) -> Tensor | None:
+    return None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+
+
+def _join_int4(layers: Sequence[Any], form: Form) -> Product:
+    quantized = [layer.to_quantized() for layer in layers]
+    codes_OI, scales_OG, zeros_OG = (torch.cat(parts) for parts in zip(*quantized, strict=True))
+    words_OGP, bias_O = forms.sequential_words(codes_OI, scales_OG.shape[1]), _join_bias(layers)
+    device = words_OGP.device
+    if form is words_product:
+        return Product(form, (words_OGP.view(torch.float32), scales_OG, zeros_OG, bias_O))
+    words_OPG = words_OGP.transpose(1, 2).contiguous()
+    if form is dot_product:
+        return Product(form, (words_OPG, scales_OG, zeros_OG, forms.magic_exponents(device), bias_O))
+    places_N = torch.tensor([2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES], device=device)
+    grid_OG, scale_like = forms.pack_grid(scales_OG, zeros_OG), scales_OG[:0]
+    return Product(form, (forms.planes(words_OPG, PARTS), grid_OG, scale_like, places_N, bias_O))
 
 
 def lay_together(parts: Sequence[Tensor]) -> Tensor:
@@ -74,9 +205,3 @@ def lay_together(parts: Sequence[Tensor]) -> Tensor:
     if in_order and all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts):
         return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
     return torch.cat(list(parts))
-
-
-def multiply(products: Sequence[Product], x_TI: Tensor) -> Tensor:
-    """y_TO of all products, side by side."""
-    parts = [product.form(x_TI, *product.tensors) for product in products]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
