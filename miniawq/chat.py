@@ -47,17 +47,25 @@ def read_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
     single = directory / "chat_template.jinja"
     files = {"default": single} if single.is_file() else {}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    found = tokenizer_config.get("chat_template")
-    processor = directory / "chat_template.json"
-    if found is None and processor.is_file():
-        found = parse_json(processor).get("chat_template")
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}
-    if isinstance(found, dict):
-        return found
-    return {} if found is None else {"default": found}
+    found, processor = tokenizer_config.get("chat_template"), directory / "chat_template.json"
+    try:
+        if files:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        if found is None and processor.is_file():
+            found = parse_json(processor)["chat_template"]
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}
+    except (UnicodeDecodeError, TypeError, KeyError) as error:
+        raise _unreadable(directory, f"{type(error).__name__}: {error}") from error
+    named = found if isinstance(found, dict) else {} if found is None else {"default": found}
+    if not all(isinstance(template, str) for template in named.values()):
+        raise _unreadable(directory, "a template is a text, and this one is not")
+    return named
+
+
+def _unreadable(directory: Path, why: str) -> UnsupportedCheckpoint:
+    fix = "look at chat_template in tokenizer_config.json and at the files named after it"
+    return UnsupportedCheckpoint(f"the chat template of {directory} cannot be read", why, fix)
 
 
 def select_template(templates: Mapping[str, str], with_tools: bool) -> str:

@@ -7,16 +7,28 @@ Shapes: B batch, V vocabulary, K candidates, the best first, L positions of a pr
 """
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from miniawq.errors import InvalidInput
+from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 
 NOT_A_NUMBER = -1
+
+TINY, HUGE = math.nextafter(0, 1), sys.float_info.max
+RANGES = {
+    "temperature": ("a number, 0 or more", 0, HUGE),
+    "top_k": ("a whole number, 0 or more", 0, HUGE),
+    "top_p": ("a number above 0 and at most 1", TINY, 1),
+    "min_p": ("a number from 0 to 1", 0, 1),
+    "repetition_penalty": ("a number above 0", TINY, HUGE),
+    "presence_penalty": ("a number", -HUGE, HUGE),
+    "frequency_penalty": ("a number", -HUGE, HUGE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +49,11 @@ class Sampling:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, allowed, condition in (
-            ("temperature", "0 or more", self.temperature >= 0),
-            ("top_k", "0 or more", self.top_k >= 0),
-            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
-            ("repetition_penalty", "above 0", self.repetition_penalty > 0),
-            ("presence_penalty", "a finite number", math.isfinite(self.presence_penalty)),
-            ("frequency_penalty", "a finite number", math.isfinite(self.frequency_penalty)),
-        ):
-            if not condition or not math.isfinite(getattr(self, name)):
-                raise InvalidInput(f"{name} = {getattr(self, name)} makes no sense", f"it must be {allowed}")
+        for name, (allowed, lowest, highest) in RANGES.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, int if name == "top_k" else int | float)
+            if not is_number or not lowest <= value <= highest:
+                raise InvalidInput(f"{name} = {value!r} makes no sense", f"it must be {allowed}")
 
     @property
     def has_penalties(self) -> bool:
@@ -62,13 +68,17 @@ class Sampling:
         in every file. A user who asks for any filter asks for sampling; temperature 0 asks for nothing but itself.
         """
         wanted = {name: value for name, value in wanted.items() if value is not None}
-        names = [field.name for field in fields(cls)]
-        stated = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+        stated = {name: generation_config[name] for name in RANGES if generation_config.get(name) is not None}
         if wanted.get("temperature") == 0:
             return cls(**wanted)
         if not (generation_config.get("do_sample") and "temperature" in stated):
             filters = wanted.keys() & {"top_k", "top_p", "min_p"}
             stated = {"temperature": 1.0} if filters else {}
+        try:
+            cls(**{name: value for name, value in stated.items() if name not in wanted})
+        except InvalidInput as error:
+            fix = f"correct it, or give --{error.what.split()[0].replace('_', '-')}"
+            raise UnsupportedCheckpoint(f"generation_config.json: {error.what}", error.why, fix) from error
         return cls(**(stated | wanted))
 
 
@@ -124,7 +134,9 @@ def draw(logits_BK: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """logits_BK of the tokens that may be drawn, the best first, -inf for those filtered out; and their ids_BK."""
     vocab_size = logits_BV.shape[-1]
-    logits_BK, ids_BK = (logits_BV / sampling.temperature).topk(min(sampling.top_k or vocab_size, vocab_size))
+    # The best stays 0 however small the temperature is.
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
+    logits_BK, ids_BK = scaled_BV.topk(min(sampling.top_k or vocab_size, vocab_size))
     if sampling.top_p < 1:
         logits_BK = keep_top_p(logits_BK, sampling.top_p)
     if sampling.min_p > 0:

@@ -71,6 +71,26 @@ def test_the_processor_file_is_read_last(tmp_path):
     assert Tokenizer(tmp_path).render_chat(ASK) == "config"
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": b'{"chat_template": 3}'},
+        {"tokenizer_config.json": b'{"chat_template": [{"template": "no name"}]}'},
+        {"tokenizer_config.json": b'{"chat_template": ["default"]}'},
+        {"tokenizer_config.json": b'{"chat_template": {"default": ["x"]}}'},
+        {"chat_template.json": b"{}"},
+        {"chat_template.json": b"[]"},
+        {"chat_template.jinja": b"\xff"},
+    ],
+)
+def test_templates_that_cannot_be_read_are_refused(tmp_path, files):
+    tiny_tokenizers.write(tmp_path, tiny_tokenizers.byte_level())
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UnsupportedCheckpoint, match=r"the chat template of .* cannot be read"):
+        Tokenizer(tmp_path)
+
+
 def test_special_tokens_reach_the_template_by_name(tmp_path):
     template = (
         "{{ bos_token }}|{{ eos_token }}|{{ pad_token is defined }}|{{ image_token }}|{{ add_bos_token is defined }}"

@@ -284,7 +284,7 @@ def test_sigint_ends_a_story_at_once():
         (["--max-seq-len", "-4"], 2, "--max-seq-len -4 is out of range"),
         (["-i"], 2, "this model cannot talk\n  it has no chat template: a base model\n  use --prompt"),
         (["--device", "warp"], 2, "device 'warp' cannot be used"),
-        (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be above 0 and at most 1"),
+        (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be a number above 0 and at most 1"),
         (["-p", "x", "--system-prompt", "y"], 1, "this checkpoint has no chat template"),
         (["-p", "king " * 600], 1, "the prompt does not fit into the context\n  it has 6"),
         (["-p", "king", "--max-seq-len", "2"], 1, "prompt and answer together may have 2"),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniawq.errors import InvalidInput
+from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, candidates, draw, penalize, sample
 
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=2, max_size=9, unique=True)
@@ -115,6 +115,10 @@ def test_a_row_that_is_not_a_number_says_so(temperature):
     assert sample(logits_BV, Sampling(temperature=temperature, top_k=1)).tolist() == [NOT_A_NUMBER, 1]
 
 
+def test_the_smallest_temperature_takes_the_best():
+    assert sample(torch.tensor([[2.0, 3.0, 2.5]]), Sampling(temperature=1e-300, top_p=0.9)).tolist() == [1]
+
+
 def test_half_precision_logits_are_widened_before_they_are_divided():
     logits_BV = torch.tensor([[59968.0, 60000.0]], dtype=torch.float16)
     assert sample(logits_BV, Sampling(temperature=0.01)).tolist() == [1]
@@ -123,11 +127,13 @@ def test_half_precision_logits_are_widened_before_they_are_divided():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -0.5}, r"temperature = -0\.5 makes no sense\n  it must be 0 or more"),
+        ({"temperature": -0.5}, r"temperature = -0\.5 makes no sense\n  it must be a number, 0 or more"),
         ({"temperature": math.inf}, "temperature = inf"),
         ({"temperature": math.nan}, "temperature = nan"),
+        ({"temperature": "hot"}, "temperature = 'hot'"),
         ({"top_k": -1}, "top_k = -1"),
-        ({"top_p": 0.0}, r"top_p = 0\.0 makes no sense\n  it must be above 0"),
+        ({"top_k": 20.0}, r"top_k = 20\.0 makes no sense\n  it must be a whole number"),
+        ({"top_p": 0.0}, r"top_p = 0\.0 makes no sense\n  it must be a number above 0"),
         ({"top_p": 1.5}, r"top_p = 1\.5"),
         ({"min_p": -0.1}, r"min_p = -0\.1"),
         ({"repetition_penalty": 0}, "repetition_penalty = 0"),
@@ -166,3 +172,10 @@ QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repet
 )
 def test_the_checkpoint_proposes_and_the_user_disposes(generation_config, wanted, expected):
     assert Sampling.choose(generation_config, **{"top_k": None, "min_p": None} | wanted) == Sampling(**expected)
+
+
+def test_a_generation_config_that_makes_no_sense_is_named_unless_the_user_disposes():
+    config = {"do_sample": True, "temperature": 0.7, "top_p": "most"}
+    with pytest.raises(UnsupportedCheckpoint, match=r"generation_config\.json: top_p = 'most' .*\n.*\n.* give --top-p"):
+        Sampling.choose(config)
+    assert Sampling.choose(config, top_p=0.5) == Sampling(temperature=0.7, top_p=0.5)
