@@ -134,13 +134,14 @@ class Tokenizer:
         framed = self._tokenizer.encode("a", add_special_tokens=True)
         start = [*framed.special_tokens_mask, 0].index(0)
         prefix, suffix = framed.ids[:start], framed.ids[start + len(plain.ids) :]
-        for frame, flag, token_id in (
-            (prefix, "add_bos_token", self.bos_id),
-            (suffix, "add_eos_token", self._id(self.special_tokens.get("eos_token"))),
+        eos_id = self._id(self.special_tokens.get("eos_token"))
+        for frame, place, flag, token_id in (
+            (prefix, 0, "add_bos_token", self.bos_id),
+            (suffix, len(suffix), "add_eos_token", eos_id),
         ):
             wanted = tokenizer_config.get(flag)
             if wanted is True and token_id is not None and token_id not in frame:
-                frame.append(token_id)
+                frame.insert(place, token_id)
             elif wanted is False and token_id in frame:
                 frame.remove(token_id)
         return prefix, suffix

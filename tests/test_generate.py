@@ -389,6 +389,16 @@ def test_a_longer_conversation_gets_a_longer_cache(capsys, monkeypatch, chat_mod
     assert rooms[0] < rooms[1] <= 128
 
 
+def test_a_full_device_is_told_apart(capsys, monkeypatch, fairytales):
+    def load_model(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more")
+
+    monkeypatch.setattr(generate, "load_model", load_model)
+    code, _, err = run(capsys, fairytales, "-p", "Once")
+    assert code == 4
+    assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.\n" in err
+
+
 @pytest.mark.parametrize(("layers", "threads"), [(1, 1), (30, 2)])
 def test_a_small_model_runs_in_one_thread(layers, threads):
     model = tiny_checkpoints.dense_model(tiny_checkpoints.config_of(num_hidden_layers=layers, intermediate_size=768))
