@@ -46,21 +46,41 @@ def codes_of_words(words_OGP: Tensor) -> Tensor:
     return unpack(words_OGP.flatten(1), SEQUENTIAL)
 
 
-def prescale(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Activations as `reduce_planes` wants them: x_PNTG float32, each times its nibble's power of two; sums_TG.
+def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+    """A group's 16-bit scale and its zero as one int32, grid_OG: the scale's bits below, the zero above.
 
-    Powers of two are exact as long as |x| < 2^48. The sums are those of each group, in units of 2^(149 - PRESCALE).
+    Were they tensors of 16 and 8 bits, Triton would give every thread eight or sixteen neighbouring groups of one
+    output, to fill its widest load; with four (of 32 bits) a thread has several outputs to use its activations for.
     """
-    x_TGPN = x_TI.float().unflatten(-1, (groups, -1, CODES_PER_WORD))
+    return zeros_OG.int() << 16 | (scales_OG.view(torch.int16).int() & 0xFFFF)
+
+
+def unpack_grid(grid_OG: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales and zeros of `pack_grid`, in float32."""
+    return grid_OG.to(torch.int16).view(scale_dtype).float(), (grid_OG >> 16).float()
+
+
+def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Views [O, V, G] of the words, one for each step of `reduce_planes`: plane q part v is word q V + v of a group."""
+    return words_OPG.unflatten(1, (-1, parts)).unbind(1)
+
+
+def prescale(x_TI: Tensor, groups: int, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Activations as `reduce_planes` wants them: x_QNTVG float32, each times its nibble's power of two; sums_TVG.
+
+    Powers of two are exact as long as |x| < 2^48. The sums are those of each part, in units of 2^(149 - PRESCALE).
+    """
+    x_TGQVN = x_TI.float().unflatten(-1, (groups, -1, parts, CODES_PER_WORD))
     scaled_N = [
-        x_TGP * 2.0 ** (PRESCALE - place) for (_, place), x_TGP in zip(SUBNORMAL_PLACES, x_TGPN.unbind(-1), strict=True)
+        x_TGQV * 2.0 ** (PRESCALE - place)
+        for (_, place), x_TGQV in zip(SUBNORMAL_PLACES, x_TGQVN.unbind(-1), strict=True)
     ]
-    x_PNTG = torch.stack(scaled_N).permute(3, 0, 1, 2).contiguous()
-    return x_PNTG, x_TGPN.sum((-2, -1)) * 2.0 ** (PRESCALE - 149)
+    x_QNTVG = torch.stack(scaled_N).permute(3, 0, 1, 4, 2).contiguous()
+    return x_QNTVG, x_TGQVN.sum((2, 4)).transpose(1, 2).contiguous() * 2.0 ** (PRESCALE - 149)
 
 
 def reduce_planes(
-    planes_OG: Sequence[Tensor], scales_OG: Tensor, zeros_OG: Tensor, x_PNTG: Tensor, sums_TG: Tensor
+    planes_OVG: Sequence[Tensor], grid_OG: Tensor, scale_dtype: torch.dtype, x_QNTVG: Tensor, sums_TVG: Tensor
 ) -> Tensor:
     """y [T, O] in float32 for a few rows: sum over groups of scale * (sum of code * x - zero * sum of x).
 
@@ -74,20 +94,21 @@ def reduce_planes(
     A fused multiply-add takes subnormal inputs at full speed and rounds its result, which is a normal number, once.
     So a weight costs two instructions, an AND and a multiply-add, and no weight is ever rounded.
 
-    The planes are P tensors, because Inductor marks a buffer that it loads once `evict_first`, and one loaded P times
-    `evict_last`.
+    A group is summed in V parts. More parts mean more and shorter threads, each with fewer activations to load for
+    every output it computes. The planes are tensors of their own, because Inductor marks a buffer that it loads once
+    `evict_first`, and one loaded several times `evict_last`.
     """
-    rows_OG: list[Any] = [0.0] * x_PNTG.shape[2]
-    for words_OG, x_NTG in zip(planes_OG, x_PNTG.unbind(), strict=True):
-        for (shift, place), x_TG in zip(SUBNORMAL_PLACES, x_NTG.unbind(), strict=True):
-            shifted_OG = words_OG >> shift if shift else words_OG
-            codes_OG = (shifted_OG & (15 << place)).view(torch.float32)
-            for row, (sum_OG, x_G) in enumerate(zip(rows_OG, x_TG.unbind(), strict=True)):
-                rows_OG[row] = sum_OG + codes_OG * x_G
-    scales_OG, zeros_OG = scales_OG.float(), zeros_OG.float()
+    rows_OVG: list[Any] = [0.0] * x_QNTVG.shape[2]
+    for words_OVG, x_NTVG in zip(planes_OVG, x_QNTVG.unbind(), strict=True):
+        for (shift, place), x_TVG in zip(SUBNORMAL_PLACES, x_NTVG.unbind(), strict=True):
+            shifted_OVG = words_OVG >> shift if shift else words_OVG
+            codes_OVG = (shifted_OVG & (15 << place)).view(torch.float32)
+            for row, (sum_OVG, x_VG) in enumerate(zip(rows_OVG, x_TVG.unbind(), strict=True)):
+                rows_OVG[row] = sum_OVG + codes_OVG * x_VG
+    scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
     y_TO = [
-        (scales_OG * (sum_OG - zeros_OG * sums_G)).sum(1) * 2.0 ** (149 - PRESCALE)
-        for sum_OG, sums_G in zip(rows_OG, sums_TG.unbind(), strict=True)
+        (scales_O1G * (sum_OVG - zeros_O1G * sums_VG)).sum((1, 2)) * 2.0 ** (149 - PRESCALE)
+        for sum_OVG, sums_VG in zip(rows_OVG, sums_TVG.unbind(), strict=True)
     ]
     return torch.stack(y_TO)
 
@@ -106,7 +127,12 @@ def spread(x_TI: Tensor, groups: int) -> Tensor:
 
 
 def dot_planes(
-    words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NJT: Tensor, exponents: Tensor, splits: int = 1
+    words_OPG: Tensor,
+    grid_OG: Tensor,
+    scale_dtype: torch.dtype,
+    x_NJT: Tensor,
+    exponents: Tensor,
+    splits: int = 1,
 ) -> Tensor:
     """y [O, T] for 4 to 64 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
 
@@ -116,8 +142,8 @@ def dot_planes(
     """
     exponent_12, exponent_16 = exponents.unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
-    scales_O1G = scales_OG.float().unsqueeze(1)
-    offsets_O1G = zeros_OG.float().unsqueeze(1) * scales_O1G
+    scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
+    offsets_O1G = zeros_O1G * scales_O1G
     y_KOT: Any = 0.0
     for (shift, place), x_JT in zip(MAGIC_PLACES, x_NJT.unbind(), strict=True):
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
@@ -136,22 +162,31 @@ def dot_planes(
     return partial_KOT.sum(0).to(x_NJT.dtype)
 
 
-def expand(words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] itself, each (code - zero) * scale rounded once to `dtype`, a 16-bit one.
+def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
+    """The activations in the order of the words, for a weight that `expand` has written: [T, (P, G, N)]."""
+    return x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD)).transpose(1, 2).flatten(1)
 
-    Four weights are computed at a time, as the quarters of one int64: a quarter of the index arithmetic, wide stores.
+
+def expand(
+    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The weight [O, (P, G, N)] in storage order, each (code - zero) * scale rounded once to `dtype`, of 16 bits.
+
+    A thread takes half a word and writes four weights as one int64, next to its neighbours'. The nibbles are moved
+    under the exponent of 2^7, as in `dot_planes`; (2^7 + zero) * scale has 19 bits, so nothing is rounded before.
     """
-    words_OGP1 = words_OPG.transpose(1, 2).unsqueeze(-1)
-    scales_OG11 = scales_OG.float().unsqueeze(-1).unsqueeze(-1)
-    zeros_OG11 = zeros_OG.float().unsqueeze(-1).unsqueeze(-1)
+    scales_O1G1, zeros_O1G1 = unpack_grid(grid_OG.unsqueeze(1).unsqueeze(-1), scale_dtype)
+    offsets_O1G1 = -(zeros_O1G1 + 2.0**7) * scales_O1G1
+    _, exponent = exponents.unbind()
     halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
-    half_OGP2 = words_OGP1 >> halves
-    quads_OGP2: Any = 0
-    for nibble in range(4):
-        code = ((half_OGP2 >> 4 * nibble) & 15).float()
-        bits = ((code - zeros_OG11) * scales_OG11).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
-        quads_OGP2 = quads_OGP2 | (bits << 16 * nibble)
-    return quads_OGP2.flatten(1)
+    half_OPG2 = words_OPG.unsqueeze(-1) >> halves
+    bits: list[Tensor] = []
+    for shift in (16, 12, 8, 4):
+        magic_OPG2 = (half_OPG2 << shift) & (15 << 16) | exponent
+        weight_OPG2 = magic_OPG2.view(torch.float32) * scales_O1G1 + offsets_O1G1
+        bits.append(weight_OPG2.to(dtype).view(torch.int16).to(torch.int32))
+    low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
+    return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)
 
 
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:

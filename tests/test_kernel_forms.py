@@ -24,11 +24,16 @@ def random_rows(rows, inputs, dtype=torch.float32, seed=1):
     return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def planes_product(x_TI, quantized):
-    groups = quantized.scales_OG.shape[1]
-    words_OPG = forms.sequential_words(quantized.codes_OI, groups).transpose(1, 2).contiguous()
-    x = forms.prescale(x_TI, groups)
-    return forms.reduce_planes(words_OPG.unbind(1), quantized.scales_OG, quantized.zeros_OG, *x)
+def arranged(quantized):
+    """words_OPG and grid_OG: what lies in the memory of a GPU."""
+    words_OGP = forms.sequential_words(quantized.codes_OI, quantized.scales_OG.shape[1])
+    return words_OGP.transpose(1, 2).contiguous(), forms.pack_grid(quantized.scales_OG, quantized.zeros_OG)
+
+
+def planes_product(x_TI, quantized, parts=1):
+    words_OPG, grid_OG = arranged(quantized)
+    x = forms.prescale(x_TI, grid_OG.shape[1], parts)
+    return forms.reduce_planes(forms.planes(words_OPG, parts), grid_OG, quantized.scales_OG.dtype, *x)
 
 
 def words_product(x_TI, quantized):
@@ -39,10 +44,9 @@ def words_product(x_TI, quantized):
 
 
 def dot_product(x_TI, quantized, splits=1):
-    groups = quantized.scales_OG.shape[1]
-    words_OPG = forms.sequential_words(quantized.codes_OI, groups).transpose(1, 2).contiguous()
-    x_NJT, exponents = forms.spread(x_TI, groups), forms.magic_exponents(x_TI.device)
-    y_OT = forms.dot_planes(words_OPG, quantized.scales_OG, quantized.zeros_OG, x_NJT, exponents, splits)
+    words_OPG, grid_OG = arranged(quantized)
+    x_NJT, exponents = forms.spread(x_TI, grid_OG.shape[1]), forms.magic_exponents(x_TI.device)
+    y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NJT, exponents, splits)
     return y_OT[:, : x_TI.shape[0]].t()
 
 
@@ -83,6 +87,7 @@ def dot_bound(x_TI, quantized):
 
 PRODUCTS = {
     "planes": (planes_product, reduction_bound),
+    "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
     "words": (words_product, reduction_bound),
     "dot": (dot_product, dot_bound),
     "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
@@ -167,10 +172,21 @@ def test_every_code_and_zero_in_every_nibble_is_exact(form):
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_expand_rounds_like_the_definition(dtype, group_size):
     quantized = random_quantized(24, 384, group_size)
-    groups = quantized.scales_OG.shape[1]
-    words_OPG = forms.sequential_words(quantized.codes_OI, groups).transpose(1, 2).contiguous()
-    weight_OI = forms.expand(words_OPG, quantized.scales_OG, quantized.zeros_OG, dtype).view(dtype)
-    assert torch.equal(weight_OI, dequantize(quantized, dtype))
+    words_OPG, grid_OG = arranged(quantized)
+    exponents = forms.magic_exponents(words_OPG.device)
+    weight_OI = forms.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, exponents, dtype).view(dtype)
+    in_order_OI = forms.in_storage_order(dequantize(quantized, dtype), grid_OG.shape[1])
+    assert torch.equal(weight_OI, in_order_OI)
+    assert not torch.equal(weight_OI, dequantize(quantized, dtype))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_a_grid_keeps_scale_and_zero(scale_dtype):
+    scales_OG = torch.arange(2**15).to(torch.int16).view(scale_dtype).unflatten(0, (-1, 16)).nan_to_num()
+    zeros_OG = (torch.arange(2**15) % 16).to(torch.uint8).unflatten(0, (-1, 16))
+    grid = forms.unpack_grid(forms.pack_grid(scales_OG, zeros_OG), scale_dtype)
+    assert torch.equal(grid[0], scales_OG.float())
+    assert torch.equal(grid[1], zeros_OG.float())
 
 
 @pytest.mark.parametrize("value", [2.0**40, 2.0**-60, 6e4, 0.0])
