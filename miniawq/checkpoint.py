@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.hub import SMALL_FILES, LocalFiles, locate
 from miniawq.kernel import QuantLinear
 from miniawq.layouts import QuantizedLinear, TensorInfo, find_quantized
-from miniawq.model import Llama, LlamaConfig
+from miniawq.model import LinearFactory, Llama, LlamaConfig, dense
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize, pack
 from miniawq.quant_config import CONFIG_FILES, QuantizationConfig, read_block, refuse_layout
 from miniawq.shards import DTYPE_NAMES, write_bytes
@@ -176,9 +177,24 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
         shapes[name] = inputs, outputs
         return nn.Identity()
 
-    with torch.device("meta"):
-        Llama(config, record)
+    meta_model(config, record)
     return shapes
+
+
+def meta_model(config: LlamaConfig, linear: LinearFactory = dense) -> Llama:
+    """A model of shapes without values."""
+    with torch.device("meta"), _NoValues():
+        return Llama(config, linear)
+
+
+class _NoValues(TorchFunctionMode):
+    """Modules are made without initialising them, which on meta tensors would only import torch's compiler: seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def weight_files(files: LocalFiles) -> dict[str, set[str]]:
@@ -272,8 +288,7 @@ def skeleton(checkpoint: Checkpoint) -> Llama:
 
     UnsupportedCheckpoint when the checkpoint's tensors are not those of this model.
     """
-    with torch.device("meta"):
-        model = Llama(checkpoint.model_config, lambda *layer: _make_linear(checkpoint, *layer))
+    model = meta_model(checkpoint.model_config, lambda *layer: _make_linear(checkpoint, *layer))
     _check_tensors(checkpoint, model)
     return model
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from miniawq import cli
-from miniawq.checkpoint import Checkpoint, linear_shapes, open_checkpoint
+from miniawq.checkpoint import Checkpoint, linear_shapes, meta_model, open_checkpoint
 from miniawq.errors import UsageError
 from miniawq.footprint import (
     OVERHEAD,
@@ -31,7 +31,7 @@ from miniawq.footprint import (
 )
 from miniawq.hub import HubFiles, add_hub_flags, hub_options
 from miniawq.layouts import QuantizedLinear, part_shapes
-from miniawq.model import Llama, LlamaConfig
+from miniawq.model import LlamaConfig
 from miniawq.quant_config import read_block
 from miniawq.shards import DTYPE_NAMES, Spec
 
@@ -51,8 +51,7 @@ def tensors_from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.fl
         raise UsageError("this config.json says no quantization layout or group size")
     layout = "compressed-tensors-symmetric" if block.symmetric and block.layout != "awq" else block.layout
     (group_size,) = block.group_sizes
-    with torch.device("meta"):
-        stored = Llama(model_config).state_dict()
+    stored = meta_model(model_config).state_dict()
     linears = linear_shapes(model_config)
     specs: list[Spec] = []
     for name, tensor in stored.items():

@@ -160,7 +160,7 @@ class ShardWriter:
                 os.fsync(self._file.fileno())
 
     def resume(self, done: int) -> None:
-        """Go on after the first `done` tensors of an earlier writer with the same specs; later bytes are cut off.
+        """Go on after the first `done` tensors of an earlier writer with the same specs; later bytes are overwritten.
 
         InvalidInput when the files there do not hold those tensors.
         """
@@ -174,7 +174,6 @@ class ShardWriter:
                 os.replace(self.directory / shard.file, self._partial(shard))
             self._check(self._partial(shard), shard, size)
             self._file = self._partial(shard).open("r+b")
-            self._file.truncate(size)
             self._file.seek(size)
         self.done = done
 

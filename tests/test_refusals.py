@@ -205,6 +205,14 @@ def test_gemv_group_size_that_disagrees_refused(tmp_path):
     refused(directory, "group_size", "32", "qzeros has 2 words")
 
 
+def test_gemv_group_size_that_does_not_divide_refused(tmp_path):
+    """192 inputs in one group and in groups of 128 are both padded to one word of zeros."""
+    changes = {"hidden_size": 192, "head_dim": 48, "intermediate_size": 192}
+    block = tiny.AWQ_BLOCK | {"version": "gemv", "group_size": 128}
+    directory, _ = tiny.make(tmp_path, layout="gemv", block=block, group_size=-1, changes=changes)
+    refused(directory, "group_size", "128", "192 inputs")
+
+
 @pytest.mark.parametrize("missing", ["model.norm.weight", f"{DOWN}.qweight", "model.embed_tokens.weight"])
 def test_missing_tensor_refused(tmp_path, missing):
     directory, _ = tiny.make(tmp_path)
