@@ -106,6 +106,8 @@ def test_a_large_frequency_penalty_repeats_nothing(model, device):
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_a_decode_step_writes_what_the_model_writes_text_after_text(model, device, temperature, penalty):
+    if temperature and device.type == "cuda":
+        pytest.skip("a recorded step may draw other random numbers")
     sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
     decoder = DecodeStep(model, 2, 40, sampling, compile_=device.type == "cuda")
     for seed in range(3):

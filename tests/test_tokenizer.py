@@ -4,7 +4,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import tiny_tokenizers
@@ -22,8 +22,8 @@ TEXTS = st.one_of(st.text(CHARACTERS, max_size=30), SENTENCES)
 
 @cache
 def make(kind: str) -> Tokenizer:
-    directory = Path(mkdtemp())
-    return Tokenizer(tiny_tokenizers.write(directory, getattr(tiny_tokenizers, kind)()))
+    with TemporaryDirectory() as directory:
+        return Tokenizer(tiny_tokenizers.write(Path(directory), getattr(tiny_tokenizers, kind)()))
 
 
 def streamed(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
