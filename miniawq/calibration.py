@@ -59,7 +59,8 @@ def windows(ids: list[int], num_samples: int, sequence_length: int, source: str 
     """At most `num_samples` windows [B, L] of `sequence_length` ids, spread evenly from the first id to the last.
 
     Where there are fewer ids than asked for, the windows overlap so that every id is in one; a text shorter than one
-    window gives one shorter window. InvalidInput on an empty text.
+    window gives one shorter window. They come shuffled, always alike, so that the first few are a sample of the whole.
+    InvalidInput on an empty text.
     """
     if not ids:
         raise InvalidInput(
@@ -69,7 +70,8 @@ def windows(ids: list[int], num_samples: int, sequence_length: int, source: str 
     count = min(num_samples, -(-len(ids) // length))
     last = len(ids) - length
     starts = [round(last * index / max(1, count - 1)) for index in range(count)]
-    return torch.tensor([ids[start : start + length] for start in starts])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.tensor([ids[start : start + length] for start in starts])[order]
 
 
 def _texts(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
