@@ -12,9 +12,10 @@ import tiny_checkpoints as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniawq.checkpoint import load_model, open_checkpoint
+from miniawq.checkpoint import load_model, meta_model, open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.kernel import QuantLinear
+from miniawq.model import LlamaConfig
 from miniawq.packing import LAYOUTS, Quantized, dequantize
 
 ROOT = Path(__file__).parent.parent
@@ -285,3 +286,32 @@ def test_opening_imports_no_compiler(tmp_path):
     run = [sys.executable, "-c", code, str(directory)]
     loaded = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "torch._dynamo" not in loaded.stdout.split()
+
+
+LOAD_AND_MEASURE = """
+import sys, torch
+from pathlib import Path
+from miniawq.checkpoint import load_model, open_checkpoint
+
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+checkpoint = open_checkpoint(sys.argv[1])
+before = memory("VmRSS")
+model = load_model(checkpoint, dtype=torch.float32)
+print(memory("VmHWM") - before, sum(tensor.nbytes for tensor in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
+def test_loading_holds_one_copy(tmp_path):
+    """float16 files into a float32 model: the whole model once, and of the files no more than a tensor at a time."""
+    config = tiny.config_of(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=4096)
+    model = meta_model(LlamaConfig.from_dict(config))
+    tiny.write(tmp_path, config, {name: torch.zeros(t.shape).half() for name, t in model.state_dict().items()})
+    run = [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    held, weights = map(int, done.stdout.split())
+    largest = 4096 * 512 * 4
+    assert 0.9 * weights < held < weights + 2 * largest
