@@ -105,12 +105,12 @@ def reduce_product(
 
 
 def dot_product(
-    x_TI: Tensor, words_OPG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, exponents: Tensor, bias_O: Tensor | None
+    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """`forms.dot_planes`."""
-    x_NJT = written(forms.spread(x_TI, scales_OG.shape[1]))
-    y_OT = forms.dot_planes(words_OPG, scales_OG, zeros_OG, x_NJT, exponents)
-    y_TO = y_OT.t()[: len(x_TI)]
+    x_NJT = written(forms.spread(x_TI, grid_OG.shape[1]))
+    y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NJT, exponents))
+    y_TO = y_OT.t().narrow(0, 0, len(x_TI))
     return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
 
@@ -190,10 +190,10 @@ def _join_int4(layers: Sequence[Any], form: Form) -> Product:
     if form is words_product:
         return Product(form, (words_OGP.view(torch.float32), scales_OG, zeros_OG, bias_O))
     words_OPG = words_OGP.transpose(1, 2).contiguous()
-    if form is dot_product:
-        return Product(form, (words_OPG, scales_OG, zeros_OG, forms.magic_exponents(device), bias_O))
-    places_N = torch.tensor([2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES], device=device)
     grid_OG, scale_like = forms.pack_grid(scales_OG, zeros_OG), scales_OG[:0]
+    if form is dot_product:
+        return Product(form, (words_OPG, grid_OG, scale_like, forms.magic_exponents(device), bias_O))
+    places_N = torch.tensor([2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES], device=device)
     return Product(form, (forms.planes(words_OPG, PARTS), grid_OG, scale_like, places_N, bias_O))
 
 
