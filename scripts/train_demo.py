@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -67,13 +67,16 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
+    end = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[end])
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
     """All token ids of the stories, each behind an end-of-text token."""
     stories = OPENING.split(text.strip())
-    return torch.tensor(tokenizer.encode("".join(END_OF_TEXT + story.strip() for story in stories)).ids)
+    text = "".join(END_OF_TEXT + story.strip() for story in stories)
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def hugging_face_config(arguments: argparse.Namespace, vocab_size: int) -> dict[str, object]:
