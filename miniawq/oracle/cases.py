@@ -134,20 +134,25 @@ def layers(scales: Callable[..., Tensor]) -> Callable[[Limits], st.SearchStrateg
 def code_matrices(limits: Limits) -> st.SearchStrategy[Tensor]:
     """Codes uint8 [R, C], element by element."""
 
-    def build(rows: int, words: int, data: bytes) -> Tensor:
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)[: rows * words * 8].reshape(rows, -1) & 15
+    size = 16 * limits.multiple_of_n
 
-    return st.builds(build, st.integers(1, 4), st.integers(1, 4), st.binary(min_size=128, max_size=128))
+    def build(rows: int, multiples: int, data: bytes) -> Tensor:
+        codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)[: rows * multiples * limits.multiple_of_n]
+        return codes.reshape(rows, -1) & 15
+
+    return st.builds(build, st.integers(1, 4), st.integers(1, 4), st.binary(min_size=size, max_size=size))
 
 
 def word_matrices(limits: Limits) -> st.SearchStrategy[Tensor]:
     """Words int32 [R, W] of any bits."""
 
+    step = limits.multiple_of_n // 8
+
     def build(rows: int, words: list[int]) -> Tensor:
-        return torch.tensor(words * rows, dtype=torch.int32).reshape(rows, -1)
+        return torch.tensor(words[: len(words) // step * step] * rows, dtype=torch.int32).reshape(rows, -1)
 
     word = st.integers(-(2**31), 2**31 - 1)
-    return st.builds(build, st.integers(1, 3), st.lists(word, min_size=1, max_size=4))
+    return st.builds(build, st.integers(1, 3), st.lists(word, min_size=step, max_size=4 * step))
 
 
 WEIGHT_KINDS = ("plain", "outliers", "on a grid", "tiny offset")

@@ -119,6 +119,6 @@ class Target(Protocol):
     def search_clip(self, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
         """The largest absolute value float32 [N, G] to keep in each group of a weight float [N, K].
 
-        Rounding the clamped weight is for every output channel and group, on x, never worse than rounding the weight,
-        and no bound is above the group's own largest absolute value.
+        Rounding the clamped weight, or the weight on the clamped one's grid, is for every output channel and group, on
+        x, never worse than rounding the weight. No bound is above the group's own largest absolute value.
         """

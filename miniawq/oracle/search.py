@@ -47,14 +47,19 @@ def problems(limits: Limits) -> st.SearchStrategy[Problem]:
     )
 
 
-def rounded(target: Subject, weight: Tensor, group_size: int) -> Tensor:
-    """The weight [N, K] after the target's plain rounding, or the definition's where it has none; float64."""
+def quantized(target: Subject, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's plain rounding of a weight, or the definition's where it has none."""
     if not target.has("quantize"):
-        return truth.rounded_weight(weight, group_size)
+        return truth.quantize(weight, group_size)
     last = target.last
     codes, zeros, scales = target.call("quantize", weight.to(torch.float32), group_size)
     target.last = last  # a failure is about the search, not about this call
-    return truth.real_weight(codes, zeros, scales, group_size).t()
+    return codes, zeros, scales
+
+
+def rounded(target: Subject, weight: Tensor, group_size: int) -> Tensor:
+    """The weight [N, K] after plain rounding, float64."""
+    return truth.real_weight(*quantized(target, weight, group_size), group_size).t()
 
 
 def factors_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
@@ -163,9 +168,22 @@ def bounds_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Te
 
 
 def clip_losses(target: Subject, weight: Tensor, x: Tensor, bounds: Tensor | None, group_size: int) -> Tensor:
-    """The loss of every output channel and group, float64 [N, G], with the weight clamped to `bounds` or not."""
-    kept = weight if bounds is None else truth.clamped(weight, bounds)
-    return truth.group_losses(weight, rounded(target, kept, group_size), x, group_size)
+    """The loss of every output channel and group, float64 [N, G], with the weight clamped to `bounds` or not.
+
+    An implementation may round the clamped weight, or the weight itself on the clamped one's grid, which differs in a
+    code at the ends of the range; the smaller loss counts.
+    """
+    if bounds is None:
+        return truth.group_losses(weight, rounded(target, weight, group_size), x, group_size)
+    codes, zeros, scales = quantized(target, truth.clamped(weight, bounds), group_size)
+    size = len(codes) // len(scales)
+    zero = zeros.repeat_interleave(size, 0)
+    steps = (weight.t().to(torch.float64) / scales.to(torch.float64).repeat_interleave(size, 0)).round()
+    losses = [
+        truth.group_losses(weight, truth.real_weight(some, zeros, scales, group_size).t(), x, group_size)
+        for some in (codes, (steps + zero).clamp(0, 15))
+    ]
+    return torch.minimum(*losses)
 
 
 def expect_clip_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:

@@ -4,6 +4,7 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from miniawq.oracle import cases, truth
 from miniawq.oracle.check import Broken, Subject, check, expect_equal
@@ -23,6 +24,11 @@ def signed(words: list[int]) -> Tensor:
     return torch.tensor([[word - 2**32 if word >= 2**31 else word for word in words]], dtype=torch.int32)
 
 
+def widened(target: Subject, codes: Tensor) -> Tensor:
+    """The codes with columns of zeros behind them, up to a width the target takes."""
+    return pad(codes, (0, -codes.shape[1] % target.limits.multiple_of_n))
+
+
 def pack(target: Subject, codes: Tensor) -> Tensor:
     """The target's words, of the right dtype and shape."""
     return target.tensor("pack", (codes,), torch.int32, (codes.shape[0], codes.shape[1] // 8))
@@ -37,7 +43,8 @@ def unpack(target: Subject, words: Tensor) -> Tensor:
 def pack_known_words(target: Subject) -> None:
     """Known codes give the known words: columns 0..7 with codes 0..7 are 0x75316420."""
     for word, codes in KNOWN_WORDS.items():
-        expect_equal(pack(target, torch.tensor([codes], dtype=torch.uint8)), signed([word]), "word")
+        given = widened(target, torch.tensor([codes], dtype=torch.uint8))
+        expect_equal(pack(target, given)[:, :1], signed([word]), "word")
 
 
 @check("L0.unpack.known-words", "unpack")
@@ -52,7 +59,7 @@ def pack_every_slot(target: Subject) -> None:
     """Each of 16 codes in each of 8 columns lands in its nibble and touches no other."""
     for column in range(8):
         for code in range(16):
-            codes = torch.zeros(1, 8, dtype=torch.uint8)
+            codes = widened(target, torch.zeros(1, 8, dtype=torch.uint8))
             codes[0, column] = code
             expect_equal(pack(target, codes), truth.pack(codes), f"code {code} in column {column}: word")
 
@@ -94,7 +101,7 @@ def round_trip_words(target: Subject, words: Tensor) -> None:
 def wide(target: Subject) -> None:
     """Real widths (one row of 5120 columns, 300 rows of 136) are packed and unpacked whole."""
     for rows, columns in ((1, 5120), (300, 136)):
-        codes = cases.codes(Random(rows), rows, columns)
+        codes = widened(target, cases.codes(Random(rows), rows, columns))
         expect_equal(pack(target, codes), truth.pack(codes), "word")
         expect_equal(unpack(target, truth.pack(codes)), codes, "code")
 
@@ -102,8 +109,9 @@ def wide(target: Subject) -> None:
 @check("L0.strides", "pack", "unpack")
 def strides(target: Subject) -> None:
     """A transposed or sliced argument gives what its contiguous copy gives."""
-    codes = cases.codes(Random(1), 16, 24)
-    for view in (codes.t()[:, :8], codes[::2], codes[:, 4:20]):
+    n = target.limits.multiple_of_n
+    codes = cases.codes(Random(1), 2 * n, 3 * n)
+    for view in (codes.t()[:, :n], codes[::2], codes[:, 4 : n + 4]):
         expect_equal(pack(target, view), truth.pack(view), "word")
     words = truth.pack(codes)
     for view in (words.t(), words[::3], words[:, 1:]):
@@ -113,7 +121,7 @@ def strides(target: Subject) -> None:
 @check("L0.inputs-unchanged", "pack", "unpack")
 def inputs_unchanged(target: Subject) -> None:
     """Neither function writes into its argument."""
-    codes = cases.codes(Random(2), 4, 16)
+    codes = cases.codes(Random(2), 4, 2 * target.limits.multiple_of_n)
     words = truth.pack(codes)
     for function, argument in (("pack", codes), ("unpack", words)):
         before = argument.clone()
@@ -127,7 +135,7 @@ def refuses_large_codes(target: Subject) -> None:
     """A code above 15 is a ValueError, in any column: it is not smeared over the neighbour, cut or saturated."""
     for code in (16, 17, 128, 255):
         for column in (0, 5, 7):
-            codes = torch.zeros(2, 8, dtype=torch.uint8)
+            codes = widened(target, torch.zeros(2, 8, dtype=torch.uint8))
             codes[1, column] = code
             target.refuses("pack", (codes,), f"code {code}")
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from torch import Tensor
 
 import miniawq
-from miniawq import checkpoint, kernel, packing
+from miniawq import awq, checkpoint, kernel, packing
 
 name, version = "miniawq", miniawq.__version__
 pack, unpack = packing.pack, packing.unpack
 dequantize, matmul = kernel.dequantize, kernel.matmul
+search_scales, search_clip = awq.search_scales, awq.search_clip
 
 
 def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

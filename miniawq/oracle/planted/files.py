@@ -265,6 +265,12 @@ def overwriting(weight: Tensor, x: Tensor, group_size: int) -> Tensor:
     return factors
 
 
+def one_token_nan(weight: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """A variance over tokens, by their number less one."""
+    variance = x.sub(x.mean(0)).square().sum(0) / (len(x) - 1)
+    return truth.search_scales(weight, x, group_size) * (1 + 0 * variance)
+
+
 def largest(weight: Tensor, group_size: int) -> Tensor:
     """The largest absolute weight of each group."""
     size = weight.shape[1] if group_size == -1 else group_size
@@ -303,7 +309,7 @@ SEARCH = [
     Fault("squares of activations in float16", "L5.scales.extreme-activations",
           {"search_scales": lambda w, x, g: truth.search_scales(w, x, g) * (1 + 0 * x.half().square().sum())}),
     Fault("one token divides by 0 degrees of freedom", "L5.scales.few-tokens",
-          {"search_scales": lambda w, x, g: truth.search_scales(w, x, g) * (1 + 0 * x.sub(x.mean(0)).square().sum(0) / (len(x) - 1))}),
+          {"search_scales": one_token_nan}),
     Fault("only the first token is looked at", "L5.scales.token-order",
           {"search_scales": lambda w, x, g: powers(0.5, lambda t: t[0].abs() + 1e-3)["search_scales"](w, x, g)}),
     Fault("factors so small that weights become subnormal", "L5.scales.folding-is-exact",
