@@ -7,7 +7,7 @@ give plausible but wrong text. Writing is in shards.py.
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,18 +153,18 @@ def open_checkpoint(
         notices.append("no lm_head is stored: it shares the embedding's matrix")
         model_config = dataclasses.replace(model_config, tie_word_embeddings=True)
     for notice in notices:
-        log.warning("%s: %s", files.directory.name, notice)
+        log.warning("%s: %s", files.name, notice)
     return Checkpoint(files, config, model_config, quantization, tensors, quantized, linears, notices)
 
 
 def refuse_architecture(config: Mapping[str, Any]) -> None:
     """UnsupportedCheckpoint on keys of config.json that ask for other mathematics than the Llama family's."""
     for key, meaning in FOREIGN_KEYS.items():
-        if config.get(key):
-            value = config[key] if isinstance(config[key], int | float | str) else "..."
+        if value := config.get(key):
+            said = f"{key} = {value!r}" if isinstance(value, int | float | str) else key
             raise UnsupportedCheckpoint(
                 f"{(config.get('architectures') or ['this model'])[0]} is not implemented",
-                f"config.json: {key} = {value!r} asks for {meaning}",
+                f"config.json: {said} asks for {meaning}",
                 "use a dense Llama, Mistral, Qwen2 or Qwen3 model, or an engine that supports this one",
             )
 
@@ -357,7 +357,7 @@ def _check_tensors(checkpoint: Checkpoint, model: Llama) -> None:
         )
 
 
-def _damaged(what: str, tensors: Mapping[str, TensorInfo], names: Any) -> UnsupportedCheckpoint:
+def _damaged(what: str, tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> UnsupportedCheckpoint:
     shown = ", ".join(f"{name} {tensors[name]}" for name in names)
     return UnsupportedCheckpoint(what, shown, "the file is damaged: download it again")
 

@@ -29,7 +29,7 @@ class LocalFiles:
     """The files of a checkpoint in a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.name = directory, directory.name
         found = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
         self.names = sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
 
@@ -86,7 +86,7 @@ class HubFiles(LocalFiles):
                 repo_id, revision=revision, allow_patterns=list(SMALL_FILES), **offline, **self._options
             )
         super().__init__(Path(str(found)))
-        self.commit = self.directory.name
+        self.commit, self.name = self.directory.name, repo_id
         self.online = not local_files_only and self._list(token)
 
     def _list(self, token: str | bool | None) -> bool:

@@ -32,7 +32,7 @@ from miniawq.footprint import (
 from miniawq.hub import HubFiles, add_hub_flags, hub_options
 from miniawq.layouts import QuantizedLinear, part_shapes
 from miniawq.model import LlamaConfig
-from miniawq.quant_config import read_block
+from miniawq.quant_config import QuantizationConfig, read_block
 from miniawq.shards import DTYPE_NAMES, Spec
 
 DEGREES = (1, 2, 4, 8)
@@ -90,14 +90,19 @@ MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SPLIT_BY_INPUTS = ("o_proj", "down_proj")
 
 
-def engine_degrees(config: LlamaConfig, quantized: Mapping[str, QuantizedLinear]) -> dict[str, dict[int, str]]:
+def engine_degrees(
+    config: LlamaConfig, quantized: Mapping[str, QuantizedLinear], block: QuantizationConfig | None = None
+) -> dict[str, dict[int, str]]:
     """For each engine that reads this layout: tensor-parallel degree to "" (works) or the first reason against it."""
     layouts = {linear.layout for linear in quantized.values()}
     engines = ENGINES[layouts.pop()] if len(layouts) == 1 else {}
-    return {
+    found = {
         engine: {degree: _obstacle(config, quantized, limit, degree) for degree in DEGREES}
         for engine, limit in engines.items()
     }
+    if block and block.method == "awq" and block.symmetric:
+        found["vLLM Marlin"] = dict.fromkeys(DEGREES, f"{block.where}: zero_point is false")
+    return found
 
 
 def _obstacle(config: LlamaConfig, quantized: Mapping[str, QuantizedLinear], limit: Limit, degree: int) -> str:
@@ -195,7 +200,7 @@ def make_plan(checkpoint: Checkpoint, model: str, dtype: torch.dtype, needed: Fo
         total=needed.total,
         device=device,
         fits=needed.total <= device.free,
-        engines=engine_degrees(checkpoint.model_config, checkpoint.quantized),
+        engines=engine_degrees(checkpoint.model_config, checkpoint.quantized, checkpoint.quantization),
         tensors=tensor_table(checkpoint),
         notices=checkpoint.notices,
     )

@@ -55,6 +55,22 @@ def test_int4_to_int4_is_lossless_and_back_to_identical_bytes(tmp_path, packing,
     torch.testing.assert_close(logits, reference(TOKENS), rtol=1e-5, atol=1e-5)
 
 
+def test_checkpoint_of_another_writer_comes_back_the_same(tmp_path):
+    """Every tensor, and every key of config.json in its place."""
+    source, _ = tiny.make(tmp_path / "source", shards=3)
+    config = json.loads((source / "config.json").read_text())
+    config = {"quantization_config": config.pop("quantization_config"), **config, "unknown": [1.5, None, "ä"]}
+    (source / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(source, tmp_path / "there", "compressed-tensors")
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", "awq")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "back")
+    assert json.dumps(after.config) == json.dumps(config)
+    assert before.tensors.keys() == after.tensors.keys()
+    for name in before.tensors:
+        assert torch.equal(before.read(name), after.read(name))
+        assert before.tensors[name].dtype == after.tensors[name].dtype
+
+
 @pytest.mark.parametrize("packing", ["awq", "gemv", "compressed-tensors", "compressed-tensors-channel"])
 def test_to_dense_gives_the_weights_the_codes_stand_for(tmp_path, packing):
     source, reference = tiny.make(tmp_path / "source", **PACKINGS[packing])

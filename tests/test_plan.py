@@ -41,6 +41,7 @@ SHAPES = {
     "Qwen3-14B": ("Qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
     "Qwen3-32B": ("Qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
     "Llama-3.3-70B": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
+    "one key/value head": ("Llama", 2048, 8192, 2, 8, 1, 128, 32000, False),
     "Qwen2-0.5B": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
 }
 # GB of the files on the Hub (group size 128), where they were seen: ../shared/research/ecosystem.md, section 6.2.
@@ -187,6 +188,7 @@ DEGREES = [
     ("Qwen2-0.5B", 64, [1, 2], [1]),
     ("Llama-3.2-1B", 16, [1, 2, 4, 8], []),  # Marlin has no groups of 16
     ("Qwen3-32B", 128, [1, 2, 4, 8], [1, 2, 4, 8]),
+    ("one key/value head", 128, [1, 2, 4, 8], [1, 2, 4, 8]),  # each device has a copy of it
 ]
 
 
@@ -195,6 +197,13 @@ def test_tensor_parallel_degrees(name, group_size, awq, marlin):
     degrees = engine_degrees(*quantized_of(name, group_size=group_size))
     works = {engine: [degree for degree, why in reasons.items() if not why] for engine, reasons in degrees.items()}
     assert works == {"vLLM AWQ": awq, "vLLM Marlin": marlin}
+
+
+def test_marlin_wants_zero_points():
+    config, quantized = quantized_of("Llama-3.1-8B")
+    block = read_block({"quantization_config": tiny.AWQ_BLOCK | {"zero_point": False}}, {})
+    reasons = engine_degrees(config, quantized, block)["vLLM Marlin"]
+    assert set(reasons.values()) == {"config.json: quantization_config: zero_point is false"}
 
 
 def test_reason_names_the_layer():
