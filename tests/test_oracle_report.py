@@ -1,6 +1,7 @@
 """What the oracle tells: reports, expected failures, exit codes, and examples that run when pasted."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -10,9 +11,12 @@ import torch
 from miniawq.oracle import truth
 from miniawq.oracle.__main__ import main
 from miniawq.oracle.check import PROFILES, Call, Subject, run
+from miniawq.oracle.contract import FLAGS, FUNCTIONS, Limits
 from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.paste import literal, snippet
-from miniawq.oracle.report import as_json, as_junit, as_text, badge
+from miniawq.oracle.report import as_json, as_junit, as_text, badge, failure_lines
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "oracle.md").read_text()
 
 WRONG = """
 from miniawq.oracle import truth
@@ -227,3 +231,18 @@ def test_limits_of_a_target_are_kept_to():
     assert json.loads(as_json(report))["limits"]["group_sizes"] == [128]
     assert ElementTree.fromstring(as_junit(report)) is not None
     assert badge(report) == "L1 ok"
+
+
+def test_the_guide_shows_a_report_as_it_is():
+    def dequantize(qweight, qzeros, scales, group_size):
+        return truth.dequantize(qweight, truth.pack((truth.unpack(qzeros) + 1).clamp(max=15)), scales, group_size)
+
+    target = SimpleNamespace(dequantize=dequantize)
+    report = conformance(target, checks("L1.random")[:1], import_line="import gptq_zeros as target")
+    lines = [line for line in failure_lines(report, report.results[0]) if not line.startswith("  may be")]
+    assert "\n".join(lines) in GUIDE
+
+
+def test_the_guide_lists_every_function_flag_and_limit():
+    for name in (*FUNCTIONS, *FLAGS, *Limits.__dataclass_fields__):
+        assert name in GUIDE

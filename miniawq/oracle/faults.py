@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from miniawq.oracle.check import Profile, Subject, run
 from miniawq.oracle.door import CHECKS
@@ -17,6 +18,7 @@ FAULTS: list[Fault] = [
     *files.SEARCH,
 ]
 
+BEGIN, END = "<!-- FAULTS -->", "<!-- END OF FAULTS -->"
 UNSHRUNK = Profile(shrink=False)
 
 
@@ -43,12 +45,25 @@ def table(faults: Sequence[Fault]) -> str:
     return "\n".join(lines)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="python -m miniawq.oracle.faults", description=__doc__)
+    parser.add_argument("--level", default="", help="only the faults of one level")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="replace the table between the FAULTS marks of a file"
+    )
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="miniawq.oracle.faults", description=__doc__)
-    parser.add_argument("--level", default="", help="only the faults of one level")
-    text = table([fault for fault in FAULTS if fault.killer.startswith(parser.parse_args(argv).level)])
-    print(text)
+    arguments = build_parser().parse_args(argv)
+    text = table([fault for fault in FAULTS if fault.killer.startswith(arguments.level)])
+    if arguments.into:
+        before, _, rest = arguments.into.read_text().partition(BEGIN)
+        arguments.into.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    else:
+        print(text)
     return 1 if "SURVIVED" in text else 0
 
 

@@ -183,7 +183,7 @@ def compressed_tensors(sources: Path) -> Any:
         return (codes + 8).t().to(torch.uint8), (zeros + 8).t().to(torch.uint8), scales.t().half()
 
     version = importlib.import_module("compressed_tensors").__version__
-    # In one row of words the packed zeros keep a stride that the decompressor cannot view as bytes.
+    # unpack_from_int32 cannot view one transposed row of packed zeros as bytes, so N = 8 fails.
     return SimpleNamespace(name="compressed-tensors", version=version, dequantize=dequantize, quantize=quantize,
                            multiple_of_n=16)  # fmt: skip
 
