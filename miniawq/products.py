@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from miniawq import forms
 from miniawq.kernel import QuantLinear, matmul
 from miniawq.model import rms_norm
-from miniawq.packing import CODES_PER_WORD
+from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, pack
 
 Form = Callable[..., Tensor]
 
@@ -185,14 +185,15 @@ def _join_bias(layers: Sequence[Any]) -> Tensor | None:
 def _join_int4(layers: Sequence[Any], form: Form) -> Product:
     quantized = [layer.to_quantized() for layer in layers]
     codes_OI, scales_OG, zeros_OG = (torch.cat(parts) for parts in zip(*quantized, strict=True))
-    words_OGP, bias_O = forms.sequential_words(codes_OI, scales_OG.shape[1]), _join_bias(layers)
+    words_OGP, bias_O = pack(codes_OI, SEQUENTIAL).unflatten(1, (scales_OG.shape[1], -1)), _join_bias(layers)
     device = words_OGP.device
     if form is words_product:
         return Product(form, (words_OGP.view(torch.float32), scales_OG, zeros_OG, bias_O))
     words_OPG = words_OGP.transpose(1, 2).contiguous()
-    grid_OG, scale_like = forms.pack_grid(scales_OG, zeros_OG), scales_OG[:0]
+    grid_OG, scale_like = zeros_OG.int() << 16 | (scales_OG.view(torch.int16).int() & 0xFFFF), scales_OG[:0]
     if form is dot_product:
-        return Product(form, (words_OPG, grid_OG, scale_like, forms.magic_exponents(device), bias_O))
+        exponents = torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
+        return Product(form, (words_OPG, grid_OG, scale_like, exponents, bias_O))
     places_N = torch.tensor([2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES], device=device)
     return Product(form, (forms.planes(words_OPG, PARTS), grid_OG, scale_like, places_N, bias_O))
 

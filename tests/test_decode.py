@@ -1,0 +1,186 @@
+"""The decode step against the model it abbreviates, compiled and not, and what it must never do: compile again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from miniawq import products
+from miniawq.checkpoint import load_model, open_checkpoint
+from miniawq.completion import generate, last_logits
+from miniawq.decode import DecodeStep, mask_of, spans_of
+from miniawq.errors import InvalidInput
+from miniawq.kernel import QuantLinear
+from miniawq.model import KVCache, Llama, LlamaConfig, dense
+from miniawq.packing import quantize
+from miniawq.products import norm_and_multiply, products_of
+from miniawq.sampling import NOT_A_NUMBER, Sampling
+
+GOLDEN = Path(__file__).parent / "golden" / "models"
+NAMES = sorted(path.name for path in GOLDEN.iterdir())
+PROMPT, NEW = 9, 12
+
+
+def load(name: str, device: torch.device) -> Llama:
+    return load_model(open_checkpoint(GOLDEN / name), device, torch.float32)
+
+
+def int4_model(device: torch.device, group_size: int = 32) -> Llama:
+    """Random codes in every layer but the head: two layers, four heads on two, qk-norm, biases."""
+    config = json.loads((GOLDEN / "qwen3" / "config.json").read_text()) | {"attention_bias": True, "hidden_size": 64}
+    config |= {"intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def linear(name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        if name == "lm_head":
+            return dense(name, inputs, outputs, bias)
+        weight_OI, bias_O = torch.randn(outputs, inputs) * inputs**-0.5, torch.randn(outputs) if bias else None
+        return QuantLinear.from_quantized(quantize(weight_OI, group_size), bias_O)
+
+    torch.manual_seed(1)
+    return Llama(LlamaConfig.from_dict(config), linear).to(device).requires_grad_(False)
+
+
+def random_prompt(model: Llama, batch: int, length: int = PROMPT) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (batch, length), device=model.lm_head.weight.device)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
+    model = load(name, device)
+    tokens_BL, exact = random_prompt(model, batch), load(name, device)
+    room = min(PROMPT + NEW, model.config.max_position_embeddings)
+    step, cache = DecodeStep(model, batch, room, compile_=False), KVCache(exact.config, batch, 32, device=device)
+    step.begin(tokens_BL)
+    with torch.no_grad():
+        ids_B = last_logits(model, tokens_BL, step.cache).argmax(-1)
+        last_logits(exact, tokens_BL, cache)
+        # Beyond the trained length, where no text may end, NTK scaling turns old keys by their own time's frequencies.
+        for _ in range(min(NEW, model.config.max_position_embeddings - PROMPT)):
+            expected_BV = last_logits(exact, ids_B[:, None], cache)
+            ids_B = step.step(ids_B)
+            torch.testing.assert_close(step.logits_BV, expected_BV, rtol=0, atol=2e-5 * float(expected_BV.abs().max()))
+            assert torch.equal(ids_B, expected_BV.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window"])
+def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
+    model = load(name, device)
+    tokens_BL, padding_B = random_prompt(model, 3), torch.tensor([0, 4, 8], device=device)
+    options = {"max_tokens": NEW, "padding_B": padding_B}
+    expected = list(generate(model, tokens_BL, **options))
+    for chunk in (1, 5, 100):
+        step = DecodeStep(model, 3, PROMPT + NEW, compile_=False)
+        assert list(generate(model, tokens_BL, decoder=step, prefill_chunk=chunk, **options)) == expected
+
+
+def test_the_compiled_step_gives_the_same_and_never_compiles_again(device):
+    model = int4_model(device)
+    steps = [DecodeStep(model, 2, room) for room in (32, 64)]
+    graphs = None
+    for step, length in [(steps[0], 5), (steps[0], 1), (steps[1], 50), (steps[0], 20), (steps[1], 1)]:
+        tokens_BL = random_prompt(model, 2, length)
+        expected = list(generate(model, tokens_BL, max_tokens=NEW))
+        assert list(generate(model, tokens_BL, max_tokens=NEW, decoder=step)) == expected
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        graphs = graphs or compiled
+        assert compiled == graphs, f"compiled again at a prompt of {length}"
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(temperature=0.8, top_p=0.9),
+    Sampling(temperature=1.2, top_k=7, repetition_penalty=1.3),
+    Sampling(presence_penalty=2.0, frequency_penalty=0.5),
+])  # fmt: skip
+def test_a_seed_gives_the_same_text_as_without_the_step(sampling, device):
+    model = load("llama", device)
+    tokens_BL = random_prompt(model, 2)
+    options = {"max_tokens": NEW, "sampling": sampling, "seed": 3}
+    step = DecodeStep(model, 2, PROMPT + NEW, sampling, compile_=False)
+    expected = list(generate(model, tokens_BL, **options))
+    for _ in range(2):
+        assert list(generate(model, tokens_BL, decoder=step, **options)) == expected
+    if sampling.temperature:
+        assert list(generate(model, tokens_BL, decoder=step, **options | {"seed": 4})) != expected
+
+
+def test_the_last_position_is_used_and_the_next_refused(device):
+    model = load("llama", device)
+    step = DecodeStep(model, 1, 4, compile_=False)
+    ids_B = torch.tensor([1], device=device)
+    step.begin(ids_B[:, None])
+    for _ in range(4):
+        ids_B = step.step(ids_B)
+    with pytest.raises(InvalidInput, match="room for 4 positions"):
+        step.step(ids_B)
+
+
+def test_a_row_that_is_not_a_number_leaves_the_others_alone(device):
+    model = load("llama", device)
+    tokens_BL = random_prompt(model, 2)
+    step = DecodeStep(model, 2, PROMPT + 2, compile_=False)
+
+    def two_steps(first: float, ids_B: torch.Tensor) -> torch.Tensor:
+        step.begin(tokens_BL)
+        last_logits(model, tokens_BL, step.cache)
+        step.cache.values_NBMJE[:, 0, 0] = first
+        return step.step(step.step(ids_B))
+
+    ids_B = torch.tensor([NOT_A_NUMBER, 3], device=device)
+    with torch.no_grad():
+        broken_B, whole_B = two_steps(torch.nan, ids_B), two_steps(0.0, ids_B)
+    assert broken_B.tolist() == [NOT_A_NUMBER, int(whole_B[1])]
+
+
+def test_matrices_of_one_input_lie_together_and_exist_once(device):
+    model = load("qwen2", device)
+    tokens_BL = random_prompt(model, 1)
+    with torch.no_grad():
+        before = model(tokens_BL)
+        steps = [DecodeStep(model, batch, 16, compile_=False) for batch in (1, 2)]
+        assert torch.equal(model(tokens_BL), before)
+    attn, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    for linears in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+    (one, two) = (step.layers[0].qkv[0].tensors[0] for step in steps)
+    assert one.data_ptr() == two.data_ptr() == attn.q_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_spans_and_masks_say_the_same(window):
+    padding_B, room = torch.tensor([0, 2, 6]), 10
+    for position in range(6, room):
+        position_1 = torch.tensor([position])
+        spans = spans_of(torch.arange(4) * room, position_1, padding_B, window)
+        slot_T = torch.arange(3 * room)
+        for row, mask_M in enumerate(mask_of(position_1, padding_B, window, room)[:, 0, 0]):
+            start = spans.starts_B1[row]
+            seen_T = (slot_T >= start) & (slot_T < start + spans.used_B[row])
+            assert torch.equal(slot_T[seen_T], torch.arange(room)[mask_M] + row * room)
+
+
+@pytest.mark.parametrize(("form", "rows"), [("words", 1), ("words", 5), ("reduce", 1), ("reduce", 3), ("dot", 20)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_forms_compute_the_layers_behind_the_norm(form, rows, bias, monkeypatch):
+    monkeypatch.setattr(products, "_form_for", lambda *_: getattr(products, f"{form}_product"))
+    layers = [
+        QuantLinear.from_quantized(quantize(torch.randn(outputs, 256), 128), torch.randn(outputs) if bias else None)
+        for outputs in (48, 16)
+    ]
+    h_TI, norm_I, eps = torch.randn(rows, 256) * 3, torch.rand(256) + 0.5, 1e-5
+    x_TI = nn.functional.rms_norm(h_TI, (256,), norm_I, eps)
+    expected = torch.cat([layer(x_TI) for layer in layers], -1)
+    (product,) = found = products_of(layers, rows)
+    assert product.form is getattr(products, f"{form}_product")
+    for y_TO in (norm_and_multiply(found, h_TI, norm_I, eps), products.multiply(found, x_TI)):
+        torch.testing.assert_close(y_TO, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_mixed_layers_are_multiplied_one_by_one():
+    layers = [nn.Linear(64, 16), QuantLinear.from_quantized(quantize(torch.randn(24, 64), 32))]
+    x_TI = torch.randn(2, 64)
+    found = products_of(layers, 2)
+    assert len(found) == 2
+    torch.testing.assert_close(products.multiply(found, x_TI), torch.cat([layer(x_TI) for layer in layers], -1))
