@@ -211,6 +211,11 @@ def test_reason_names_the_layer():
     assert degrees["vLLM AWQ"][2] == "model.layers.0.mlp.down_proj: 14784 inputs on each device are no multiple of 128"
 
 
+def test_reason_names_the_heads():
+    degrees = engine_degrees(*quantized_of("Qwen2.5-7B"))
+    assert degrees["vLLM AWQ"][8] == "28 query and 4 key/value heads do not divide by 8"
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [("24GiB", 24 << 30), ("1.5 GB", 1_500_000_000), ("800mib", 800 << 20), ("12345", 12345)],

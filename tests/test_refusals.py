@@ -169,6 +169,14 @@ def test_foreign_tensors_refused(tmp_path, kind):
     refused(directory, *words)
 
 
+def test_marlin_without_zeros_refused(tmp_path):
+    """AutoAWQ's Marlin files: symmetric, no `qzeros`, words in tiles."""
+    directory, _ = tiny.make(tmp_path, block=tiny.AWQ_BLOCK | {"zero_point": False})
+    tiles = {f"{Q}.qweight": torch.zeros(8, 256, dtype=torch.int32), f"{Q}.scales": torch.ones(2, 128).half()}
+    edit_tensors(directory, lambda t: {name: value for name, value in (t | tiles).items() if name != f"{Q}.qzeros"})
+    refused(directory, "Marlin form", Q)
+
+
 @pytest.mark.parametrize("missing", ["qzeros", "scales"])
 def test_part_of_a_packed_layer_missing_refused(tmp_path, missing):
     directory, _ = tiny.make(tmp_path)
