@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq.completion import bytes_per_token, last_logits, peak_memory
 from miniawq.decode import DecodeStep
 from miniawq.footprint import PREFILL_CHUNK, kv_bytes_per_token, prefill_bytes, weight_bytes
-from miniawq.kernel import QuantLinear, dequantize
-from miniawq.model import KVCache, Llama, LlamaConfig, dense
+from miniawq.kernel import QuantLinear
+from miniawq.model import KVCache, Llama, LlamaConfig
+from miniawq.packing import Quantized, dequantize
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
@@ -85,32 +86,29 @@ class Clock:
 def random_model(config: LlamaConfig, kind: str, group_size: int, device: torch.device, dtype: torch.dtype) -> Llama:
     """A model of independent random weights, INT4 but for its head, or dense."""
 
-    def linear(name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        if kind != "int4" or name == "lm_head":
-            return dense(name, inputs, outputs, bias)
-        return QuantLinear(inputs, outputs, bias, group_size)
-
     with torch.device("meta"):
-        model = Llama(config, linear)
-    for module in model.modules():
-        for name, meta in module.named_parameters(recurse=False):
+        model = Llama(config)
+    for name, module in list(model.named_modules()):
+        if kind == "int4" and isinstance(module, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, random_int4(module, group_size, device))
+            continue
+        for key, meta in module.named_parameters(recurse=False):
             tensor = torch.empty(meta.shape, device=device, dtype=dtype)
             tensor = tensor.normal_(0, meta.shape[-1] ** -0.5) if meta.dim() == 2 else tensor.fill_(1)
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-        if isinstance(module, QuantLinear):
-            fill(module, device)
+            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     return model
 
 
-def fill(layer: QuantLinear, device: torch.device) -> None:
+def random_int4(linear: nn.Linear, group_size: int, device: torch.device) -> QuantLinear:
     """Random codes, zeros of 7 and 8, and scales that keep the size of what goes through."""
-    layer.to_empty(device=device)
-    layer.qweight.random_(-(2**31), 2**31)
-    layer.qzeros.random_(-(2**31), 2**31).bitwise_and_(0x11111111).add_(0x77777777)
-    layer.scales.uniform_(0.5, 1.5).mul_(0.2 * layer.in_features**-0.5)
-    if layer.bias is not None:
-        layer.bias.zero_()
+    outputs, inputs = linear.out_features, linear.in_features
+    codes_OI = torch.randint(16, (outputs, inputs), dtype=torch.uint8, device=device)
+    scales_OG = torch.empty(outputs, inputs // group_size, dtype=torch.float16, device=device)
+    scales_OG.uniform_(0.5, 1.5).mul_(0.2 * inputs**-0.5)
+    zeros_OG = torch.randint(7, 9, scales_OG.shape, dtype=torch.uint8, device=device)
+    bias_O = None if linear.bias is None else torch.zeros(outputs, dtype=torch.float16, device=device)
+    return QuantLinear.from_quantized(Quantized(codes_OI, scales_OG, zeros_OG), bias_O)
 
 
 def check(config: LlamaConfig, kind: str, rows: int, arguments: argparse.Namespace) -> float:
@@ -139,11 +137,10 @@ def float32_of(model: Llama) -> Llama:
     for name, module in model.named_modules():
         target = exact.get_submodule(name)
         if isinstance(module, QuantLinear):
-            q = module
-            weight_IO = dequantize(q.qweight, q.qzeros, q.scales, q.group_size, torch.float32)
-            target.weight = nn.Parameter(weight_IO.t(), requires_grad=False)
-            if q.bias is not None:
-                target.bias = nn.Parameter(q.bias.float(), requires_grad=False)
+            weight_OI = dequantize(module.to_quantized(), torch.float32)
+            target.weight = nn.Parameter(weight_OI, requires_grad=False)
+            if module.bias is not None:
+                target.bias = nn.Parameter(module.bias.float(), requires_grad=False)
         else:
             for key, tensor in module.named_parameters(recurse=False):
                 setattr(target, key, nn.Parameter(tensor.float(), requires_grad=False))
