@@ -46,6 +46,7 @@ FOREIGN_KEYS = {
     ),
     "add_bias_to_lm_head": "a bias on the head",
 }
+ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 # Kinds of weight files that are never read, with what they are.
 FOREIGN_FILES = {
     r"\.gguf$": ("GGUF", "made for llama.cpp"),
@@ -167,6 +168,12 @@ def refuse_architecture(config: Mapping[str, Any]) -> None:
                 f"config.json: {said} asks for {meaning}",
                 "use a dense Llama, Mistral, Qwen2 or Qwen3 model, or an engine that supports this one",
             )
+    if other := sorted(set(config.get("layer_types") or ()) - ATTENTION_TYPES):
+        raise UnsupportedCheckpoint(
+            "layers of this kind are not implemented",
+            f"config.json: layer_types has {', '.join(map(str, other))}",
+            "use a model with attention in all layers, or an engine that supports this one",
+        )
 
 
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:

@@ -25,7 +25,8 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 def assert_loads(directory: Path, reference: torch.nn.Module, device: torch.device | str = "cpu") -> torch.nn.Module:
     model = load_model(open_checkpoint(directory), device, torch.float32)
     logits = model(TOKENS.to(device)).cpu()
-    torch.testing.assert_close(logits, reference(TOKENS), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if torch.device(device).type == "cpu" else 1e-3  # a GPU may multiply in TF32
+    torch.testing.assert_close(logits, reference(TOKENS), rtol=tolerance, atol=tolerance)
     return model
 
 

@@ -246,6 +246,7 @@ ARCHITECTURES = {
     "mixtral": ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, ["Mixtral", "num_local_experts"]),
     "deepseek-v3": ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512}, ["kv_lora_rank", "latent"]),
     "hybrid": ({"linear_num_key_heads": 16}, ["linear_num_key_heads", "hybrid"]),
+    "layer-types": ({"layer_types": ["linear_attention", "full_attention"]}, ["layer_types", "linear_attention"]),
     "mamba": ({"architectures": ["JambaForCausalLM"], "mamba_d_state": 16}, ["mamba_d_state"]),
     "vision": ({"vision_config": {"depth": 32}}, ["vision_config", "pictures"]),
     "sound": ({"audio_config": {"depth": 32}}, ["audio_config"]),
