@@ -200,6 +200,30 @@ def test_not_implemented_is_skipped_aloud():
     assert "no bfloat16 here" in as_text(report)
 
 
+def test_not_implemented_is_no_refusal():
+    def dequantize(*_):
+        raise NotImplementedError("only on Tuesdays")
+
+    report = conformance(SimpleNamespace(dequantize=dequantize), checks("L1.refuses-wrong-shapes"))
+    assert report.counts()["skipped"] == 1
+
+
+def test_arguments_keep_their_strides_on_a_device_and_changes_are_seen():
+    seen = []
+
+    def unpack(words):
+        seen.append(words.stride())
+        result = truth.unpack(words)
+        words.zero_()
+        return result
+
+    target = SimpleNamespace(unpack=unpack, pack=truth.pack)
+    report = conformance(target, checks("L0.strides") + checks("L0.inputs-unchanged"), device="cpu:0")
+    assert [result.status for result in report.results] == ["failed", "failed"]
+    assert seen[0] == (1, 3)
+    assert "unpack changed its argument" in report.results[1].broken.got
+
+
 def test_any_exception_of_the_target_is_a_failure_and_the_run_goes_on():
     def unpack(words):
         raise ZeroDivisionError("boom")

@@ -71,8 +71,13 @@ class Subject:
     def raw(self, function: str, *arguments: Any) -> Any:
         """The target's own result, with its exceptions as they are."""
         self.last = Call(function, dict(zip(PARAMETERS[function], arguments, strict=False)))
-        on_device = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
-        return getattr(self.target, function)(*on_device)
+        given = [moved(a, self.device) if isinstance(a, Tensor) else a for a in arguments]
+        try:
+            return getattr(self.target, function)(*given)
+        finally:
+            for mine, theirs in zip(arguments, given, strict=True):
+                if mine is not theirs:
+                    mine.copy_(theirs)  # what the target wrote into its argument is to be seen here
 
     def call(self, function: str, *arguments: Any) -> Any:
         """The result as CPU tensors; an exception of the target is a broken rule, a NotImplementedError is a lack."""
@@ -93,15 +98,22 @@ class Subject:
             self.raw(function, *arguments)
         except Crash as crash:
             raise Broken(f"a refusal because of {why}", str(crash)) from crash
-        except error as refusal:
-            return str(refusal)
         except NotImplementedError as lack:
             raise Lacking(f"{function}: {lack}") from lack
+        except error as refusal:
+            return str(refusal)
         except Exception as other:
             got = f"{type(other).__name__}: {first_line(other)}"
             raise Broken(f"{error.__name__} because of {why}", got) from other
         name = "an exception" if error is Exception else error.__name__
         raise Broken(f"{name} because of {why}", "a result, with no error")
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on another device, with its strides; itself on the CPU."""
+    if device == "cpu":
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def as_tensors(result: Any) -> Any:
