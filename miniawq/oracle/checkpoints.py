@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from miniawq.oracle import cases
 from miniawq.oracle.check import Broken, Check, Crash, Subject, check, expect_equal, expect_tensor
 from miniawq.oracle.directories import (
     ATTENTION,
@@ -26,6 +27,7 @@ from miniawq.oracle.directories import (
     compressed,
     compressed_block,
     compressed_symmetric,
+    gemm,
     gemv,
     gptq,
     in_two_shards,
@@ -131,6 +133,14 @@ def mixed_dtypes(made: Model) -> None:
     """Norms and embeddings in bfloat16 beside float16 scales."""
     for name in (EMBEDDING, HEAD, "model.norm.weight", "model.layers.0.input_layernorm.weight"):
         made.tensors[name] = made.expected[name] = made.tensors[name].to(torch.bfloat16)
+
+
+def packed_head(made: Model) -> None:
+    """lm_head quantized like the other linear layers."""
+    layer = cases.random_layer(99, made.config["hidden_size"], VOCABULARY, 32)
+    del made.tensors[HEAD]
+    made.tensors |= {f"lm_head.{part}": tensor for part, tensor in gemm(layer).items()}
+    made.expected[HEAD] = layer.weight.t().to(torch.float16).contiguous()
 
 
 def replace(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Model], None]:
@@ -241,6 +251,16 @@ CASES = [
     either("compressed-channel", "compressed-tensors with one group of all inputs", channelwise),
     either("compressed-zeros-unexpected", "the config says symmetric, but zeros are stored, and not 8",
            lambda: model(compressed, compressed_block(symmetric=True))),
+    valid("transformers-keys", "the keys transformers 4 adds to the block", block(
+        backend="autoawq", do_fuse=False, exllama_config={}, fuse_max_seq_len=0, modules_to_fuse={})),
+    either("zero-point-false", "auto-round: zero_point false, and qzeros that are all 8",
+           block(lambda: model(symmetric=True), zero_point=False)),
+    either("zero-point-absent", "zero_point false and no qzeros: zeros are 8", changed(
+        lambda m: [m.tensors.pop(name) for name in list(m.tensors) if name.endswith("qzeros")],
+        block(lambda: model(symmetric=True), zero_point=False))),
+    either("file-name", "one file under AutoAWQ's old name", model,
+           lambda d: (d / WEIGHTS).rename(d / "awq_model_w4_g128.safetensors")),
+    either("head-packed", "the head is packed too", changed(packed_head)),
     either("gemv", "AutoAWQ GEMV, named so", lambda: model(gemv, AWQ_BLOCK | {"version": "gemv"})),
     invalid("group-size-mismatch", "config.json says 64, the scales say 32", "group", block(group_size=64)),
     invalid("gemv-called-gemm", "GEMV tensors under version gemm", "gemv layout shape qweight qzeros version",
