@@ -8,7 +8,7 @@ from pathlib import Path
 
 from miniawq import cli
 from miniawq.errors import UsageError
-from miniawq.oracle.check import PROFILES, Profile
+from miniawq.oracle.check import PROFILES, Check, Profile
 from miniawq.oracle.contract import FLAGS, LEVELS
 from miniawq.oracle.door import chosen, conformance, load_target
 from miniawq.oracle.paste import save_arguments
@@ -20,7 +20,11 @@ DEFAULT_TARGET = "miniawq.oracle.target"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = cli.parser("oracle", __doc__ or "", "exit code 0: no failure; 1: failures or unexpected passes; 2: usage")
+    parser = cli.parser(
+        "oracle",
+        __doc__ or "",
+        "exit code 0: no failure; 1: a failure, an unexpected pass, or nothing that passed; 2: usage",
+    )
     parser.add_argument("target", nargs="?", default=DEFAULT_TARGET, help="pkg.module or pkg.module:object (miniawq)")
     parser.add_argument("--command", help="check a program that speaks the stdio protocol instead (docs/oracle.md)")
     parser.add_argument("--levels", default="", help=f"some of {','.join(LEVELS)}, separated by commas")
@@ -63,13 +67,16 @@ def body(arguments: argparse.Namespace) -> int:
         save_examples(report, arguments.examples)
     if arguments.junit:
         arguments.junit.write_text(as_junit(report))
-    print(
-        as_json(report) if arguments.json else badge(report) if arguments.badge else as_text(report, arguments.verbose)
-    )
+    if arguments.json:
+        print(as_json(report))
+    elif arguments.badge:
+        print(badge(report))
+    else:
+        print(as_text(report, arguments.verbose))
     return 0 if report.ok else 1
 
 
-def run_on(arguments: argparse.Namespace, checks: list) -> Report:
+def run_on(arguments: argparse.Namespace, checks: Sequence[Check]) -> Report:
     """The report on a module, object or program."""
     profile: Profile = PROFILES[arguments.profile]
     if arguments.seed is not None:
@@ -78,16 +85,13 @@ def run_on(arguments: argparse.Namespace, checks: list) -> Report:
     if arguments.command:
         with Program(arguments.command) as program:
             line = f"from miniawq.oracle.stdio import Program; target = Program({arguments.command!r})"
-            return conformance(program, checks, import_line=line, device="cpu", profile=profile, expected=expected)
-    if arguments.target == DEFAULT_TARGET:
-        target, line = load_target(DEFAULT_TARGET)
-        name = ""
-    else:
-        sys.path.insert(0, "")  # `python -m` has the working directory on the path, the console script has not
-        target, line = load_target(arguments.target)
-        name = str(getattr(target, "name", arguments.target))
-    return conformance(target, checks, name=name, import_line=line, device=arguments.device, profile=profile,
-                       expected=expected)  # fmt: skip
+            return conformance(program, checks, import_line=line, profile=profile, expected=expected)
+    sys.path.insert(0, "")  # `python -m` has the working directory on the path, the console script has not
+    target, line = load_target(arguments.target)
+    name = str(getattr(target, "name", arguments.target))
+    return conformance(
+        target, checks, name=name, import_line=line, device=arguments.device, profile=profile, expected=expected
+    )
 
 
 def save_examples(report: Report, directory: Path) -> None:

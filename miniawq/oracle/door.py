@@ -38,7 +38,7 @@ def load_target(path: str) -> tuple[Any, str]:
     module_name, _, attribute = path.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         fix = "give pkg.module or pkg.module:object, importable from here"
         raise UsageError(f"cannot import {module_name!r}", str(error), fix) from error
     for name in attribute.split(".") if attribute else ():

@@ -94,28 +94,41 @@ def flag_of(reason: str) -> str:
 
 def badge(report: Report) -> str:
     """One line: `L0 ok, L1 ok, L2 acceptable(ZeroNotInRange), L3 skipped`."""
-    parts = []
-    for level in report.levels():
-        counts = report.counts(level)
-        results = [r for r in report.results if r.check.level == level and r.status == "xfailed"]
-        flags = sorted({flag_of(r.reason) or "known failures" for r in results})
-        if counts["failed"] or counts["xpassed"]:
-            parts.append(f"{level} FAILED")
-        elif flags:
-            parts.append(
-                f"{level} acceptable({', '.join(flags)})"
-                if "known failures" not in flags
-                else f"{level} known failures"
-            )
-        elif counts["passed"]:
-            parts.append(f"{level} ok")
-        else:
-            parts.append(f"{level} skipped")
-    return ", ".join(parts)
+    return ", ".join(f"{level} {verdict(report, level)}" for level in report.levels())
+
+
+def verdict(report: Report, level: str) -> str:
+    """A level in a word or two."""
+    counts = report.counts(level)
+    if counts["failed"] or counts["xpassed"]:
+        return "FAILED"
+    reasons = [r.reason for r in report.results if r.check.level == level and r.status == "xfailed"]
+    if not all(flag_of(reason) for reason in reasons):
+        return "known failures"
+    if reasons:
+        return f"acceptable({', '.join(sorted({flag_of(reason) for reason in reasons}))})"
+    return "ok" if counts["passed"] else "skipped"
 
 
 def as_text(report: Report, verbose: bool = False) -> str:
     """The report for people."""
+    lines = [*header_lines(report), ""]
+    lines += [f"{level} {LEVELS[level]:16} {tally(report.counts(level))}" for level in report.levels()]
+    for result in report.results:
+        if result.status == "failed":
+            lines += ["", *failure_lines(report, result)]
+        elif result.status in ("xpassed", "xfailed") or (verbose and result.status == "skipped"):
+            lines.append(f"{result.status.upper():7} {result.check.id}: {result.reason}")
+        elif verbose:
+            lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
+    reasons = Counter(r.reason for r in report.results if r.status == "skipped")
+    lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
+    lines += [badge(report), f"{tally(report.counts()) or 'nothing ran'} in {report.seconds:.1f} s"]
+    return "\n".join(lines)
+
+
+def header_lines(report: Report) -> list[str]:
+    """What was run, on what, and what the target has and takes."""
     lines = [
         f"target      {report.target} {report.version}".rstrip(),
         f"contract    {CONTRACT} on {report.device}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -126,23 +139,12 @@ def as_text(report: Report, verbose: bool = False) -> str:
         lines.append(f"lacks       {', '.join(lacking)}: their checks are skipped")
     if report.limits:
         lines.append(f"limits      {', '.join(f'{name}={value}' for name, value in report.limits.items())}")
-    lines.append("")
-    for level in report.levels():
-        counts = report.counts(level)
-        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-        lines.append(f"{level} {LEVELS[level]:16} {told}")
-    for result in report.results:
-        if result.status == "failed":
-            lines += ["", *failure_lines(report, result)]
-        elif result.status == "xpassed" or (result.status == "skipped" and verbose) or result.status == "xfailed":
-            lines.append(f"{result.status.upper():7} {result.check.id}: {result.reason}")
-        elif verbose:
-            lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
-    reasons = Counter(r.reason for r in report.results if r.status == "skipped")
-    lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
-    total = report.counts()
-    told = ", ".join(f"{total[status]} {status}" for status in STATUSES if total[status])
-    return "\n".join([*lines, f"{badge(report)}", f"{told or 'nothing ran'} in {report.seconds:.1f} s"])
+    return lines
+
+
+def tally(counts: Counter) -> str:
+    """Counts in words, without the zeros."""
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
 
 
 def failure_lines(report: Report, result: Result) -> list[str]:
