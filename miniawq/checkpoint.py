@@ -302,8 +302,8 @@ def skeleton(checkpoint: Checkpoint) -> Llama:
 
 def _make_linear(checkpoint: Checkpoint, name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
     packed = checkpoint.quantized.get(name)
-    # GEMM words hold eight outputs; a layer of another number is unpacked.
-    if packed is None or outputs % CODES_PER_WORD:
+    # GEMM words hold eight outputs, the kernel's eight inputs of one group; a layer of other numbers is unpacked.
+    if packed is None or outputs % CODES_PER_WORD or packed.group_size % CODES_PER_WORD:
         return nn.Linear(inputs, outputs, bias=bias)
     scales = packed.tensors.get("scales") or packed.tensors["weight_scale"]
     return QuantLinear(inputs, outputs, bias, packed.group_size, checkpoint.tensors[scales].dtype)
