@@ -84,6 +84,7 @@ class Recipe(Rounding):
 
 DEFAULT = Recipe()
 PAPER = Recipe(formulas=("activations",), stride=1, clip="limits", unclipped=("q_proj", "k_proj"))
+PLAIN_ROUNDING = Recipe(formulas=(), clip="none")
 
 
 class Call(NamedTuple):

@@ -47,7 +47,7 @@ from miniawq.verify import verify
 
 log = logging.getLogger("miniawq.quantize")
 
-RECIPES = {"default": awq.DEFAULT, "paper": awq.PAPER}
+RECIPES = {"default": awq.DEFAULT, "paper": awq.PAPER, "plain": awq.PLAIN_ROUNDING}
 FORMATS = ("awq", "compressed-tensors")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -373,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--sequence-length", type=_positive, default=512, help="tokens of one (default %(default)s)")
     text.add_argument("--seed", type=int, default=0, help="of text the model writes itself (default %(default)s)")
     method = parser.add_argument_group("method")
-    method.add_argument("--recipe", choices=RECIPES, default="default", help="the paper's searches, or ours")
+    method.add_argument("--recipe", choices=RECIPES, default="default", help="our searches, the paper's, or none")
     method.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default %(default)s)")
     method.add_argument("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
     method.add_argument("--compared-tokens", type=_positive, default=4096, help="that modules' outputs are compared on")
