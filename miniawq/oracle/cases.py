@@ -119,6 +119,12 @@ def shape(group_size: int, groups: int, columns: int, limits: Limits) -> tuple[i
     return wanted, columns * limits.multiple_of_n, group_size
 
 
+def smallest(limits: Limits, groups: int = 1, columns: int = 1) -> tuple[int, int, int]:
+    """The shape of so many of the smallest groups that the target takes."""
+    group_size = min((size for size in limits.group_sizes if size != -1), default=-1)
+    return shape(group_size, groups, columns, limits)
+
+
 def layers(scales: Callable[..., Tensor]) -> Callable[[Limits], st.SearchStrategy[Layer]]:
     """Random layers with scales of one kind."""
 

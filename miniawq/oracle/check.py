@@ -64,6 +64,11 @@ class Subject:
         self.limits = Limits.of(target)
         self.last: Call | None = None
 
+    def must_take(self, group_size: int) -> None:
+        """Lacking when the target does not take this group size."""
+        if group_size not in self.limits.group_sizes:
+            raise Lacking(f"the target does not take a group_size of {group_size}")
+
     def has(self, function: str) -> bool:
         """Whether the target implements this function of the contract."""
         return callable(getattr(self.target, function, None))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miniawq.oracle import cases, truth
-from miniawq.oracle.cases import Layer, groups_of, shape
+from miniawq.oracle.cases import Layer, groups_of, shape, smallest
 from miniawq.oracle.check import Broken, Subject, check, expect_equal
 
 
@@ -24,12 +24,6 @@ def expect_exact(target: Subject, layer: Layer) -> None:
     expect_equal(dequantize(target, layer), truth.dequantize(*layer.packed), "weight")
 
 
-def smallest(target: Subject, groups: int = 1, columns: int = 1) -> tuple[int, int, int]:
-    """K, N and the smallest positive group size the target takes, for so many groups."""
-    sizes = [size for size in target.limits.group_sizes if size != -1]
-    return shape(min(sizes, default=-1), groups, columns, target.limits)
-
-
 def counting_codes(k: int, n: int) -> Tensor:
     """Row k holds code k % 16 in every column."""
     return (torch.arange(k) % 16).to(torch.uint8)[:, None].expand(k, n).contiguous()
@@ -38,13 +32,13 @@ def counting_codes(k: int, n: int) -> Tensor:
 @check("L1.shape-and-dtype", "dequantize")
 def shape_and_dtype(target: Subject) -> None:
     """The weight is float16 [K, N]: input features first, as the files have it."""
-    dequantize(target, cases.random_layer(1, *smallest(target, groups=2, columns=3)))
+    dequantize(target, cases.random_layer(1, *smallest(target.limits, groups=2, columns=3)))
 
 
 @check("L1.all-pairs", "dequantize")
 def all_pairs(target: Subject) -> None:
     """All 16 codes against all 16 zeros: no offset on the zeros, no lost sign, no lost code."""
-    k, n, group_size = smallest(target, columns=2 if target.limits.multiple_of_n == 8 else 1)
+    k, n, group_size = smallest(target.limits, columns=2 if target.limits.multiple_of_n == 8 else 1)
     groups = groups_of(k, group_size)
     for first_zero in range(0, 16, n):
         zeros = ((torch.arange(n) + first_zero) % 16).to(torch.uint8).expand(groups, n).contiguous()
@@ -58,7 +52,7 @@ def all_scales(target: Subject) -> None:
     multiple = target.limits.multiple_of_n
     n = (cases.LARGEST_HALF_BITS + multiple - 1) // multiple * multiple
     bits = (torch.arange(n) % cases.LARGEST_HALF_BITS + 1).to(torch.int16)
-    k, _, group_size = smallest(target)
+    k, _, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     zeros = cases.codes(Random(3), groups, n)
     expect_exact(target, Layer(counting_codes(k, n), zeros, bits.view(torch.float16).repeat(groups, 1), group_size))
@@ -67,7 +61,7 @@ def all_scales(target: Subject) -> None:
 @check("L1.subnormals", "dequantize", flags=("FlushedSubnormals",))
 def subnormals(target: Subject) -> None:
     """Scales and weights below 2**-14 keep their value."""
-    k, n, group_size = smallest(target)
+    k, n, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     for bits in (1, 2, 3, 0x200, 0x3FF, 0x400):
         scales = torch.full((groups, n), bits, dtype=torch.int16).view(torch.float16)
@@ -78,7 +72,7 @@ def subnormals(target: Subject) -> None:
 @check("L1.overflow", "dequantize")
 def overflow(target: Subject) -> None:
     """A product above 65504 is infinite in float16, neither saturated nor NaN."""
-    k, n, group_size = smallest(target)
+    k, n, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     scales = torch.full((groups, n), 60000.0, dtype=torch.float16)
     expect_exact(target, Layer(counting_codes(k, n), torch.ones(groups, n, dtype=torch.uint8), scales, group_size))
@@ -101,13 +95,14 @@ def group_boundaries(target: Subject) -> None:
 @check("L1.one-group", "dequantize")
 def one_group(target: Subject) -> None:
     """A group_size of -1 is one group of all K inputs."""
+    target.must_take(-1)
     expect_exact(target, cases.random_layer(4, *shape(-1, 6, 2, target.limits)))
 
 
 @check("L1.every-column", "dequantize")
 def every_column(target: Subject) -> None:
     """Words, zeros and scales of each column meet: a layer with N of 8, 24 and 136, columns all different."""
-    k, n, group_size = smallest(target, groups=2)
+    k, n, group_size = smallest(target.limits, groups=2)
     for columns in (1, 3, 17):
         expect_exact(target, cases.random_layer(columns, k, n * columns, group_size))
 
@@ -128,7 +123,7 @@ def random_scales(target: Subject, layer: Layer) -> None:
 @check("L1.strides", "dequantize")
 def strides(target: Subject) -> None:
     """Transposed and sliced arguments give what their contiguous copies give."""
-    layer = cases.random_layer(5, *smallest(target, groups=2, columns=2))
+    layer = cases.random_layer(5, *smallest(target.limits, groups=2, columns=2))
     qweight, qzeros, scales, group_size = layer.packed
     expected = truth.dequantize(*layer.packed)
     for view in (lambda t: t.t().contiguous().t(), lambda t: torch.stack([t, t], dim=-1)[..., 1]):
@@ -140,7 +135,7 @@ def strides(target: Subject) -> None:
 @check("L1.inputs-unchanged", "dequantize")
 def inputs_unchanged(target: Subject) -> None:
     """No argument is written into."""
-    arguments = cases.random_layer(6, *smallest(target, groups=2)).packed
+    arguments = cases.random_layer(6, *smallest(target.limits, groups=2)).packed
     before = [a.clone() for a in arguments[:3]]
     target.call("dequantize", *arguments)
     for name, old, new in zip(("qweight", "qzeros", "scales"), before, arguments[:3], strict=True):
@@ -151,12 +146,12 @@ def inputs_unchanged(target: Subject) -> None:
 @check("L1.refuses-wrong-shapes", "dequantize", flags=("NoShapeCheck",))
 def refuses_wrong_shapes(target: Subject) -> None:
     """Too few or too many groups of zeros or scales, or columns that do not match, raise."""
-    layer = cases.random_layer(7, *smallest(target, groups=2, columns=2), count=2)
+    layer = cases.random_layer(7, *smallest(target.limits, groups=2, columns=2), count=2)
     qweight, qzeros, scales, group_size = layer.packed
     for why, arguments in {
-        "one group of scales missing": (qweight, qzeros, scales[:1], group_size),
-        "one group of zeros missing": (qweight, qzeros[:1], scales, group_size),
-        "one group of zeros and scales missing": (qweight, qzeros[:1], scales[:1], group_size),
+        "one group of scales missing": (qweight, qzeros, scales[:-1], group_size),
+        "one group of zeros missing": (qweight, qzeros[:-1], scales, group_size),
+        "one group of zeros and scales missing": (qweight, qzeros[:-1], scales[:-1], group_size),
         "a group too many": (qweight, torch.cat([qzeros, qzeros]), torch.cat([scales, scales]), group_size),
         "columns of scales missing": (qweight, qzeros, scales[:, :8], group_size),
         "columns of zeros missing": (qweight, qzeros[:, :1], scales, group_size),

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from miniawq.oracle import cases
-from miniawq.oracle.cases import EVERYWHERE, Layer, groups_of, shape
+from miniawq.oracle.cases import EVERYWHERE, Layer, groups_of, shape, smallest
 from miniawq.oracle.check import Broken, Lacking, Subject, check, expect_equal, expect_within, name_of
 from miniawq.oracle.contract import Limits
 
@@ -84,9 +84,11 @@ def exact_layer(
     count: int = EVERYWHERE,
 ) -> Layer:
     """A layer whose scales are two adjacent powers of two."""
-    sizes = [size for size in target.limits.group_sizes if size != -1]
-    wanted = min(sizes, default=-1) if group_size is None else group_size
-    return cases.random_layer(seed, *shape(wanted, groups, columns, target.limits), cases.exact_scales, count)
+    if group_size is None:
+        made = smallest(target.limits, groups, columns)
+    else:
+        made = shape(group_size, groups, columns, target.limits)
+    return cases.random_layer(seed, *made, cases.exact_scales, count)
 
 
 def exact_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, Layer]]:
@@ -243,11 +245,10 @@ def accumulator_range(target: Subject) -> None:
     """Partial sums may be beyond 65504 where the result is not."""
     if torch.float16 not in dtypes(target):
         raise Lacking("the target does not take float16")
+    target.must_take(-1)
     k, n, group_size = shape(-1, 1, 1, target.limits)
     codes = torch.full((k, n), 9, dtype=torch.uint8)
     layer = Layer(codes, torch.full((1, n), 8, dtype=torch.uint8), torch.ones(1, n, dtype=torch.float16), group_size)
-    if group_size not in target.limits.group_sizes:
-        raise Lacking("the target does not take a group_size of -1")
     x = torch.zeros(1, k, dtype=torch.float16)
     x[0, : k // 2], x[0, k // 2 :] = 32768.0, -32768.0
     x[0, 0] = 32768.0 + 32

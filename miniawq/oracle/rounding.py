@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from miniawq.oracle import cases, truth
-from miniawq.oracle.cases import groups_of, random_weight, shape
-from miniawq.oracle.check import Broken, Subject, check, expect_equal, expect_tensor, expect_within
+from miniawq.oracle.cases import groups_of, random_weight, shape, smallest
+from miniawq.oracle.check import Broken, Lacking, Subject, check, expect_equal, expect_tensor, expect_within
 
 HALF_ULP = 2.0**-11
 SUBNORMAL_STEP = 2.0**-24
@@ -69,8 +69,7 @@ def expect_step(target: Subject, weight: Tensor, group_size: int) -> None:
 
 def plain(target: Subject, groups: int = 2, columns: int = 1, seed: int = 1) -> tuple[Tensor, int]:
     """A plain random weight and the smallest group size the target takes."""
-    k, n, group_size = shape(min(s if s > 0 else 1 << 20 for s in target.limits.group_sizes), groups, columns,
-                             target.limits)  # fmt: skip
+    k, n, group_size = smallest(target.limits, groups, columns)
     return random_weight(seed, n, k), group_size
 
 
@@ -241,6 +240,7 @@ def outlier(target: Subject) -> None:
 @check("L2.one-group", "quantize")
 def one_group(target: Subject) -> None:
     """A group_size of -1 is one group of all K inputs."""
+    target.must_take(-1)
     k, n, _ = shape(-1, 5, 1, target.limits)
     expect_bound(target, random_weight(17, n, k), -1)
 
@@ -280,7 +280,10 @@ def refuses_nan(target: Subject) -> None:
 @check("L2.refuses-part-groups", "quantize", flags=("NoShapeCheck",))
 def refuses_part_groups(target: Subject) -> None:
     """A group_size that does not divide the inputs is a ValueError: no weight is dropped or padded."""
-    for group_size in (size for size in target.limits.group_sizes if size > 1):
+    sizes = [size for size in target.limits.group_sizes if size > 1]
+    if not sizes:
+        raise Lacking("the target takes no group_size but -1")
+    for group_size in sizes:
         weight = random_weight(20, target.limits.multiple_of_n, group_size + group_size // 2)
         target.refuses("quantize", (weight, group_size), f"{weight.shape[1]} inputs in groups of {group_size}")
 

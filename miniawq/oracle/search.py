@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from miniawq.oracle import cases, truth
-from miniawq.oracle.cases import groups_of, random_weight, shape
+from miniawq.oracle.cases import groups_of, random_weight, smallest
 from miniawq.oracle.check import Broken, Subject, check, expect_equal, expect_within
 from miniawq.oracle.contract import Limits
 
@@ -26,8 +26,7 @@ Problem = tuple[Tensor, Tensor, int]
 
 def problem(limits: Limits, seed: int, groups: int = 3, kind: str = "plain", outliers: int = 2) -> Problem:
     """A weight [N, K], activations [T, K] with some loud channels, and a group size."""
-    smallest = min((size for size in limits.group_sizes if size != -1), default=-1)
-    k, n, group_size = shape(smallest, groups, 2, limits)
+    k, n, group_size = smallest(limits, groups, columns=2)
     random = Random(seed)
     x = cases.normal(random, TOKENS, k) / 4
     for channel in random.sample(range(k), outliers):
