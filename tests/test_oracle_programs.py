@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from miniawq.oracle import run_conformance
-from miniawq.oracle.check import PROFILES, Subject, run
+from miniawq.oracle.check import PROFILES, Broken, Subject, run
 from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.stdio import Program
 
@@ -97,6 +98,13 @@ def test_a_crash_is_no_refusal(tmp_path):
         assert not passes(target, "L0.pack.refuses-large-codes")
 
 
+def test_an_answer_that_cannot_be_read_is_no_refusal(tmp_path):
+    words = torch.zeros(1, 1, dtype=torch.int32)
+    command = program(tmp_path / "bad.py", "answer = {'tensors': [{'dtype': 'int32', 'shape': [1, 1]}]}")
+    with Program(command) as target, pytest.raises(Broken, match="a refusal because of a test"):
+        Subject(target).refuses("unpack", (words,), "a test", Exception)
+
+
 def test_silence_is_recorded(tmp_path):
     with Program(program(tmp_path / "bad.py", "time.sleep(60)"), timeout=0.3) as target:
         report = conformance(target, [check("L0.pack.known-words")])
@@ -110,6 +118,9 @@ def test_silence_is_recorded(tmp_path):
         ("answer = {'seq': request['seq'], 'error': 'out of memory'}", "failed", "out of memory"),
         ("answer = {'seq': request['seq']}", "failed", "without tensors"),
         ("print('hello'); answer = {}", "failed", "not JSON"),
+        ("answer = ['no', 'object']", "failed", "cannot be read"),
+        ("answer = {'tensors': [{'dtype': 'int31', 'shape': [1, 1]}]}", "failed", "cannot be read"),
+        ("answer = {'tensors': [{'dtype': 'int32', 'shape': [1, 1]}]}", "failed", "cannot be read"),
         (
             "open(request['out'] + '.0', 'wb').write(b'12'); "
             "answer = {'seq': request['seq'], 'tensors': [{'dtype': 'int32', 'shape': [1, 1]}]}",

@@ -1,21 +1,24 @@
 """Implementations that are programs: JSON lines on stdin and stdout, tensors in raw files.
 
-One request and one answer a line. Every request is one JSON object with the keys in this order and no spaces:
+One request and one answer a line. A request is one JSON object with its keys in this order and no spaces:
 
     {"cmd":"start","contract":"1"}
-      {"name":"mine","version":"1.0","functions":["unpack","dequantize"],"limits":{"group_sizes":[-1,128]}}
-    {"cmd":"run","seq":1,"function":"dequantize","out":"/tmp/o/1","parameters":{"group_size":32},
-     "tensors":[{"name":"qweight","dtype":"int32","shape":[64,2],"path":"/tmp/o/1.qweight"}, ...]}
-      {"seq":1,"tensors":[{"dtype":"float16","shape":[64,16]}]}      the result is in /tmp/o/1.0, a second one in
-      /tmp/o/1.1 {"seq":1,"refused":"code 16 does not fit"}                     what the contract calls a ValueError
-      {"seq":1,"skipped":"no bfloat16"}                              reported as skipped {"seq":1,"error":"out of
-      memory"}                              reported as failed
+    {"cmd":"run","seq":1,"function":"dequantize","out":"/tmp/o/1","parameters":{"group_size":32},"tensors":[
+     {"name":"qweight","dtype":"int32","shape":[64,2],"path":"/tmp/o/1.qweight"}, ...]}
     {"cmd":"stop"}
 
+The program answers `start` with what it is, `run` with one of four lines, and ends on `stop`:
+
+    {"name":"mine","version":"1.0","functions":["unpack","dequantize"],"limits":{"group_sizes":[-1,128]}}
+    {"seq":1,"tensors":[{"dtype":"float16","shape":[64,16]}]}   written to /tmp/o/1.0, a second result to /tmp/o/1.1
+    {"seq":1,"refused":"code 16 does not fit"}                  what the contract calls a ValueError
+    {"seq":1,"skipped":"no bfloat16"}                           what Python calls a NotImplementedError
+    {"seq":1,"error":"out of memory"}                           any other exception
+
 Files hold the elements in row-major order, little-endian, without a header. `limits` is optional (`contract.Limits`);
-results of `load_checkpoint` also carry a "name". A program that ends, or is silent for too long, has failed that check;
-it is started again for the next one. `python -m miniawq.oracle.stdio pkg.module` serves a Python target this way, which
-keeps the suite alive when native code crashes.
+results of `load_checkpoint` also carry a "name". A program that ends, is silent for too long or answers what cannot be
+read has failed that check; it is started again for the next one. `python -m miniawq.oracle.stdio pkg.module` serves a
+Python target this way, which keeps the suite alive when native code crashes.
 """
 
 import ctypes
@@ -87,9 +90,11 @@ class Program:
             elif value is not None:
                 request["parameters"][name] = value if isinstance(value, int) else str(value)
         answer = self._ask(request)
-        results = [
-            (item.get("name"), read(item, Path(f"{out}.{i}"))) for i, item in enumerate(answer.get("tensors", ()))
-        ]
+        try:
+            items = enumerate(answer.get("tensors", ()))
+            results = [(item.get("name"), read(item, Path(f"{out}.{i}"))) for i, item in items]
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise Crash(f"an answer that cannot be read: {answer} ({type(error).__name__}: {error})") from error
         for path in Path(self._folder.name).glob(f"{self._sequence}.*"):
             path.unlink()
         if "refused" in answer:
@@ -154,7 +159,7 @@ def read(item: dict[str, Any], path: Path) -> Tensor:
     data = path.read_bytes()
     size = torch.Size(shape).numel()
     if len(data) != size * dtype.itemsize:
-        raise Crash(f"{item['dtype']}{list(shape)} needs {size * dtype.itemsize} bytes, the file holds {len(data)}")
+        raise ValueError(f"{list(shape)} needs {size * dtype.itemsize} bytes, the file holds {len(data)}")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
 
 
