@@ -286,6 +286,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
     for name, module in model.named_modules():
         for leaf, tensor in _values(checkpoint, name, module, device, dtype):
             module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        if isinstance(module, QuantLinear):
+            module.prepare()
     model.tie_weights()
     return model.requires_grad_(False).eval()
 

@@ -1,17 +1,13 @@
 """The INT4 product as expressions that `torch.compile` turns into one fast kernel each.
 
-**Words and planes.** One load should bring eight weights, and no arithmetic should be needed to find out which. So a
-group of S inputs of one output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs
-g S + 8 p + 0..7. A CPU reads the words of a group one after the other, [O, G, P]. On CUDA, where neighbouring threads
-take neighbouring groups, the words of the same p lie together as a plane [O, G] of [O, P, G].
-
     rows      form                                                       where
     1..3      `reduce_planes`: multiply and sum, float32                 CUDA
     4..64     `dot_planes`: eight tensor-core products, one a nibble     CUDA
-    more      `expand`, then the library's matmul, a slice at a time     CUDA
+    more      `arrange.expand`, then the library's matmul                CUDA
     1..       `reduce_words`: multiply and sum, float32                  CPU
 
-A form is a pure function of tensors, to be called inside a larger compiled function; `compiled` compiles it alone.
+A form is a pure function of tensors, arranged as in `arrange.py`, to be called inside a larger compiled function;
+`compiled` compiles it alone.
 
 Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, K splits.
 """
@@ -25,7 +21,11 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.triton import FixedTritonConfig
 from torch._inductor.virtualized import V
 
-from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, pack, unpack
+from miniawq.arrange import magic_exponents as magic_exponents
+from miniawq.arrange import pack_grid as pack_grid
+from miniawq.arrange import sequential_words as sequential_words
+from miniawq.arrange import unpack_grid
+from miniawq.packing import CODES_PER_WORD
 
 # Where `reduce_planes` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
 # Bit 16 is the last in place, because bit 23 of a float begins its exponent.
@@ -34,30 +34,6 @@ PRESCALE = 80
 
 # Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
 MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
-
-
-def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
-    """The words [O, G, P] of codes 0..15."""
-    return pack(codes_OI, SEQUENTIAL).unflatten(1, (groups, -1))
-
-
-def codes_of_words(words_OGP: Tensor) -> Tensor:
-    """The inverse of `sequential_words`."""
-    return unpack(words_OGP.flatten(1), SEQUENTIAL)
-
-
-def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
-    """A group's 16-bit scale and its zero as one int32, grid_OG: the scale's bits below, the zero above.
-
-    Were they tensors of 16 and 8 bits, Triton would give every thread eight or sixteen neighbouring groups of one
-    output, to fill its widest load; with four (of 32 bits) a thread has several outputs to use its activations for.
-    """
-    return zeros_OG.int() << 16 | (scales_OG.view(torch.int16).int() & 0xFFFF)
-
-
-def unpack_grid(grid_OG: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scales and zeros of `pack_grid`, in float32."""
-    return grid_OG.to(torch.int16).view(scale_dtype).float(), (grid_OG >> 16).float()
 
 
 def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -113,11 +89,6 @@ def reduce_planes(
     return torch.stack(y_TO)
 
 
-def magic_exponents(device: torch.device) -> Tensor:
-    """The bits of 2^11 and 2^7 as floats, int32 [2]: a tensor, because one instruction takes one constant at most."""
-    return torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
-
-
 def spread(x_TI: Tensor, groups: int) -> Tensor:
     """Activations as `dot_planes` wants them: x_NJT, the inputs of each nibble, T padded with zeros to 16, 32 or 64."""
     rows = x_TI.shape[0]
@@ -160,33 +131,6 @@ def dot_planes(
     # `as_strided` makes Inductor write the partial sums in float32, as they are in registers, and not rounded.
     partial_KOT = y_KOT.float().as_strided(y_KOT.shape, y_KOT.stride())
     return partial_KOT.sum(0).to(x_NJT.dtype)
-
-
-def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
-    """The activations in the order of the words, for a weight that `expand` has written: [T, (P, G, N)]."""
-    return x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD)).transpose(1, 2).flatten(1)
-
-
-def expand(
-    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The weight [O, (P, G, N)] in storage order, each (code - zero) * scale rounded once to `dtype`, of 16 bits.
-
-    A thread takes half a word and writes four weights as one int64, next to its neighbours'. The nibbles are moved
-    under the exponent of 2^7, as in `dot_planes`; (2^7 + zero) * scale has 19 bits, so nothing is rounded before.
-    """
-    scales_O1G1, zeros_O1G1 = unpack_grid(grid_OG.unsqueeze(1).unsqueeze(-1), scale_dtype)
-    offsets_O1G1 = -(zeros_O1G1 + 2.0**7) * scales_O1G1
-    _, exponent = exponents.unbind()
-    halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
-    half_OPG2 = words_OPG.unsqueeze(-1) >> halves
-    bits: list[Tensor] = []
-    for shift in (16, 12, 8, 4):
-        magic_OPG2 = (half_OPG2 << shift) & (15 << 16) | exponent
-        weight_OPG2 = magic_OPG2.view(torch.float32) * scales_O1G1 + offsets_O1G1
-        bits.append(weight_OPG2.to(dtype).view(torch.int16).to(torch.int32))
-    low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
-    return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)
 
 
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -236,7 +180,7 @@ class BlockSizes(InductorChoices):
         words = [name for name in features.buf_accesses() if V.graph.get_dtype(name) == torch.int32]
         if "dot" in reductions:
             blocks = self.choose("dot", sizes={name: int(size) for name, size in groups[0].items()})
-        elif reductions and len(words) >= 4:
+        elif reductions and len(words) >= 2:
             sizes = {"x": int(features.numel), "r0_": int(features.reduction_numel)}
             blocks = self.choose("planes", sizes=sizes, sums=len(reductions))
         else:

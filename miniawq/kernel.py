@@ -4,13 +4,33 @@
 tested against them. Shapes: I input features, O output features, G groups along I, W int32 words, T tokens.
 """
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from miniawq.arrange import (
+    Arranged,
+    arrange,
+    can_arrange,
+    empty,
+    expand,
+    in_storage_order,
+    lay_together,
+    magic_exponents,
+    restore,
+    scales_and_zeros,
+    slices,
+)
 from miniawq.errors import InvalidInput
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, Quantized, unpack
 
 WEIGHTS_PER_SLICE = 1 << 22
+CODES_PER_EAGER_SLICE = 1 << 20
+CODES_PER_EXPANDED_SLICE = 1 << 27
 
 
 def dequantize(
@@ -72,11 +92,62 @@ def matmul(
     return y_TO.view(*x.shape[:-1], outputs)
 
 
+def arranged_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
+    """y_TO, for any number of rows."""
+    product = expanded_product if x_TI.is_cuda and x_TI.dtype.itemsize == 2 else eager_product
+    return product(x_TI, arranged, scale_dtype)
+
+
+def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
+    """y_TO in float32 from arranged words by few calls of torch, on any device and for any number of rows.
+
+    A byte holds the codes of two neighbouring inputs. Codes times scales are exact in float32; the zeros are taken
+    away at the end, times the sum of each group's activations.
+    """
+    groups = arranged.grid.shape[1]
+    sums_GT = x_TI.float().unflatten(-1, (groups, -1)).sum(-1).t()
+    stored_TI = in_storage_order(x_TI, groups) if arranged.in_planes else x_TI
+    # Here, I counts half of the inputs.
+    even_IT, odd_IT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 1, 0).contiguous()
+    y_OT = sums_GT.new_empty(len(arranged.words), len(x_TI))
+    for some_O, part in slices(arranged, CODES_PER_EAGER_SLICE):
+        scales_OG, zeros_OG = scales_and_zeros(part, scale_dtype)
+        byte_scales = scales_OG.unsqueeze(1 if arranged.in_planes else 2).unsqueeze(-1)
+        bytes_ = part.words.unsqueeze(-1).view(torch.uint8)
+        torch.mm((bytes_ & 15).float().mul_(byte_scales).flatten(1), even_IT, out=y_OT[some_O])
+        y_OT[some_O].addmm_((bytes_ >> 4).float().mul_(byte_scales).flatten(1), odd_IT)
+        y_OT[some_O].addmm_(scales_OG * zeros_OG, sums_GT, alpha=-1)
+    return y_OT.t()
+
+
+def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
+    """y_TO for many rows on CUDA: a slice of the weight at a time, rounded to the dtype of x, and the library's matmul.
+
+    The weight is written in the order of its words, and the activations, which are few, are brought into that order.
+    """
+    stored_TI, exponents = in_storage_order(x_TI, arranged.grid.shape[1]), magic_exponents(x_TI.device)
+    parts_TO = []
+    for _, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
+        bits_OW = compiled_expand()(part.words, part.grid, scale_dtype, exponents, x_TI.dtype)
+        parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype)))
+    return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)
+
+
+@cache
+def compiled_expand() -> Callable[..., Tensor]:
+    """`expand` as one kernel."""
+    # Below this threshold Inductor would cut it in two.
+    return torch.compile(expand, fullgraph=True, dynamic=False, options={"realize_opcount_threshold": 1000})
+
+
 class QuantLinear(nn.Module):
     """`nn.Linear` with an INT4 weight, in the buffers that AutoAWQ GEMM checkpoints name.
 
-    `qweight` int32 [I, O/8], `qzeros` int32 [G, O/8], `scales` [G, O] and, if asked for, `bias` [O].
+    `qweight` int32 [I, O/8], `qzeros` int32 [G, O/8], `scales` [G, O] and, if asked for, `bias` [O]. After `prepare`
+    the weight is `arranged` for its device instead, and these are computed when somebody asks for them.
     """
+
+    PUBLISHED = ("qweight", "qzeros", "scales")
 
     qweight: Tensor
     qzeros: Tensor
@@ -94,6 +165,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group_size = in_features if group_size == -1 else group_size
+        self.scale_dtype = scale_dtype
+        self.arranged: Arranged | None = None
         groups, words = in_features // self.group_size, out_features // CODES_PER_WORD
         self.register_buffer("qweight", torch.zeros(in_features, words, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(groups, words, dtype=torch.int32))
@@ -112,14 +185,86 @@ class QuantLinear(nn.Module):
 
     def to_quantized(self) -> Quantized:
         """The codes, scales and zeros of this layer: `from_quantized` undone."""
+        if self.arranged is not None:
+            return restore(self.arranged, self.group_size, self.scale_dtype)
         tensors = {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}
         return LAYOUTS["awq"].decode(tensors, self.group_size)
 
+    def prepare(self) -> "QuantLinear":
+        """Arrange the words as this device reads them fastest, in place of the published buffers. Returns self.
+
+        A slice at a time, so that no second copy of a large layer is in memory. Float32 scales stay as they are on
+        CUDA, where a scale has 16 bits.
+        """
+        self.scale_dtype = self.scales.dtype
+        if self.arranged is None and can_arrange(self.qweight.device, self.scale_dtype):
+            arranged = empty(self.out_features, self.in_features, self.group_size, self.qweight.device)
+            for some_O, part in slices(arranged, WEIGHTS_PER_SLICE):
+                some_W = slice(some_O.start // CODES_PER_WORD, some_O.stop // CODES_PER_WORD)
+                tensors = {
+                    "qweight": self.qweight[:, some_W],
+                    "qzeros": self.qzeros[:, some_W],
+                    "scales": self.scales[:, some_O],
+                }
+                arrange(LAYOUTS["awq"].decode(tensors, self.group_size), part)
+            del self.qweight, self.qzeros, self.scales
+            self.arranged = arranged
+        return self
+
+    def publish(self) -> "QuantLinear":
+        """Undo `prepare`. Returns self."""
+        if self.arranged is not None:
+            tensors, self.arranged = LAYOUTS["awq"].encode(self.to_quantized()), None
+            for name, tensor in tensors.items():
+                self.register_buffer(name, tensor)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O] in the dtype of x."""
-        return matmul(x, self.qweight, self.qzeros, self.scales, self.group_size, self.bias)
+        if self.arranged is None:
+            return matmul(x, self.qweight, self.qzeros, self.scales, self.group_size, self.bias)
+        y_TO = arranged_product(x.reshape(-1, self.in_features), self.arranged, self.scale_dtype)
+        y_TO = y_TO if self.bias is None else y_TO + self.bias
+        return y_TO.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.PUBLISHED and self.__dict__.get("arranged") is not None:
+            return LAYOUTS["awq"].encode(self.to_quantized())[name]
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.arranged is not None:
+            tensors = LAYOUTS["awq"].encode(self.to_quantized())
+            destination |= {prefix + name: tensor for name, tensor in tensors.items()}
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.publish()
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "QuantLinear":
+        """What `to`, `cuda`, `half` and their like call: the arrangement depends on the device."""
+        was_arranged = self.arranged is not None
+        super(QuantLinear, self.publish())._apply(*arguments, **options)
+        return self.prepare() if was_arranged else self
 
     def extra_repr(self) -> str:
         """What `print(model)` shows in the brackets."""
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, group_size={self.group_size}"
+
+
+def fuse(layers: Sequence[QuantLinear]) -> Arranged:
+    """Layers that read the same input as one arranged weight, outputs behind one another.
+
+    Afterwards the layers hold views of it: there is never a second copy of more than these layers.
+    """
+    parts = [layer.prepare().arranged for layer in layers]
+    present = [part for part in parts if part is not None]
+    assert len(present) == len(layers)
+    assert len({layer.scale_dtype for layer in layers}) == 1
+    joined = Arranged(*map(lay_together, zip(*present, strict=True)))
+    sizes = [layer.out_features for layer in layers]
+    for layer, words, grid in zip(layers, joined.words.split(sizes), joined.grid.split(sizes), strict=True):
+        layer.arranged = Arranged(words, grid)
+    return joined

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from miniawq import forms
-from miniawq.kernel import QuantLinear, matmul
+from miniawq.arrange import Arranged, lay_together
+from miniawq.kernel import QuantLinear, arranged_product, fuse, matmul
 from miniawq.model import rms_norm
-from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, pack
+from miniawq.packing import CODES_PER_WORD
 
 Form = Callable[..., Tensor]
 
@@ -38,12 +39,10 @@ def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
     """
     if all(type(layer) is nn.Linear for layer in layers):
         return (_join_dense(layers),)
-    packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.scales.itemsize == 2]
-    if len(packed) == len(layers) and len({layer.group_size for layer in packed}) == 1:
-        form = _form_for(packed[0].qweight.device, rows)
-        if form is not None:
-            return (_join_int4(packed, form),)
-    return tuple(_alone(layer) for layer in layers)
+    packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.prepare().arranged]
+    if len(packed) == len(layers) and len({(layer.group_size, layer.scale_dtype) for layer in packed}) == 1:
+        return (_join_int4(packed, rows),)
+    return tuple(_join_int4([layer], rows) if layer in packed else _alone(layer) for layer in layers)
 
 
 def multiply(products: Sequence[Product], x_TI: Tensor) -> Tensor:
@@ -123,6 +122,12 @@ def words_product(
     return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
 
+def many_rows_product(x_TI: Tensor, words: Tensor, grid: Tensor, scale_like: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`kernel.arranged_product`."""
+    y_TO = arranged_product(x_TI, Arranged(words, grid), scale_like.dtype)
+    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+
+
 @cache
 def sliced_product(group_size: int) -> Form:
     """`kernel.matmul`."""
@@ -135,11 +140,11 @@ def sliced_product(group_size: int) -> Form:
     return product
 
 
-def _form_for(device: torch.device, rows: int) -> Form | None:
-    if device.type == "cpu":
-        return words_product if rows <= MOST_ROWS_ON_CPU else None
-    if device.type != "cuda" or rows > MOST_ROWS_DOTTED:
-        return None
+def _form_for(device: torch.device, rows: int) -> Form:
+    if device.type != "cuda":
+        return words_product if rows <= MOST_ROWS_ON_CPU else many_rows_product
+    if rows > MOST_ROWS_DOTTED:
+        return many_rows_product
     return reduce_product if rows <= MOST_ROWS_REDUCED else dot_product
 
 
@@ -182,27 +187,15 @@ def _join_bias(layers: Sequence[Any]) -> Tensor | None:
     return None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
 
 
-def _join_int4(layers: Sequence[Any], form: Form) -> Product:
-    quantized = [layer.to_quantized() for layer in layers]
-    codes_OI, scales_OG, zeros_OG = (torch.cat(parts) for parts in zip(*quantized, strict=True))
-    words_OGP, bias_O = pack(codes_OI, SEQUENTIAL).unflatten(1, (scales_OG.shape[1], -1)), _join_bias(layers)
-    device = words_OGP.device
+def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
+    (words, grid), bias_O = fuse(layers), _join_bias(layers)
+    form, scale_like = _form_for(words.device, rows), torch.empty(0, dtype=layers[0].scale_dtype, device=words.device)
+    if form is many_rows_product:
+        return Product(form, (words, grid, scale_like, bias_O))
     if form is words_product:
-        return Product(form, (words_OGP.view(torch.float32), scales_OG, zeros_OG, bias_O))
-    words_OPG = words_OGP.transpose(1, 2).contiguous()
-    grid_OG, scale_like = zeros_OG.int() << 16 | (scales_OG.view(torch.int16).int() & 0xFFFF), scales_OG[:0]
+        return Product(form, (words.view(torch.float32), *grid.unbind(-1), bias_O))
     if form is dot_product:
-        exponents = torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
-        return Product(form, (words_OPG, grid_OG, scale_like, exponents, bias_O))
-    places_N = torch.tensor([2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES], device=device)
-    return Product(form, (forms.planes(words_OPG, PARTS), grid_OG, scale_like, places_N, bias_O))
-
-
-def lay_together(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts as one tensor: the memory they are in if they already lie behind one another, or a copy."""
-    first = parts[0]
-    ends = [part.data_ptr() + part.nbytes for part in parts]
-    in_order = [part.data_ptr() for part in parts[1:]] == ends[:-1]
-    if in_order and all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts):
-        return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
-    return torch.cat(list(parts))
+        return Product(form, (words, grid, scale_like, forms.magic_exponents(words.device), bias_O))
+    places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
+    places_N = torch.tensor(places, device=words.device)
+    return Product(form, (forms.planes(words, PARTS), grid, scale_like, places_N, bias_O))

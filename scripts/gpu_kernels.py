@@ -1,6 +1,6 @@
 """Time every form of the INT4 product with many block sizes on the shapes of Llama-3.1 8B and 70B.
 
-    python scripts/gpu_kernels.py --out $OUT --seconds 290
+    python scripts/gpu_kernels.py --out $OUT --seconds 190
 
 Each worker process compiles (which takes the processor) and takes turns at the GPU (under a lock) to be timed: cold L2,
 several copies of the weight in rotation, one CUDA graph, the median of its replays. Every result is checked against
@@ -24,7 +24,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from miniawq import forms
+from miniawq import arrange, forms
 
 SHAPES = {
     "8b.qkv": (6144, 4096),
@@ -43,6 +43,7 @@ L2_BYTES = 60e6
 SEEN = []
 # Largest error allowed, relative to sum |x| |w|: see tests/test_kernel_forms.py for where these come from.
 BOUNDS = {"planes": 2e-5, "dot": 2e-3, "expand": 2e-3}
+SCALE_DTYPE = torch.float16
 
 
 @contextlib.contextmanager
@@ -95,11 +96,13 @@ class Case:
         words_OPG = torch.randint(
             -(2**31), 2**31, (outputs, GROUP // 8, groups), generator=generator, dtype=torch.int32, device=DEVICE
         )
-        scales_OG = (torch.rand(outputs, groups, generator=generator, device=DEVICE) * 0.02 + 1e-3).half()
+        scales_OG = (torch.rand(outputs, groups, generator=generator, device=DEVICE) * 0.02 + 1e-3).to(SCALE_DTYPE)
         zeros_OG = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8, device=DEVICE)
-        self.bytes = words_OPG.numel() * 4 + scales_OG.numel() * 3
+        self.published = words_OPG, scales_OG, zeros_OG
+        grid_OG = arrange.pack_grid(scales_OG, zeros_OG)
+        self.bytes = words_OPG.nbytes + grid_OG.nbytes
         copies = max(2, int(-(-3 * L2_BYTES // self.bytes))) if CUDA else 1
-        self.weights = [(words_OPG.clone(), scales_OG.clone(), zeros_OG.clone()) for _ in range(copies)]
+        self.weights = [(words_OPG.clone(), grid_OG.clone()) for _ in range(copies)]
         self.x_TI = torch.randn(rows, inputs, generator=generator, device=DEVICE).bfloat16()
         self.exact_TO = torch.empty(rows, outputs, dtype=torch.float64, device=DEVICE)
         self.magnitude_TO = torch.empty_like(self.exact_TO)
@@ -134,49 +137,58 @@ def compiled(function, blocks=None, **options):
     return forms.compiled(function, choose, fx_graph_cache=False, **options)
 
 
-def planes_job(case, rows, blocks):
-    function = compiled(forms.reduce_planes, blocks)
-    groups = case.weights[0][1].shape[1]
-    x = forms.prescale(case.x_TI[:rows], groups)
-    sets = [(words.unbind(1), scales, zeros, *x) for words, scales, zeros in case.weights]
-    return function, sets, lambda y_TO: y_TO
+def planes_job(case, rows, parts, blocks):
+    def function(grid_OG, x_QNTVG, sums_TVG, *planes_OVG):
+        return forms.reduce_planes(planes_OVG, grid_OG, SCALE_DTYPE, x_QNTVG, sums_TVG)
+
+    x = forms.prescale(case.x_TI[:rows], case.weights[0][1].shape[1], parts)
+    sets = [(grid, *x, *forms.planes(words, parts)) for words, grid in case.weights]
+    return compiled(function, blocks), sets, lambda y_TO: y_TO
 
 
 def dot_job(case, rows, blocks, splits):
     blocks = blocks | ({"ZBLOCK": 1} if splits > 1 else {})
 
-    def split_dot(*arguments):
-        return forms.dot_planes(*arguments, splits=splits)
+    def function(words_OPG, grid_OG, x_NJT, exponents):
+        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NJT, exponents, splits)
 
-    function = compiled(split_dot, blocks)
-    groups = case.weights[0][1].shape[1]
-    x_TI = case.x_TI.repeat(-(-rows // len(case.x_TI)), 1)[:rows].half()
-    x = forms.spread(x_TI, groups), forms.magic_exponents(DEVICE)
-    return function, [(*weight, *x) for weight in case.weights], lambda y_OT: y_OT.t()[:rows]
+    x_TI = repeated(case.x_TI, rows).to(SCALE_DTYPE)
+    x = forms.spread(x_TI, case.weights[0][1].shape[1]), arrange.magic_exponents(DEVICE)
+    return compiled(function, blocks), [(*weight, *x) for weight in case.weights], lambda y_OT: y_OT.t()[:rows]
 
 
 def expand_job(case, rows, slice_rows):
-    """Expand `slice_rows` outputs into a scratch, multiply, and so on."""
-    expand = compiled(forms.expand)
-    x_TI = case.x_TI.repeat(-(-rows // len(case.x_TI)), 1)[:rows]
-    y_TO = torch.empty(rows, case.exact_TO.shape[1], dtype=x_TI.dtype, device=DEVICE)
+    """Expand `slice_rows` outputs into a scratch, multiply, and so on; with no rows only expand."""
 
-    def sliced(words_OPG, scales_OG, zeros_OG):
+    def one(words_OPG, grid_OG, exponents):
+        return arrange.expand(words_OPG, grid_OG, SCALE_DTYPE, exponents, torch.bfloat16)
+
+    expand, exponents = compiled(one), arrange.magic_exponents(DEVICE)
+    x_TI = repeated(case.x_TI, max(rows, 1))
+
+    def sliced(words_OPG, grid_OG):
+        stored_TI, parts_TO = arrange.in_storage_order(x_TI, grid_OG.shape[1]), []
         for first in range(0, len(words_OPG), slice_rows):
             some = slice(first, first + slice_rows)
-            weight_OI = expand(words_OPG[some], scales_OG[some], zeros_OG[some], torch.bfloat16).view(torch.bfloat16)
-            torch.mm(x_TI, weight_OI.t(), out=y_TO[:, some])
-        return y_TO
+            weight_OI = expand(words_OPG[some], grid_OG[some], exponents).view(torch.bfloat16)
+            parts_TO += [torch.nn.functional.linear(stored_TI, weight_OI)] if rows else []
+        return torch.cat(parts_TO, -1) if len(parts_TO) > 1 else (parts_TO or [stored_TI])[0]
 
-    return sliced, case.weights, lambda y: y
+    return sliced, case.weights, (lambda y: y) if rows else None
 
 
 def dense_job(case, rows):
-    weights = [exact_weight(*(t[:4096] for t in case.weights[0])).bfloat16()]
-    weights = [weights[0].repeat(-(-case.exact_TO.shape[1] // len(weights[0])), 1)[: case.exact_TO.shape[1]]]
-    copies = max(2, int(-(-3 * L2_BYTES // (weights[0].numel() * 2)))) if CUDA else 1
-    x_TI = case.x_TI.repeat(-(-rows // len(case.x_TI)), 1)[:rows]
-    return torch.nn.functional.linear, [(x_TI, weights[0].clone()) for _ in range(copies)], None
+    """cuBLAS."""
+    outputs = case.exact_TO.shape[1]
+    weight_OI = exact_weight(*(t[:4096] for t in case.published)).bfloat16()
+    weight_OI = weight_OI.repeat(-(-outputs // len(weight_OI)), 1)[:outputs]
+    copies = max(2, int(-(-3 * L2_BYTES // weight_OI.nbytes))) if CUDA else 1
+    x_TI = repeated(case.x_TI, rows)
+    return torch.nn.functional.linear, [(x_TI, weight_OI.clone()) for _ in range(copies)], None
+
+
+def repeated(x_TI, rows):
+    return x_TI.repeat(-(-rows // len(x_TI)), 1)[:rows]
 
 
 JOBS = {"planes": planes_job, "dot": dot_job, "expand": expand_job, "dense": dense_job}
@@ -234,56 +246,66 @@ def blocks(x, y, r, warps, stages):
 
 
 def sweep():
-    """All jobs, the important ones of a shape first."""
+    """All jobs, those of the 8B shapes first."""
     for shape, (outputs, inputs) in SHAPES.items():
-        jobs = [{"kind": "dense", "arguments": {"rows": rows}} for rows in (1, 16, 32, 64, 256, 2048)]
-        for rows, tiles in PLANE_TILES.items():
-            jobs += [{"kind": "planes", "arguments": {"rows": rows, "blocks": blocks(*tile)}} for tile in tiles]
-        for rows, tiles in DOT_TILES.items():
-            for tile, splits in itertools.product(tiles, (1, 2, 4)):
-                if outputs // tile[1] * splits <= 132 * 12:
-                    jobs.append({"kind": "dot", "arguments": {"rows": rows, "blocks": blocks(*tile), "splits": splits}})
-        megabytes = outputs * inputs * 2 / 2**20
-        for rows in (64, 256, 2048):
-            for parts in sorted({1, round(megabytes / 64) or 1, round(megabytes / 24) or 1}):
-                arguments = {"rows": rows, "slice_rows": -(-outputs // parts // 128) * 128}
-                jobs.append({"kind": "expand", "arguments": arguments})
+        groups, small = inputs // GROUP, shape.startswith("8b")
+        jobs = [{"kind": "dense", "arguments": {"rows": rows}} for rows in ((1, 16, 256, 2048) if small else (1,))]
+        for rows in (1, 2, 3, 4, 8) if small else (1, 2):
+            for parts, tile in plane_tiles(rows, groups, outputs):
+                jobs.append({"kind": "planes", "arguments": {"rows": rows, "parts": parts, "blocks": blocks(*tile)}})
+        for rows, tiles in DOT_TILES.items() if shape in DOTTED else ():
+            for tile, splits in itertools.product(tiles, DOTTED[shape]):
+                jobs.append({"kind": "dot", "arguments": {"rows": rows, "blocks": blocks(*tile), "splits": splits}})
+        for rows in (0, 256, 2048) if shape in ("8b.o", "8b.down", "8b.gate_up", "70b.down") else ():
+            jobs.append({"kind": "expand", "arguments": {"rows": rows, "slice_rows": outputs}})
         yield from ({"shape": shape} | job for job in jobs)
 
 
-# XBLOCK (outputs), YBLOCK, R0_BLOCK (groups), warps, stages.
-PLANE_TILES = {
-    1: [
-        (16, 0, 16, 2, 1),
-        (16, 0, 32, 2, 1),
-        (32, 0, 16, 2, 1),
-        (8, 0, 32, 2, 1),
-        (8, 0, 16, 1, 1),
-        (16, 0, 16, 1, 1),
-        (32, 0, 16, 4, 1),
-        (16, 0, 32, 4, 1),
-        (32, 0, 32, 4, 1),
-        (64, 0, 16, 4, 1),
-        (16, 0, 16, 2, 2),
-        (32, 0, 16, 2, 3),
-        (4, 0, 32, 1, 1),
-        (8, 0, 64, 4, 1),
-    ],
-    2: [(16, 0, 16, 2, 1), (32, 0, 16, 2, 1), (16, 0, 32, 4, 1), (8, 0, 32, 2, 1)],
-    3: [(16, 0, 16, 2, 1), (32, 0, 16, 4, 1), (8, 0, 32, 2, 1)],
-}
-# XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages.
+def plane_tiles(rows, groups, outputs):
+    """(parts, (outputs, -, summands, warps, stages)): a warp takes 128 summands, four neighbours a thread."""
+    for parts in (1, 2, 4, 8, 16):
+        summands = 1 << (parts * groups - 1).bit_length()
+        unrolled = rows * 16 // parts
+        if 128 <= summands <= 1024 and unrolled <= 16:
+            for x in {1: (1, 2, 4, 8), 2: (1, 2, 4), 3: (1, 2, 4), 4: (1, 2), 8: (1, 2)}[rows]:
+                # A thread has four summands of x outputs, for each row: no more than 32 sums in registers.
+                if x * rows <= 8 and (x > 1 or rows > 2 or outputs <= 8192):
+                    yield parts, (x, 0, summands, summands // 128, 1)
+    if rows == 1:
+        # As many summands as half of the threads or fewer: Triton then loads an activation where it is needed.
+        for parts, tile in (
+            (1, (32, 0, 32, 4, 1)),
+            (1, (32, 0, 32, 2, 1)),
+            (2, (16, 0, 64, 4, 1)),
+            (2, (32, 0, 64, 4, 1)),
+        ):
+            if parts * groups <= 64:
+                yield parts, (tile[0], 0, parts * groups, *tile[3:])
+
+
+# XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages; and in how many parts the sum is cut.
 DOT_TILES = {
-    16: [(16, 64, 32, 4, 1), (16, 64, 32, 4, 2), (16, 64, 32, 4, 3), (16, 64, 64, 4, 2), (16, 128, 32, 8, 3)],
-    32: [(32, 64, 32, 4, 2), (32, 64, 32, 4, 3), (32, 128, 32, 8, 3)],
-    64: [(64, 64, 16, 8, 3), (64, 64, 32, 8, 2), (64, 128, 16, 8, 3)],
+    16: [
+        (16, 64, 32, 4, 3),
+        (16, 64, 32, 4, 4),
+        (16, 64, 16, 4, 3),
+        (16, 64, 16, 4, 5),
+        (16, 64, 16, 4, 1),
+        (16, 128, 16, 8, 4),
+        (16, 128, 32, 8, 4),
+        (16, 32, 32, 2, 1),
+        (16, 16, 32, 1, 1),
+    ],
+    32: [(32, 64, 32, 4, 3), (32, 64, 16, 4, 4), (32, 128, 32, 8, 4)],
+    64: [(64, 64, 32, 8, 3), (64, 64, 16, 4, 3)],
 }
+DOTTED = {"8b.qkv": (2, 4, 8), "8b.down": (4, 8), "8b.gate_up": (1, 2)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--seconds", type=float, default=290, help="stop starting jobs after this long")
+    parser.add_argument("--seconds", type=float, default=190, help="stop starting jobs after this long")
     parser.add_argument("--workers", type=int, default=14 if CUDA else 1)
     parser.add_argument("--kinds", default="dense,planes,dot,expand")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

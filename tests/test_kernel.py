@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from miniawq import kernel
+from miniawq import arrange, kernel
 from miniawq.kernel import QuantLinear, dequantize, matmul, matmul_reference
 from miniawq.packing import LAYOUTS, Quantized
 from miniawq.packing import dequantize as dequantize_codes
@@ -138,3 +138,88 @@ def test_layer_keeps_its_codes_under_the_published_names(group_size, scale_dtype
     fresh.load_state_dict(state)
     x_TI = torch.randn(3, 128, device=device)
     assert torch.equal(fresh(x_TI), layer(x_TI))
+
+
+@pytest.fixture(params=[True, False], ids=["planes", "words"])
+def in_planes(request, monkeypatch):
+    monkeypatch.setattr(arrange, "wants_planes", lambda _: request.param)
+    return request.param
+
+
+# Inputs, group size: several groups, one group of all inputs, groups of more than 128, one of no multiple of 128.
+GROUPINGS = [(256, 32), (256, 128), (384, 384), (512, 256), (320, 320)]
+
+
+def prepared_bound(x_TI, quantized, bias_O=None):
+    """Codes and zeros are summed apart: float32 sums of at most 15 |x| scale each, twice."""
+    apart = Quantized(torch.full_like(quantized.codes_OI, 15), quantized.scales_OG, 0 * quantized.zeros_OG)
+    return bound(x_TI, quantized, bias_O=bias_O) + 2 * bound(x_TI.double(), apart)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize(("inputs", "group_size"), GROUPINGS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, with_bias, in_planes, device):
+    quantized = random_quantized(40, inputs, group_size, device=device)
+    x_TI = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    bias_O = torch.linspace(-1, 1, 40, device=device).to(dtype) if with_bias else None
+    layer = QuantLinear.from_quantized(quantized, bias_O).prepare()
+    y_TO = layer(x_TI)
+    assert y_TO.dtype == dtype
+    allowed_TO = prepared_bound(x_TI, quantized, bias_O)
+    error_TO = (y_TO.double() - exact(x_TI, quantized, bias_O)).abs()
+    assert (error_TO <= allowed_TO).all()
+
+
+def test_the_prepared_bound_catches_one_wrong_code(device):
+    quantized = random_quantized(40, 256, 64, device=device)
+    wrong = quantized._replace(codes_OI=quantized.codes_OI.clone())
+    wrong.codes_OI[3, 77] ^= 1
+    x_TI = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).to(device)
+    error_TO = (QuantLinear.from_quantized(wrong).prepare()(x_TI) - exact(x_TI, quantized)).abs()
+    assert (error_TO > prepared_bound(x_TI, quantized)).nonzero()[:, 1].unique().tolist() == [3]
+
+
+@pytest.mark.parametrize(("inputs", "group_size"), GROUPINGS)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_prepared_layer_gives_its_published_tensors_back(
+    inputs, group_size, scale_dtype, in_planes, monkeypatch, device
+):
+    quantized = random_quantized(48, inputs, group_size, device=device, scale_dtype=scale_dtype)
+    monkeypatch.setattr(kernel, "WEIGHTS_PER_SLICE", 16 * inputs)
+    layer = QuantLinear.from_quantized(quantized)
+    published = layer.state_dict()
+    layer.prepare()
+    assert layer.state_dict().keys() == published.keys()
+    for name, tensor in published.items():
+        assert torch.equal(layer.state_dict()[name], tensor)
+        assert torch.equal(getattr(layer, name), tensor)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.to_quantized(), quantized, strict=True))
+    fresh = QuantLinear(inputs, 48, False, group_size, scale_dtype).to(device).prepare()
+    fresh.load_state_dict(published)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fresh.to_quantized(), quantized, strict=True))
+
+
+def test_preparing_keeps_no_second_copy(device):
+    layer = QuantLinear.from_quantized(random_quantized(64, 512, 128, device=device)).prepare()
+    assert not list(layer.buffers())
+    assert layer.arranged.words.nbytes == 64 * 512 // 2
+
+
+def test_fused_layers_share_one_memory(in_planes, device):
+    layers = [QuantLinear.from_quantized(random_quantized(outputs, 256, 64, outputs)).to(device) for outputs in (32, 8)]
+    x_TI = torch.randn(3, 256, device=device)
+    apart = torch.cat([layer.prepare()(x_TI) for layer in layers], -1)
+    words, grid = kernel.fuse(layers)
+    assert len(words) == len(grid) == 40
+    assert {layer.arranged.words.untyped_storage().data_ptr() for layer in layers} == {words.data_ptr()}
+    assert kernel.fuse(layers).words.data_ptr() == words.data_ptr()
+    assert torch.equal(torch.cat([layer(x_TI) for layer in layers], -1), apart)
+
+
+def test_moving_a_prepared_layer_arranges_it_again(in_planes, device):
+    quantized = random_quantized(16, 128, 32)
+    layer = QuantLinear.from_quantized(quantized).prepare().to(device).half()
+    assert layer.arranged is not None
+    assert torch.equal(layer.to_quantized().codes_OI.cpu(), quantized.codes_OI)

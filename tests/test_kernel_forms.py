@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniawq import forms
+from miniawq import arrange, forms
 from miniawq.packing import Quantized, dequantize
 
 FLOAT32 = 2.0**-24
@@ -26,8 +26,8 @@ def random_rows(rows, inputs, dtype=torch.float32, seed=1):
 
 def arranged(quantized):
     """words_OPG and grid_OG: what lies in the memory of a GPU."""
-    words_OGP = forms.sequential_words(quantized.codes_OI, quantized.scales_OG.shape[1])
-    return words_OGP.transpose(1, 2).contiguous(), forms.pack_grid(quantized.scales_OG, quantized.zeros_OG)
+    words_OGP = arrange.sequential_words(quantized.codes_OI, quantized.scales_OG.shape[1])
+    return words_OGP.transpose(1, 2).contiguous(), arrange.pack_grid(quantized.scales_OG, quantized.zeros_OG)
 
 
 def planes_product(x_TI, quantized, parts=1):
@@ -38,14 +38,14 @@ def planes_product(x_TI, quantized, parts=1):
 
 def words_product(x_TI, quantized):
     groups = quantized.scales_OG.shape[1]
-    words_OGP = forms.sequential_words(quantized.codes_OI, groups).view(torch.float32)
+    words_OGP = arrange.sequential_words(quantized.codes_OI, groups).view(torch.float32)
     x = forms.prescale_words(x_TI, groups)
     return forms.reduce_words(words_OGP, quantized.scales_OG, quantized.zeros_OG, *x)
 
 
 def dot_product(x_TI, quantized, splits=1):
     words_OPG, grid_OG = arranged(quantized)
-    x_NJT, exponents = forms.spread(x_TI, grid_OG.shape[1]), forms.magic_exponents(x_TI.device)
+    x_NJT, exponents = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device)
     y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NJT, exponents, splits)
     return y_OT[:, : x_TI.shape[0]].t()
 
@@ -102,9 +102,9 @@ def form(request):
 @given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(0, 2**32))
 def test_words_hold_every_code_and_give_it_back(outputs, groups, group_size, seed):
     codes_OI = random_quantized(outputs, groups * group_size, group_size, seed).codes_OI
-    words_OGP = forms.sequential_words(codes_OI, groups)
+    words_OGP = arrange.sequential_words(codes_OI, groups)
     assert words_OGP.shape == (outputs, groups, group_size // 8)
-    assert torch.equal(forms.codes_of_words(words_OGP), codes_OI)
+    assert torch.equal(arrange.codes_of_words(words_OGP), codes_OI)
     output, group, word, nibble = outputs - 1, groups - 1, group_size // 8 - 1, 5
     code = (int(words_OGP[output, group, word]) >> 4 * nibble) & 15
     assert code == codes_OI[output, group * group_size + 8 * word + nibble]
@@ -173,9 +173,9 @@ def test_every_code_and_zero_in_every_nibble_is_exact(form):
 def test_expand_rounds_like_the_definition(dtype, group_size):
     quantized = random_quantized(24, 384, group_size)
     words_OPG, grid_OG = arranged(quantized)
-    exponents = forms.magic_exponents(words_OPG.device)
-    weight_OI = forms.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, exponents, dtype).view(dtype)
-    in_order_OI = forms.in_storage_order(dequantize(quantized, dtype), grid_OG.shape[1])
+    exponents = arrange.magic_exponents(words_OPG.device)
+    weight_OI = arrange.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, exponents, dtype).view(dtype)
+    in_order_OI = arrange.in_storage_order(dequantize(quantized, dtype), grid_OG.shape[1])
     assert torch.equal(weight_OI, in_order_OI)
     assert not torch.equal(weight_OI, dequantize(quantized, dtype))
 
@@ -184,7 +184,7 @@ def test_expand_rounds_like_the_definition(dtype, group_size):
 def test_a_grid_keeps_scale_and_zero(scale_dtype):
     scales_OG = torch.arange(2**15).to(torch.int16).view(scale_dtype).unflatten(0, (-1, 16)).nan_to_num()
     zeros_OG = (torch.arange(2**15) % 16).to(torch.uint8).unflatten(0, (-1, 16))
-    grid = forms.unpack_grid(forms.pack_grid(scales_OG, zeros_OG), scale_dtype)
+    grid = arrange.unpack_grid(arrange.pack_grid(scales_OG, zeros_OG), scale_dtype)
     assert torch.equal(grid[0], scales_OG.float())
     assert torch.equal(grid[1], zeros_OG.float())
 

@@ -32,14 +32,14 @@ def codes_of(words_OPG):
 
 
 def cublas(case, copies):
-    weight_OI = torch.cat([exact_weight(*(t[some] for t in case.weights[0])).bfloat16() for some in slices(case)])
+    weight_OI = torch.cat([exact_weight(*(t[some] for t in case.published)).bfloat16() for some in slices(case)])
     copies = max(2, int(-(-3 * L2_BYTES // (weight_OI.numel() * 2))))
     weights = [weight_OI.clone() for _ in range(copies)]
     return lambda x_TI, weight_OI: torch.nn.functional.linear(x_TI, weight_OI), weights, torch.bfloat16
 
 
 def tinygemm(case, copies):
-    words_OPG, scales_OG, zeros_OG = case.weights[0]
+    words_OPG, scales_OG, zeros_OG = case.published
     codes_OI = codes_of(words_OPG).to(torch.int32)
     bytes_OI = (codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).to(torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack(bytes_OI, 8)
@@ -53,7 +53,7 @@ def gemlite_kernel(case, copies):
     import gemlite
 
     gemlite.load_config(str(Path(gemlite.__file__).parent / "configs/h100.json"))
-    words_OPG, scales_OG, zeros_OG = case.weights[0]
+    words_OPG, scales_OG, zeros_OG = case.published
     codes_OI = codes_of(words_OPG).to(torch.uint8)
     layers = []
     for _ in range(copies):
@@ -69,7 +69,7 @@ def gemlite_kernel(case, copies):
 def autoawq(case, copies):
     from autoawq_gemm import awq_gemm_triton
 
-    words_OPG, scales_OG, zeros_OG = case.weights[0]
+    words_OPG, scales_OG, zeros_OG = case.published
     qweight_IW = torch.cat([pack(codes_of(words_OPG[some]).t().to(torch.uint8)) for some in slices(case)], 1)
     qzeros_GW, scales_GO = pack(zeros_OG.t()), scales_OG.t().contiguous()
     weights = [qweight_IW.clone() for _ in range(copies)]

@@ -1,0 +1,169 @@
+"""How a layer's words lie in memory while it runs, and the way back.
+
+One load should bring eight weights, and no arithmetic should be needed to find out which. So a group of S inputs of one
+output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs g S + 8 p + 0..7. A CPU
+reads the words of a group one after the other, [O, G, P]. On CUDA, where neighbouring threads take neighbouring groups,
+the words of the same p lie together as a plane [O, G] of [O, P, G]: the *storage order* of inputs is (p, g, nibble).
+
+A group of more than 128 inputs is arranged as groups of 128 that have the same scale and zero.
+
+Shapes: O outputs, I inputs, G groups as arranged, S inputs of one, P words of one (S / 8), N nibbles of a word (8).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, pack, unpack
+
+LARGEST_GROUP = 128
+
+
+class Arranged(NamedTuple):
+    """A layer's weight, in planes: words_OPG and grid_OG; or not: words_OGP and grid_OG2, scale and zero in float32.
+
+    The words are int32, a grid in planes too. Several layers lie behind one another along O.
+    """
+
+    words: Tensor
+    grid: Tensor
+
+    @property
+    def in_planes(self) -> bool:
+        """Which of the two."""
+        return self.grid.dtype == torch.int32
+
+
+def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
+    """The words [O, G, P] of codes 0..15."""
+    return pack(codes_OI, SEQUENTIAL).unflatten(1, (groups, -1))
+
+
+def codes_of_words(words_OGP: Tensor) -> Tensor:
+    """The inverse of `sequential_words`."""
+    return unpack(words_OGP.flatten(1), SEQUENTIAL)
+
+
+def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+    """A group's 16-bit scale and its zero as one int32, grid_OG: the scale's bits below, the zero above.
+
+    Were they tensors of 16 and 8 bits, Triton would give every thread eight or sixteen neighbouring groups of one
+    output, to fill its widest load; with four (of 32 bits) a thread has several outputs to use its activations for.
+    """
+    return zeros_OG.int() << 16 | (scales_OG.view(torch.int16).int() & 0xFFFF)
+
+
+def unpack_grid(grid_OG: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales and zeros of `pack_grid`, in float32."""
+    return grid_OG.to(torch.int16).view(scale_dtype).float(), (grid_OG >> 16).float()
+
+
+def group_as_arranged(group_size: int) -> int:
+    """Inputs of one group in memory."""
+    return LARGEST_GROUP if group_size % LARGEST_GROUP == 0 else group_size
+
+
+def wants_planes(device: torch.device) -> bool:
+    """Which arrangement a device reads fastest."""
+    return device.type == "cuda"
+
+
+def can_arrange(device: torch.device, scale_dtype: torch.dtype) -> bool:
+    """Whether its grid has room for these scales."""
+    return scale_dtype.itemsize == 2 or not wants_planes(device)
+
+
+def empty(outputs: int, inputs: int, group_size: int, device: torch.device) -> Arranged:
+    """Memory for the words and grid of a layer, or of several."""
+    size = group_as_arranged(group_size)
+    groups, words = inputs // size, size // CODES_PER_WORD
+    if wants_planes(device):
+        grid_OG = torch.empty(outputs, groups, dtype=torch.int32, device=device)
+        return Arranged(torch.empty(outputs, words, groups, dtype=torch.int32, device=device), grid_OG)
+    grid_OG2 = torch.empty(outputs, groups, 2, device=device)
+    return Arranged(torch.empty(outputs, groups, words, dtype=torch.int32, device=device), grid_OG2)
+
+
+def arrange(quantized: Quantized, target: Arranged) -> None:
+    """Write codes, scales and zeros, of some outputs, into `target`."""
+    repeats = target.grid.shape[1] // quantized.scales_OG.shape[1]
+    scales_OG, zeros_OG = (t.repeat_interleave(repeats, 1) for t in (quantized.scales_OG, quantized.zeros_OG))
+    words_OGP = sequential_words(quantized.codes_OI, scales_OG.shape[1])
+    if target.in_planes:
+        target.words.copy_(words_OGP.transpose(1, 2))
+        target.grid.copy_(pack_grid(scales_OG, zeros_OG))
+    else:
+        target.words.copy_(words_OGP)
+        target.grid.copy_(torch.stack([scales_OG.float(), zeros_OG.float()], -1))
+
+
+def restore(arranged: Arranged, group_size: int, scale_dtype: torch.dtype) -> Quantized:
+    """The inverse of `arrange`."""
+    words = arranged.words.transpose(1, 2) if arranged.in_planes else arranged.words
+    codes_OI, (scales_OG, zeros_OG) = codes_of_words(words), scales_and_zeros(arranged, scale_dtype)
+    repeats = scales_OG.shape[1] * group_size // codes_OI.shape[1]
+    return Quantized(codes_OI, scales_OG[:, ::repeats].to(scale_dtype), zeros_OG[:, ::repeats].to(torch.uint8))
+
+
+def scales_and_zeros(arranged: Arranged, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scales_OG and zeros_OG in float32."""
+    if arranged.in_planes:
+        return unpack_grid(arranged.grid, scale_dtype)
+    scales_OG, zeros_OG = arranged.grid.unbind(-1)
+    return scales_OG, zeros_OG
+
+
+def slices(arranged: Arranged, codes: int) -> Iterator[tuple[slice, Arranged]]:
+    """Views of some outputs at a time, as many as have about so many codes; and which outputs."""
+    outputs = len(arranged.words)
+    inputs = arranged.words[0].numel() * CODES_PER_WORD
+    step = max(1, codes // inputs // CODES_PER_WORD) * CODES_PER_WORD
+    for first in range(0, outputs, step):
+        some_O = slice(first, min(first + step, outputs))
+        yield some_O, Arranged(arranged.words[some_O], arranged.grid[some_O])
+
+
+def lay_together(parts: Sequence[Tensor]) -> Tensor:
+    """All parts as one tensor: the memory they are in if they already lie behind one another, or a copy."""
+    first = parts[0]
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    in_order = [part.data_ptr() for part in parts[1:]] == ends[:-1]
+    if in_order and all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts):
+        return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+    return torch.cat(list(parts))
+
+
+@cache
+def magic_exponents(device: torch.device) -> Tensor:
+    """The bits of 2^11 and 2^7 as floats, int32 [2]: a tensor, because one instruction takes one constant at most."""
+    return torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
+
+
+def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
+    """The activations in the order of the words, for a weight that `expand` has written: [T, (P, G, N)]."""
+    return x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD)).transpose(1, 2).flatten(1)
+
+
+def expand(
+    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The weight [O, (P, G, N)] in storage order, each (code - zero) * scale rounded once to `dtype`, of 16 bits.
+
+    A thread takes half a word and writes four weights as one int64, next to its neighbours'. The nibbles are moved
+    under the exponent of 2^7, as in `dot_planes`; (2^7 + zero) * scale has 19 bits, so nothing is rounded before.
+    """
+    scales_O1G1, zeros_O1G1 = unpack_grid(grid_OG.unsqueeze(1).unsqueeze(-1), scale_dtype)
+    offsets_O1G1 = -(zeros_O1G1 + 2.0**7) * scales_O1G1
+    _, exponent = exponents.unbind()
+    halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
+    half_OPG2 = words_OPG.unsqueeze(-1) >> halves
+    bits: list[Tensor] = []
+    for shift in (16, 12, 8, 4):
+        magic_OPG2 = (half_OPG2 << shift) & (15 << 16) | exponent
+        weight_OPG2 = magic_OPG2.view(torch.float32) * scales_O1G1 + offsets_O1G1
+        bits.append(weight_OPG2.to(dtype).view(torch.int16).to(torch.int32))
+    low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
+    return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)
