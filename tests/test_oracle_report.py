@@ -1,6 +1,7 @@
 """What the oracle tells: reports, expected failures, exit codes, and examples that run when pasted."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ import torch
 from miniawq.oracle import truth
 from miniawq.oracle.__main__ import main
 from miniawq.oracle.check import PROFILES, Call, Subject, run
-from miniawq.oracle.contract import FLAGS, FUNCTIONS, Limits
+from miniawq.oracle.contract import FLAGS, FUNCTIONS, LEVELS, Limits
 from miniawq.oracle.door import CHECKS, chosen, conformance
 from miniawq.oracle.paste import literal, snippet
-from miniawq.oracle.report import as_json, as_junit, as_text, badge, failure_lines
+from miniawq.oracle.report import as_json, as_junit, as_text, badge, failure_lines, read_expected_failures
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "oracle.md").read_text()
 
@@ -287,3 +288,17 @@ def test_a_right_target_passes_under_any_limits(limits):
     few = replace(PROFILES["default"], examples=5)
     report = conformance(SimpleNamespace(**functions, **limits), chosen(["L0", "L1", "L2", "L3"]), profile=few)
     assert report.ok, as_text(report)
+
+
+PEERS = sorted((Path(__file__).parent.parent / "miniawq" / "oracle" / "peers").glob("*.txt"))
+
+
+@pytest.mark.parametrize("file", PEERS, ids=lambda path: path.stem)
+def test_shipped_expected_failures_name_checks_and_match_the_guide(file):
+    expected = read_expected_failures(file, CHECKS)
+    failing = Counter(id[:2] for id in expected)
+    rows = [[cell.strip() for cell in line.split("|")] for line in GUIDE.splitlines() if line.startswith("| ")]
+    (row,) = [row for row in rows if row[1].rpartition(" ")[0].lower().replace(" ", "-") == file.stem]
+    for level, cell in zip(LEVELS, row[2:], strict=False):
+        passed, _, ran = cell.partition("/")
+        assert int(ran or 0) - int(passed or 0) == failing[level]

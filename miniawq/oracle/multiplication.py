@@ -12,10 +12,11 @@ dtype, once before and once after the bias. With g = (K + 8) 2**-24 / (1 - (K + 
 
     E = u_w S + (1 + u_w) g S' + (1 + g) 2**-25 sum |x|        |y - y*| <= E + u_y (|y*| + E) + 2**-25, per rounding
 
-u is 2**-11 for float16 and 2**-8 for bfloat16; for float32 x, u_w is that of float16. Adding in float16 exceeds the
-bound, and so do a zero off by one and a rounding to bfloat16 on the way (`planted.numbers`). The
-worst case of a float16 accumulator, K / 2048, would accept a zero off by one, so it is not offered: such kernels fail
-`L3.random` with the flag HalfAccumulation and are held by the exact vectors.
+u_y is 2**-11 for float16, 2**-8 for bfloat16 and 2**-24 for float32; u_w is 2**-11, the rounding of `dequantize`, and
+for bfloat16 (1 + 2**-8) (1 + 2**-11) - 1, a second one. Adding in float16 exceeds the bound, and so do a zero off by
+one and a rounding to bfloat16 on the way (`planted.numbers`). The worst case of a float16 accumulator, K / 2048,
+would accept a zero off by one, so it is not offered: such kernels fail `L3.long-sums` with the flag HalfAccumulation
+and are held by the exact vectors.
 """
 
 from random import Random
@@ -30,7 +31,7 @@ from miniawq.oracle.check import Broken, Lacking, Subject, check, expect_equal, 
 from miniawq.oracle.contract import Limits
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
-WEIGHT_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-11}
+WEIGHT_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 + 2.0**-11 + 2.0**-19, torch.float32: 2.0**-11}
 SUBNORMAL = 2.0**-25
 
 
