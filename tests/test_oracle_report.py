@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from miniawq.oracle import truth
-from miniawq.oracle.__main__ import main
+from miniawq.oracle.__main__ import main, save_examples
 from miniawq.oracle.check import PROFILES, Call, Subject, run
 from miniawq.oracle.contract import FLAGS, FUNCTIONS, LEVELS, Limits
 from miniawq.oracle.door import CHECKS, chosen, conformance
@@ -302,3 +302,15 @@ def test_shipped_expected_failures_name_checks_and_match_the_guide(file):
     for level, cell in zip(LEVELS, row[2:], strict=False):
         passed, _, ran = cell.partition("/")
         assert int(ran or 0) - int(passed or 0) == failing[level]
+
+
+def test_a_pasted_checkpoint_example_makes_its_directory(tmp_path):
+    target = SimpleNamespace(load_checkpoint=lambda directory: {"directory": torch.tensor(directory.is_dir())})
+    report = conformance(target, checks("L4.reads.bias"), import_line="")
+    (result,) = report.results
+    scope = {"target": target}
+    exec(snippet("", result.broken.call, result.broken), scope)
+    assert scope["got"]["directory"]
+    assert scope["directory"].name == "bias"
+    save_examples(report, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["L4.reads.bias.safetensors"]
