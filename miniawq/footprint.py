@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from miniawq.arrange import group_as_arranged
 from miniawq.checkpoint import Checkpoint, skeleton
 from miniawq.errors import DoesNotFit
 from miniawq.kernel import QuantLinear
@@ -21,6 +22,8 @@ PREFILL_CHUNK = 2048
 OVERHEAD = {"cuda": 1 << 30, "cpu": 1 << 29}
 # Unpacking a slice of a layer makes temporaries of this many bytes at most (kernel.WEIGHTS_PER_SLICE, in float32).
 SLICE_BYTES = 64 << 20
+# A group's scale and zero as `miniawq.arrange` keeps them.
+GRID_BYTES = {"cuda": 4, "cpu": 8}
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -73,35 +76,43 @@ def footprint(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     *,
+    device: str,
     batch: int = 1,
     max_seq_len: int,
     prefill_chunk: int = PREFILL_CHUNK,
-    overhead: int = OVERHEAD["cuda"],
+    overhead: int | None = None,
 ) -> Footprint:
-    """The memory of a checkpoint as `load_model` and `generate` use it, activations and kv cache in `dtype`."""
+    """The memory of a checkpoint as `load_model` and `generate` use it, activations and kv cache in `dtype`.
+
+    `device` is "cuda" or "cpu": packed words are arranged for it. `overhead` defaults to the device's in OVERHEAD.
+    """
+    device = "cuda" if device == "cuda" else "cpu"
     config = checkpoint.model_config
     return Footprint(
         batch=batch,
         max_seq_len=max_seq_len,
-        weights=weight_bytes(skeleton(checkpoint), dtype),
+        weights=weight_bytes(skeleton(checkpoint), dtype, device),
         kv_cache=batch * max_seq_len * kv_bytes_per_token(config, dtype),
         prefill=prefill_bytes(config, dtype, batch, min(prefill_chunk, max_seq_len), max_seq_len),
-        overhead=overhead,
+        overhead=OVERHEAD[device] if overhead is None else overhead,
     )
 
 
-def weight_bytes(model: Llama, dtype: torch.dtype) -> int:
-    """Bytes of a loaded model's weights: packed words and scales as stored, the rest in `dtype`."""
-    packed = {
-        id(tensor)
-        for module in model.modules()
-        if isinstance(module, QuantLinear)
-        for tensor in (module.qweight, module.qzeros, module.scales)
-    }
+def weight_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
+    """Bytes of a loaded model's weights: packed layers as `QuantLinear.prepare` arranges them, the rest in `dtype`."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    packed = {id(tensor) for layer in layers for tensor in (layer.qweight, layer.qzeros, layer.scales)}
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(
-        tensor.numel() * (tensor.itemsize if key in packed else dtype.itemsize) for key, tensor in tensors.items()
-    )
+    dense = sum(tensor.numel() for key, tensor in tensors.items() if key not in packed)
+    return dense * dtype.itemsize + sum(packed_bytes(layer, device) for layer in layers)
+
+
+def packed_bytes(layer: QuantLinear, device: str) -> int:
+    """Bytes of one packed layer; on CUDA float32 scales are left as they were published."""
+    if device == "cuda" and layer.scales.dtype.itemsize != 2:
+        return layer.qweight.nbytes + layer.qzeros.nbytes + layer.scales.nbytes
+    groups = layer.in_features // group_as_arranged(layer.group_size)
+    return layer.out_features * (layer.in_features // 2 + groups * GRID_BYTES[device])
 
 
 def kv_bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -141,8 +152,7 @@ def require_memory(
     checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1, max_seq_len: int
 ) -> Footprint:
     """The footprint on a device, for callers about to load; DoesNotFit when there is not that much free."""
-    overhead = OVERHEAD.get(torch.device(device).type, OVERHEAD["cuda"])
-    needed = footprint(checkpoint, dtype, batch=batch, max_seq_len=max_seq_len, overhead=overhead)
+    needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=max_seq_len)
     check_fit(needed, device_memory(device), checkpoint, dtype)
     return needed
 

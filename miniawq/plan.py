@@ -18,7 +18,6 @@ from miniawq import cli
 from miniawq.checkpoint import Checkpoint, linear_shapes, meta_model, open_checkpoint
 from miniawq.errors import UsageError
 from miniawq.footprint import (
-    OVERHEAD,
     PREFILL_CHUNK,
     DeviceMemory,
     Footprint,
@@ -281,13 +280,13 @@ def _main(arguments: argparse.Namespace) -> None:
     device = DeviceMemory(f"a device of {size(wanted)}", wanted, wanted) if wanted else device_memory(arguments.device)
     limit = checkpoint.model_config.max_position_embeddings
     dtype: torch.dtype = getattr(torch, arguments.dtype)
-    margin = arguments.memory_margin
     needed = footprint(
         checkpoint,
         dtype,
+        device=kind,
         batch=arguments.batch,
         max_seq_len=arguments.max_seq_len or min(limit, DEFAULT_CONTEXT),
-        overhead=OVERHEAD.get(kind, OVERHEAD["cuda"]) if margin is None else margin,
+        overhead=arguments.memory_margin,
     )
     plan = make_plan(checkpoint, arguments.model or "the demo", dtype, needed, device)
     print(

@@ -111,21 +111,23 @@ def test_tensors_from_config_are_those_of_the_files(tmp_path, packing, family):
 
 
 def loaded_bytes(model: torch.nn.Module) -> int:
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    arranged = [part for module in model.modules() for part in getattr(module, "arranged", None) or ()]
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *arranged]}
     return sum(tensors.values())
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_weights_are_what_the_loaded_model_holds(tmp_path, packing, dtype):
+def test_weights_are_what_the_loaded_model_holds(tmp_path, packing, dtype, device):
     directory, _ = tiny.make(tmp_path, family="llama-tied", **PACKINGS[packing])
     checkpoint = open_checkpoint(directory)
-    assert footprint(checkpoint, dtype, max_seq_len=64).weights == loaded_bytes(load_model(checkpoint, dtype=dtype))
+    needed = footprint(checkpoint, dtype, device=device.type, max_seq_len=64)
+    assert needed.weights == loaded_bytes(load_model(checkpoint, device, dtype))
 
 
 def test_kv_cache_is_what_the_cache_allocates(tmp_path):
     checkpoint = open_checkpoint(tiny.make(tmp_path, family="qwen3")[0])
-    needed = footprint(checkpoint, torch.float16, batch=3, max_seq_len=50)
+    needed = footprint(checkpoint, torch.float16, device="cuda", batch=3, max_seq_len=50)
     cache = KVCache(checkpoint.model_config, 3, 50, dtype=torch.float16)
     assert needed.kv_cache == sum(value.nbytes for value in vars(cache).values() if isinstance(value, torch.Tensor))
 
@@ -133,7 +135,7 @@ def test_kv_cache_is_what_the_cache_allocates(tmp_path):
 def test_does_not_fit_says_what_would(tmp_path):
     changes = {"max_position_embeddings": 8192}
     checkpoint = open_checkpoint(tiny.make(tmp_path, changes=changes)[0])
-    needed = footprint(checkpoint, torch.float16, batch=64, max_seq_len=8192, overhead=1 << 20)
+    needed = footprint(checkpoint, torch.float16, device="cuda", batch=64, max_seq_len=8192, overhead=1 << 20)
     memory = DeviceMemory("cuda:0 (NVIDIA)", 600 << 20, 500 << 20)
     with pytest.raises(DoesNotFit) as caught:
         check_fit(needed, memory, checkpoint, torch.float16)
@@ -143,14 +145,16 @@ def test_does_not_fit_says_what_would(tmp_path):
     assert f"--max-seq-len {longest} fits" in str(caught.value)
     assert "other processes hold 100.00 MiB" in str(caught.value)
     for length, fits in ((longest, True), (longest + 64, False)):
-        total = footprint(checkpoint, torch.float16, batch=64, max_seq_len=length, overhead=1 << 20).total
+        total = footprint(
+            checkpoint, torch.float16, device="cuda", batch=64, max_seq_len=length, overhead=1 << 20
+        ).total
         assert (total <= memory.free) is fits
     check_fit(needed, memory._replace(free=needed.total), checkpoint, torch.float16)
 
 
 def test_nothing_fits_names_another_way(tmp_path):
     checkpoint = open_checkpoint(tiny.make(tmp_path)[0])
-    needed = footprint(checkpoint, torch.float16, max_seq_len=64)
+    needed = footprint(checkpoint, torch.float16, device="cuda", max_seq_len=64)
     with pytest.raises(DoesNotFit, match="smaller model"):
         check_fit(needed, DeviceMemory("cpu", 1 << 20, 1 << 20), checkpoint, torch.float16)
 
