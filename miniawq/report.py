@@ -1,6 +1,7 @@
 """What a quantization did, for people: a JSON report, a model card, and a picture of what the searches gained."""
 
-import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 from miniawq.shards import write_bytes, write_json
 
 PANELS = 6
+INHERITED = re.compile(r"^(?:license\w*|language): .*$", re.MULTILINE)
 
 CARD = """---
-{front_matter}---
+{front_matter}
+---
 
 # {name}
 
@@ -27,7 +30,7 @@ CARD = """---
 
 `quantization_report.json` holds the settings, and for each block what was searched and what it gained.
 
-    python -m miniawq.generate --model {name} --prompt "Once upon a time"
+    miniawq generate {name} --prompt "Once upon a time"
     vllm serve {name}
 """
 
@@ -64,7 +67,9 @@ class Report:
 def write_report(directory: Path, report: Report) -> None:
     """`quantization_report.json`, `README.md`, and `quantization_report.png` where matplotlib is installed."""
     write_json(directory / "quantization_report.json", asdict(report))
-    write_bytes(directory / "README.md", model_card(directory.name, report).encode())
+    card = directory / "README.md"
+    former = card.read_text(encoding="utf-8") if card.exists() else ""
+    write_bytes(card, model_card(directory.name, report, INHERITED.findall(former.partition("\n---")[0])).encode())
     try:
         import matplotlib  # noqa: F401  (the extra `plots`)
     except ImportError:
@@ -72,15 +77,13 @@ def write_report(directory: Path, report: Report) -> None:
     draw(directory / "quantization_report.png", report.blocks)
 
 
-def model_card(name: str, report: Report) -> str:
-    """The README of the new checkpoint."""
+def model_card(name: str, report: Report, inherited: Sequence[str] = ()) -> str:
+    """The README of the new checkpoint, with lines of front matter from that of the dense one."""
     settings, recipe = report.settings, report.settings["recipe"]
-    front_matter = {"tags": ["awq", "int4", "miniawq"], "pipeline_tag": "text-generation"}
-    if "/" in report.source and not Path(report.source).exists():
-        front_matter["base_model"] = report.source
+    front_matter = [*inherited, "pipeline_tag: text-generation", "tags: [awq, int4, miniawq]"]
     searched = ", ".join(recipe["formulas"]) or "no"
     return CARD.format(
-        front_matter="".join(f"{key}: {json.dumps(value)}\n" for key, value in front_matter.items()),
+        front_matter="\n".join(front_matter),
         name=name,
         base=Path(report.source).name,
         version=settings["miniawq"],

@@ -60,6 +60,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory, _ = make_dense(tmp_path_factory.mktemp("dense") / "model", num_hidden_layers=3)
     (directory / "generation_config.json").write_text('{"temperature":   0.7}')
     (directory / "chat_template.jinja").write_text("{{ messages }}\n")
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\ntags: [old]\n---\n# The dense one\nlicense: none\n")
     return directory
 
 
@@ -102,7 +103,9 @@ def test_config_and_side_files(dense: Path, finished: Path) -> None:
     assert report["calibration"]["tokens_used"] == 27
     assert [block["layer"] for block in report["blocks"]] == [0, 1, 2]
     assert {"formula", "ratio", "loss", "plain_loss", "trials"} <= report["blocks"][0]["folds"][0].keys()
-    assert "27 tokens from random ids" in (finished / "README.md").read_text()
+    card = (finished / "README.md").read_text()
+    assert "27 tokens from random ids" in card
+    assert card.startswith("---\nlicense: apache-2.0\npipeline_tag: text-generation\ntags: [awq, int4, miniawq]\n---\n")
 
 
 def test_the_picture_is_drawn(finished: Path, tmp_path: Path) -> None:
