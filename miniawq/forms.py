@@ -31,6 +31,7 @@ from miniawq.packing import CODES_PER_WORD
 # Bit 16 is the last in place, because bit 23 of a float begins its exponent.
 SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
 PRESCALE = 80
+SUMMANDS_OF_A_WARP = 128
 
 # Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
 MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
@@ -162,6 +163,29 @@ def reduce_words(words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NTGP:
         for sum_OGP, means_G in zip(rows_OGP, means_TG.unbind(), strict=True)
     ]
     return torch.stack(y_TO)
+
+
+def parts_for(groups: int, planes: int) -> int:
+    """In how many parts `reduce_planes` sums a group: as few as give a warp 128 summands of each output."""
+    parts = 1
+    while parts * groups < SUMMANDS_OF_A_WARP and planes % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
+    """The tiles that were fastest on an H200 (`scripts/gpu_kernels.py`).
+
+    `reduce_planes`: a thread takes four neighbouring summands (one load) of a few outputs, for which it uses its
+    activations, and a program all summands of those outputs. `dot_planes`: 64 outputs by all rows by 32 words.
+    """
+    if kind == "planes":
+        summands = max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length())
+        outputs = 4 if sums == 1 else 2
+        warps = min(8, summands // SUMMANDS_OF_A_WARP)
+        return {"XBLOCK": outputs, "R0_BLOCK": min(1024, summands), "num_warps": warps, "num_stages": 1}
+    rows = sizes["x"]
+    return {"XBLOCK": rows, "YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 8 if rows == 64 else 4, "num_stages": 3}
 
 
 class BlockSizes(InductorChoices):

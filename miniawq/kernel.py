@@ -101,21 +101,20 @@ def arranged_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype)
 def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
     """y_TO in float32 from arranged words by few calls of torch, on any device and for any number of rows.
 
-    A byte holds the codes of two neighbouring inputs. Codes times scales are exact in float32; the zeros are taken
-    away at the end, times the sum of each group's activations.
+    A byte, of which an output has B, holds the codes of two neighbouring inputs. Codes times scales are exact in
+    float32; the zeros are taken away at the end, times the sum of each group's activations.
     """
     groups = arranged.grid.shape[1]
     sums_GT = x_TI.float().unflatten(-1, (groups, -1)).sum(-1).t()
     stored_TI = in_storage_order(x_TI, groups) if arranged.in_planes else x_TI
-    # Here, I counts half of the inputs.
-    even_IT, odd_IT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 1, 0).contiguous()
+    even_BT, odd_BT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 1, 0).contiguous()
     y_OT = sums_GT.new_empty(len(arranged.words), len(x_TI))
     for some_O, part in slices(arranged, CODES_PER_EAGER_SLICE):
         scales_OG, zeros_OG = scales_and_zeros(part, scale_dtype)
         byte_scales = scales_OG.unsqueeze(1 if arranged.in_planes else 2).unsqueeze(-1)
         bytes_ = part.words.unsqueeze(-1).view(torch.uint8)
-        torch.mm((bytes_ & 15).float().mul_(byte_scales).flatten(1), even_IT, out=y_OT[some_O])
-        y_OT[some_O].addmm_((bytes_ >> 4).float().mul_(byte_scales).flatten(1), odd_IT)
+        torch.mm((bytes_ & 15).float().mul_(byte_scales).flatten(1), even_BT, out=y_OT[some_O])
+        y_OT[some_O].addmm_((bytes_ >> 4).float().mul_(byte_scales).flatten(1), odd_BT)
         y_OT[some_O].addmm_(scales_OG * zeros_OG, sums_GT, alpha=-1)
     return y_OT.t()
 

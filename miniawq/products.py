@@ -22,7 +22,6 @@ Form = Callable[..., Tensor]
 MOST_ROWS_REDUCED = 3
 MOST_ROWS_DOTTED = 64
 MOST_ROWS_ON_CPU = 8
-PARTS = 1
 
 
 class Product(NamedTuple):
@@ -148,14 +147,6 @@ def _form_for(device: torch.device, rows: int) -> Form:
     return reduce_product if rows <= MOST_ROWS_REDUCED else dot_product
 
 
-def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
-    """The block sizes of a kernel of `forms`, found by `scripts/gpu_kernels.py`."""
-    if kind == "planes":
-        return {"XBLOCK": 16, "R0_BLOCK": 16, "num_warps": 2, "num_stages": 1}
-    rows = sizes["x"]
-    return {"XBLOCK": rows, "YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 8 if rows == 64 else 4, "num_stages": 2}
-
-
 def is_int4(product: Product) -> bool:
     """Whether it is compiled with the options of the forms."""
     return product.form in (reduce_product, dot_product, words_product)
@@ -164,7 +155,7 @@ def is_int4(product: Product) -> bool:
 def lower(function: Callable[..., Any], is_int4: bool) -> Callable[..., Any]:
     """`function` compiled, with the options of the forms if it holds some."""
     if is_int4:
-        return forms.compiled(function, block_sizes)
+        return forms.compiled(function, forms.block_sizes)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -198,4 +189,6 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
         return Product(form, (words, grid, scale_like, forms.magic_exponents(words.device), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)
-    return Product(form, (forms.planes(words, PARTS), grid, scale_like, places_N, bias_O))
+    return Product(
+        form, (forms.planes(words, forms.parts_for(words.shape[2], words.shape[1])), grid, scale_like, places_N, bias_O)
+    )
