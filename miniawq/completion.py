@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
+from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample
 from miniawq.tokenizer import Tokenizer
@@ -251,7 +252,8 @@ def _rate(count: int, seconds: float) -> float:
 
 def bytes_per_token(model: Llama) -> int:
     """Bytes of weights that one step of one row reads: all but the rows of the embedding that it does not look up."""
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    packed = [part for layer in model.modules() if isinstance(layer, QuantLinear) for part in layer.arranged or ()]
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *packed)}
     embedding = model.model.embed_tokens.weight
     unread = 0 if model.config.tie_word_embeddings else embedding.nbytes
     return sum(tensors.values()) - unread

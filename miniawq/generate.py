@@ -25,6 +25,7 @@ from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
 from miniawq.completion import Completion, bytes_per_token, complete, generate, peak_memory
 from miniawq.decode import DecodeStep
 from miniawq.errors import DoesNotFit, InvalidInput, UsageError
+from miniawq.footprint import require_memory
 from miniawq.model import Llama
 from miniawq.repl import converse
 from miniawq.sampling import Sampling
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of activations (auto: config.json's; float32 on CPU)",
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps behind the prompt (on a GPU)")
+    add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--local-files-only", action="store_true", help="never use the network")
     add("--cache-dir", help="where downloads are kept")
@@ -176,7 +178,11 @@ def _write(arguments: argparse.Namespace) -> None:
     if not 0 < (arguments.max_seq_len or limit) <= limit:
         why = f"config.json: max_position_embeddings = {limit}"
         raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {limit} or less")
-    model = load_model(checkpoint, device, DTYPES.get(arguments.dtype) or pick_dtype(checkpoint, device))
+    dtype = DTYPES.get(arguments.dtype) or pick_dtype(checkpoint, device)
+    if arguments.memory_check:
+        at_least = arguments.max_seq_len or min(limit, max(arguments.max_tokens or 0, DEFAULT_MAX_TOKENS))
+        require_memory(checkpoint, device, dtype, max_seq_len=at_least)
+    model = load_model(checkpoint, device, dtype)
     writer = Writer(arguments, model, tokenizer, sampling, load_seconds=time.perf_counter() - started)
     with threads_for(model):
         if prompt is None:

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.completion import Completion, StopStrings, bytes_per_token, complete, generate, last_logits
 from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
+from miniawq.footprint import footprint
 from miniawq.model import KVCache
 from miniawq.sampling import Sampling
 from miniawq.tokenizer import Tokenizer
@@ -256,3 +258,11 @@ def test_bytes_read_count_shared_weights_once_and_looked_up_rows_not_at_all():
     everything = sum(parameter.nbytes for parameter in untied.parameters())
     assert bytes_per_token(untied) == everything - matrix
     assert bytes_per_token(tied) == everything - matrix
+
+
+def test_bytes_read_count_packed_weights(tmp_path, device):
+    """In the form they are loaded in: the plan of the same checkpoint says the same."""
+    checkpoint = open_checkpoint(tiny_checkpoints.make(tmp_path)[0])
+    needed = footprint(checkpoint, torch.float16, device=device.type, max_seq_len=8)
+    model = load_model(checkpoint, device, torch.float16)
+    assert bytes_per_token(model) == needed.weights - model.model.embed_tokens.weight.nbytes

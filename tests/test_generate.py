@@ -17,14 +17,15 @@ from miniawq import generate, prompts
 from miniawq.completion import complete
 from miniawq.decode import DecodeStep
 from miniawq.errors import NotFound, UsageError
+from miniawq.footprint import DeviceMemory
 from miniawq.generate import build_parser, load, main
 from miniawq.tokenizer import Tokenizer
 
 FLAGS = """
 --cache-dir --chat-template-kwargs --compile --debug --device --dtype --file --frequency-penalty --greedy --help
 --ignore-eos --interactive --json --local-files-only --max-seq-len --max-tokens --messages --min-p --model
---no-compile --num-samples --presence-penalty --prompt --quiet --raw --repetition-penalty --revision --seed
---show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version -h -i -m -n -p -q
+--no-compile --no-memory-check --num-samples --presence-penalty --prompt --quiet --raw --repetition-penalty --revision
+--seed --show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version -h -i -m -n -p -q
 """
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -397,6 +398,19 @@ def test_a_full_device_is_told_apart(capsys, monkeypatch, fairytales):
     code, _, err = run(capsys, fairytales, "-p", "Once")
     assert code == 4
     assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.\n" in err
+
+
+def test_what_cannot_fit_is_told_before_the_weights_are_read(capsys, monkeypatch, fairytales):
+    small = DeviceMemory("cpu", 8 << 20, 4 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr("miniawq.footprint.device_memory", lambda _: small)
+        patch.setattr(generate, "load_model", None)
+        code, _, err = run(capsys, fairytales, "-p", "Once")
+        assert code == 4
+        assert "does not fit on cpu" in err
+        assert "4.00 MiB of 8.00 MiB are free" in err
+    monkeypatch.setattr("miniawq.footprint.device_memory", lambda _: small)
+    assert run(capsys, fairytales, "-p", "Once", "-n", 2, "--no-memory-check")[0] == 0
 
 
 @pytest.mark.parametrize(("layers", "threads"), [(1, 1), (30, 2)])

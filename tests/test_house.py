@@ -27,10 +27,10 @@ LADDER = """
     packing arrange forms kernel
     rope model
     rounding awq
-    hub quant_config shards layouts checkpoint
+    hub quant_config shards layouts checkpoint footprint
     chat tokenizer
     sampling products decode completion prompts repl generate
-    calibration stream footprint memory journal verify report quantize
+    calibration stream memory journal verify report quantize
     evaluate plan convert
 """.split()
 
