@@ -211,7 +211,8 @@ def planned(model: Llama, rows: int, room: int, dtype: torch.dtype) -> int:
     """What `miniawq plan` says, without the overhead of the runtime, which torch does not count."""
     cache = rows * room * kv_bytes_per_token(model.config, dtype)
     chunk = min(PREFILL_CHUNK, room)
-    return weight_bytes(model, dtype) + cache + prefill_bytes(model.config, dtype, rows, chunk, room)
+    device = model.model.embed_tokens.weight.device.type
+    return weight_bytes(model, dtype, device) + cache + prefill_bytes(model.config, dtype, rows, chunk, room)
 
 
 def kernels_of(step: DecodeStep, trace: Path | None, tokens: int = 3) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def bench(kind: str, config: LlamaConfig, arguments: argparse.Namespace) -> None
         torch.cuda.reset_peak_memory_stats(device)
     with clock():
         model = random_model(config, kind, arguments.group_size, device, arguments.activations)
-    gigabytes = weight_bytes(model, arguments.activations) / 1e9
+    gigabytes = weight_bytes(model, arguments.activations, device.type) / 1e9
     show({"kind": kind, "make_s": clock.seconds, "weights_GB": gigabytes}, arguments)
     for rows in arguments.rows:
         for context in arguments.context:
