@@ -17,7 +17,7 @@ from miniawq.errors import UnsupportedCheckpoint
 from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.packing import dequantize
 from miniawq.quantize import fold_table
-from miniawq.rounding import CLIP_LIMITS, Rounding, layer_loss, limit_search, range_search
+from miniawq.rounding import CLIP_LIMITS, COARSE, Rounding, layer_loss, limit_search, moved, range_search
 
 SMALL = replace(DEFAULT, group_size=32)
 
@@ -186,6 +186,22 @@ def test_range_search_never_loses_and_limits_match_brute_force(seed: int, group_
     error_OS = rounding.snap(group_OS, found_OG2[:, 0]) - group_OS
     found_O = ((error_OS @ moments_SS) * error_OS).sum(1)
     torch.testing.assert_close(found_O, torch.tensor(limits_OG2), rtol=1e-3, atol=1e-7)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 10**6))
+def test_the_last_range_is_the_best_for_the_whole_layer(seed: int) -> None:
+    weight_OI, _, moments_II = layer_and_inputs(seed)
+    rounding = Rounding(16)
+    plain_OG2, found_OG2 = rounding.ends(weight_OI), range_search(weight_OI, moments_II, rounding)
+
+    def losses(ends_O2: Tensor) -> Tensor:
+        ends_OG2 = torch.cat((found_OG2[:, :-1], ends_O2[:, None]), dim=1)
+        error_OI = rounding.snap(rounding.grouped(weight_OI), ends_OG2).flatten(1) - weight_OI
+        return ((error_OI @ moments_II) * error_OI).sum(1)
+
+    tried_KO = torch.stack([losses(ends_O2) for ends_O2 in moved(plain_OG2[:, -1], plain_OG2[:, -1], COARSE)])
+    assert (losses(found_OG2[:, -1]) <= tried_KO.amin(0) * (1 + 1e-4) + 1e-6).all()
 
 
 def test_each_step_of_the_method_gains_where_a_few_inputs_are_large() -> None:
