@@ -6,13 +6,19 @@ line counts once its last byte is on the disk; half a line, which a kill leaves,
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from miniawq.checkpoint import Checkpoint
 from miniawq.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 NAME = "quantization_journal.jsonl"
 PIECES, PIECE_BYTES = 1024, 4096
@@ -84,3 +90,23 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 file.seek(max(piece * PIECE_BYTES, size * piece // PIECES))
                 digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        log.warning("stopping after this block (Ctrl-C again to stop at once)")
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -12,9 +12,7 @@ import argparse
 import base64
 import logging
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from miniawq.calibration import Calibration, read_calibration, sample_calibratio
 from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint, skeleton
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hub import add_hub_flags, hub_options
-from miniawq.journal import Journal, fingerprint
+from miniawq.journal import Journal, fingerprint, interruptible
 from miniawq.layouts import part_shapes
 from miniawq.memory import check_disk, hidden_states, peak_memory, plan_memory
 from miniawq.model import DecoderBlock, LlamaConfig
@@ -49,6 +47,7 @@ log = logging.getLogger("miniawq.quantize")
 
 RECIPES = {"default": awq.DEFAULT, "paper": awq.PAPER, "plain": awq.PLAIN_ROUNDING}
 FORMATS = ("awq", "compressed-tensors")
+HALF_LIMIT = torch.finfo(torch.float16).max
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -236,26 +235,6 @@ def _decode(text: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        log.warning("stopping after this block (Ctrl-C again to stop at once)")
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
 def tensor_cores() -> Iterator[None]:
     """Let a GPU multiply float32 matrices in TF32, which keeps as many digits as float16 and more range."""
     before = torch.get_float32_matmul_precision()
@@ -284,6 +263,7 @@ def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_B
                     writer.write(name, tensor)
                 writer.flush()
                 journal.add(record | {"tensors": writer.done})
+                _warn(record)
                 bar.set_postfix_str(_losses(record))
             bar.update()
             if stop.is_set() and layer + 1 < job.blocks:
@@ -296,6 +276,16 @@ def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_B
 def _write_dense(job: Quantizer, writer: ShardWriter, specs: Sequence[Spec]) -> None:
     for spec in specs:
         writer.write(spec.name, job.stored(spec.name, job.checkpoint.read(spec.name)))
+
+
+def _warn(record: dict[str, Any]) -> None:
+    """Tell what a user has to know of a block."""
+    for fold in record["folds"]:
+        if fold["note"]:
+            log.warning("block %d, %s: %s", record["layer"], fold["previous"], fold["note"])
+    if not record["largest_activation"] <= HALF_LIMIT:
+        told = "block %d: activations reach %.3g, and float16 holds 65504: run the model in bfloat16"
+        log.warning(told, record["layer"], record["largest_activation"])
 
 
 def _losses(record: dict[str, Any]) -> str:

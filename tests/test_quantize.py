@@ -311,6 +311,20 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "wide", some_text(), wide)
 
 
+def test_dead_channels_and_activations_beyond_float16_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, _ = make_dense(tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][7] = 0
+    tensors["model.embed_tokens.weight"] *= 1e6
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    wide = replace(SETTINGS, dtype=torch.bfloat16)
+    quantize_checkpoint(source, tmp_path / "out", some_text(), wide)
+    assert "block 1, post_attention_layernorm: 1 channels are never active" in caplog.text
+    assert "run the model in bfloat16" in caplog.text
+
+
 def test_the_plan_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
     plans = []
     for layers in (1, 3):
