@@ -111,13 +111,16 @@ class Quantizer:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
         self.stream = BlockStream(checkpoint, device)
         self.folds = packable_folds(checkpoint.model_config, checkpoint.linears, settings.recipe.group_size)
+        if not self.folds:
+            raise InvalidInput(
+                f"no layer of {checkpoint.directory} can be packed",
+                f"groups of {settings.recipe.group_size} inputs and words of {CODES_PER_WORD} outputs do not fit any",
+                "try --group-size 64 or 32",
+            )
         self.blocks = checkpoint.model_config.num_hidden_layers
-        layers = [f"model.layers.{layer}.{name}" for layer in range(self.blocks) for name in self._packed()]
-        self.packed = dict.fromkeys(layers)
+        names = [name for fold in self.folds for name in fold.linears]
+        self.packed = {f"model.layers.{layer}.{name}" for layer in range(self.blocks) for name in names}
         self.dense = [name for name in checkpoint.linears if name not in self.packed]
-
-    def _packed(self) -> list[str]:
-        return [name for fold in self.folds for name in fold.linears]
 
     def specs(self) -> list[Spec]:
         """Every tensor of the result, in the order of the model."""
@@ -364,7 +367,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=int, default=0, help="of text the model writes itself (default %(default)s)")
     method = parser.add_argument_group("method")
     method.add_argument("--recipe", choices=RECIPES, default="default", help="our searches, the paper's, or none")
-    method.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default %(default)s)")
+    method.add_argument("--group-size", type=_group_size, default=128, help="inputs that share a scale; -1 is all")
     method.add_argument("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
     method.add_argument("--compared-tokens", type=_positive, default=4096, help="that modules' outputs are compared on")
     method.add_argument("--no-clip", action="store_true", help="leave out the search of ranges")
@@ -380,9 +383,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def _group_size(text: str) -> int:
+    return -1 if text == "-1" else _positive(text)
 
 
 def _body(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import FAMILIES, config_of, make, make_dense
+from tiny_checkpoints import FAMILIES, make, make_dense
 
 from miniawq import awq, journal, quantize, report
 from miniawq.calibration import Calibration, read_calibration, sample_calibration, windows
@@ -294,6 +294,12 @@ def test_verification_sees_one_wrong_code(dense: Path, finished: Path, tmp_path:
         verify(checkpoint, written, set(), lambda name, weight_OI: weight_OI)
 
 
+def test_a_group_size_that_fits_no_layer_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no layer"):
+        quantize_checkpoint(dense, tmp_path / "out", some_text(), Settings(replace(awq.DEFAULT, group_size=96)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     source, _ = make(tmp_path / "awq")
     with pytest.raises(UnsupportedCheckpoint, match="quantized already"):
@@ -401,7 +407,9 @@ def test_an_id_outside_the_vocabulary_is_refused(dense: Path, tmp_path: Path) ->
         quantize_checkpoint(dense, tmp_path / "out", text, SETTINGS)
 
 
-def test_config_has_no_hidden_defaults() -> None:
-    assert config_of()["num_hidden_layers"] == 2
+def test_flags_and_their_defaults() -> None:
     parsed = quantize.build_parser().parse_args(["a", "b", "--num_samples", "7"])
     assert (parsed.num_samples, parsed.sequence_length, parsed.group_size) == (7, 512, 128)
+    for wrong in (["--group-size", "0"], ["--num-samples", "0"], ["--sequence-length", "x"]):
+        with pytest.raises(SystemExit):
+            quantize.build_parser().parse_args(["a", "b", *wrong])
