@@ -41,6 +41,11 @@ class MemoryPlan:
                 lines.append(f"memory on the {place}: {sum(parts.values()) / 2**30:.2f} GiB ({told})")
         return "\n".join(lines)
 
+    @property
+    def hidden_on_device(self) -> bool:
+        """Where the hidden states are kept."""
+        return "hidden states" in self.device
+
     def check(self, device: torch.device) -> None:
         """DoesNotFit, with the flags that would help, where less is free than planned."""
         places = [("this machine", self.host, torch.device("cpu"))]
@@ -66,7 +71,11 @@ def plan_memory(
     device: torch.device,
     offload: bool,
 ) -> MemoryPlan:
-    """Plan for a calibration text of `samples` windows of `length` tokens."""
+    """Plan for a calibration text of `samples` windows of `length` tokens.
+
+    The hidden states stay on the device where that leaves half of its free memory alone: fetching and returning them
+    took longer than running a block (`docs/log.md`).
+    """
     config = checkpoint.model_config
     shapes = [shape for name, shape in checkpoint.linears.items() if name.startswith("model.layers.0.")]
     block = sum(inputs * outputs for inputs, outputs in shapes) * FLOAT
@@ -88,6 +97,8 @@ def plan_memory(
     if device.type == "cpu":
         return MemoryPlan(process | kept | search | {"embedding": max(0, 2 * embedding - sum(search.values()))}, {})
     transfer = {"embedding, or a layer on its way": 2 * max(embedding, largest)}
+    if kept and 2 * (hidden + sum(search.values())) <= device_memory(device).free:
+        return MemoryPlan(process | transfer, kept | search)
     return MemoryPlan(process | kept | transfer, search)
 
 
@@ -108,10 +119,10 @@ def peak_memory() -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
 
 
-def hidden_states(shape: tuple[int, int, int], offload_directory: Path | None) -> Tensor:
+def hidden_states(shape: tuple[int, int, int], device: torch.device, offload_directory: Path | None) -> Tensor:
     """An empty float32 tensor in memory, or in a file of a directory, which the system writes out as it needs to."""
     if offload_directory is None:
-        return torch.empty(shape)
+        return torch.empty(shape, device=device)
     offload_directory.mkdir(parents=True, exist_ok=True)
     path = offload_directory / f"hidden-states-{os.getpid()}.bin"
     tensor = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2])

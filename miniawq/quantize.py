@@ -323,7 +323,8 @@ def quantize_checkpoint(
     checkpoint.fetch()
     run = settings.described() | {"model": fingerprint(checkpoint), "text": calibration.sha256}
     journal = Journal(destination, run)
-    hidden_BLD = hidden_states((samples, length, checkpoint.model_config.hidden_size), offload_directory)
+    home = device if plan.hidden_on_device else torch.device("cpu")
+    hidden_BLD = hidden_states((samples, length, checkpoint.model_config.hidden_size), home, offload_directory)
     specs = job.specs()
     with ShardWriter(destination, specs, settings.shard_bytes) as writer, tensor_cores():
         writer.resume(journal.blocks[-1]["tensors"] if journal.blocks else 0)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -346,6 +347,17 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(dense: P
     plan = plan_memory(job.checkpoint, job.folds, 10**9, 512, 8192, torch.device("cpu"), False)
     with pytest.raises(DoesNotFit, match="--offload-directory"):
         plan.check(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("free", "on_device"), [(2**40, True), (0, False)])
+def test_hidden_states_stay_on_a_device_with_room(dense: Path, monkeypatch, free: int, on_device: bool) -> None:
+    job = Quantizer(open_checkpoint(dense), SETTINGS, torch.device("cpu"))
+    monkeypatch.setattr("miniawq.memory.device_memory", lambda device: SimpleNamespace(free=free))
+    cuda = torch.device("cuda")
+    plan = plan_memory(job.checkpoint, job.folds, 4, 16, 8192, cuda, False)
+    assert plan.hidden_on_device is on_device
+    assert ("hidden states" in plan.host) is not on_device
+    assert not plan_memory(job.checkpoint, job.folds, 4, 16, 8192, cuda, True).hidden_on_device
 
 
 @given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 40))
