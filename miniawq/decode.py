@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import cache
+from math import gcd
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from miniawq.errors import InvalidInput
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask, rms_norm
 from miniawq.products import Product, is_int4, lower, multiply, norm_and_multiply, products_of, written
 from miniawq.rope import Rope, apply_rope, rope_tables
-from miniawq.sampling import History, Sampling, sample
+from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 WARM_UP_CALLS = 2
 SMALLEST_BUCKET = 256
 GREEDY = Sampling()
+MOST_PARTS_OF_LOGITS = 256
 
 
 class Layer(NamedTuple):
@@ -97,7 +99,21 @@ def finish(
 ) -> tuple[Tensor, Tensor | None]:
     """logits_BV, and the most probable ids_B if that is what is wanted."""
     logits_BV = norm_and_multiply(head, h_BD, norm_D, config.rms_norm_eps)
-    return logits_BV, sample(logits_BV, GREEDY) if is_greedy else None
+    return logits_BV, most_probable(logits_BV) if is_greedy else None
+
+
+def most_probable(logits_BV: Tensor) -> Tensor:
+    """What `sampling.sample` chooses without a temperature: the first of the largest, NOT_A_NUMBER if there is a NaN.
+
+    In two steps, because Inductor does not cut an argmax into parts and one program would read all logits. The largest
+    of each part, beside its place, tells of a NaN too.
+    """
+    parts = gcd(logits_BV.shape[1], MOST_PARTS_OF_LOGITS)
+    logits_BCV = logits_BV.float().unflatten(1, (parts, -1))
+    best_BC, place_BC = written(logits_BCV.amax(-1)), written(logits_BCV.argmax(-1))
+    part_B1 = best_BC.argmax(-1, keepdim=True)
+    ids_B = (part_B1 * logits_BCV.shape[2] + place_BC.gather(1, part_B1)).squeeze(1)
+    return ids_B.masked_fill(best_BC.amax(-1).isnan(), NOT_A_NUMBER)
 
 
 class Spans(NamedTuple):

@@ -19,7 +19,8 @@ from miniawq.packing import CODES_PER_WORD
 
 Form = Callable[..., Tensor]
 
-MOST_ROWS_REDUCED = 3
+# Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log/decode.md).
+MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 4, 2, 64
 MOST_ROWS_DOTTED = 64
 MOST_ROWS_ON_CPU = 8
 
@@ -61,9 +62,10 @@ def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor,
     planes_OVG, grid_OG, scale_like, places_N, bias_O = first.tensors
     h_TI = h_TI.float()
     x_QNTVG, sums_TVG = prescaled(h_TI * norm_I.float(), planes_OVG, places_N)
-    squares_TVG = written(by_part(h_TI, planes_OVG).square().sum((2, 4)).transpose(1, 2))
-    # Summed for each output again, this is no kernel of its own either.
-    squares_TO = squares_TVG.unsqueeze(1).expand(-1, len(grid_OG), -1, -1).sum((2, 3))
+    squares_TG = written(by_part(h_TI, planes_OVG).square().sum((2, 3, 4)))
+    # Summed for each output again, over the product's own V and G, this is no kernel of its own either.
+    squares_TOVG = shared_out(squares_TG, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
+    squares_TO = squares_TOVG.sum((2, 3))
     y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
     y_TO = y_TO * torch.rsqrt(squares_TO / h_TI.shape[1] + eps)
     return (y_TO if bias_O is None else y_TO + bias_O).to(norm_I.dtype)
@@ -81,11 +83,21 @@ def by_part(x_TI: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
 
 
 def prescaled(x_TI: Tensor, planes_OVG: Sequence[Tensor], places_N: Tensor) -> tuple[Tensor, Tensor]:
-    """`forms.prescale` as one kernel: the powers of two are a tensor, so one expression covers all nibbles."""
+    """`forms.prescale` as one kernel: the powers of two are a tensor, so one expression covers all nibbles.
+
+    Only what all parts of a group take away together matters, so the sums are those of groups. Inductor fuses a sum
+    with the scaling only if both run along the same pieces of memory: a group is one piece, a part is not.
+    """
     x_TGQVN = by_part(x_TI.float(), planes_OVG)
     x_QNTVG = (x_TGQVN * places_N).permute(2, 4, 0, 3, 1).contiguous()
-    sums_TVG = x_TGQVN.sum((2, 4)).transpose(1, 2) * 2.0 ** (forms.PRESCALE - 149)
-    return written(x_QNTVG), written(sums_TVG)
+    sums_TG = written(x_TGQVN.sum((2, 3, 4)) * 2.0 ** (forms.PRESCALE - 149))
+    return written(x_QNTVG), shared_out(sums_TG, planes_OVG)
+
+
+def shared_out(sums_TG: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
+    """The same share of its group's sum for each part, [T, V, G]."""
+    parts = planes_OVG[0].shape[1]
+    return (sums_TG / parts).unsqueeze(1).expand(-1, parts, -1)
 
 
 def reduce_product(
@@ -139,12 +151,13 @@ def sliced_product(group_size: int) -> Form:
     return product
 
 
-def _form_for(device: torch.device, rows: int) -> Form:
+def _form_for(device: torch.device, rows: int, groups: int) -> Form:
     if device.type != "cuda":
         return words_product if rows <= MOST_ROWS_ON_CPU else many_rows_product
     if rows > MOST_ROWS_DOTTED:
         return many_rows_product
-    return reduce_product if rows <= MOST_ROWS_REDUCED else dot_product
+    most_reduced = MOST_ROWS_REDUCED_MANY_GROUPS if groups > MANY_GROUPS else MOST_ROWS_REDUCED
+    return reduce_product if rows <= most_reduced else dot_product
 
 
 def is_int4(product: Product) -> bool:
@@ -180,7 +193,8 @@ def _join_bias(layers: Sequence[Any]) -> Tensor | None:
 
 def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     (words, grid), bias_O = fuse(layers), _join_bias(layers)
-    form, scale_like = _form_for(words.device, rows), torch.empty(0, dtype=layers[0].scale_dtype, device=words.device)
+    form = _form_for(words.device, rows, grid.shape[1])
+    scale_like = torch.empty(0, dtype=layers[0].scale_dtype, device=words.device)
     if form is many_rows_product:
         return Product(form, (words, grid, scale_like, bias_O))
     if form is words_product:
