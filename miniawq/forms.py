@@ -33,6 +33,11 @@ SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12),
 PRESCALE = 80
 SUMMANDS_OF_A_WARP = 128
 
+# What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
+# parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
+PARTS = {(64, 2): 2, (224, 1): 2, (112, 3): 8, (112, 4): 8}
+OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
+
 # Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
 MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
 
@@ -104,14 +109,15 @@ def dot_planes(
     scale_dtype: torch.dtype,
     x_NJT: Tensor,
     exponents: Tensor,
-    splits: int = 1,
+    splits: int | None = None,
 ) -> Tensor:
     """y [O, T] for 4 to 64 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
 
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale.
-    `splits` cuts the planes into parts summed by different programs, for matrices with few outputs.
+    `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
     """
+    splits = splits or splits_for(*words_OPG.shape[:2], x_NJT.shape[2])
     exponent_12, exponent_16 = exponents.unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
     scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
@@ -165,27 +171,45 @@ def reduce_words(words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NTGP:
     return torch.stack(y_TO)
 
 
-def parts_for(groups: int, planes: int) -> int:
-    """In how many parts `reduce_planes` sums a group: as few as give a warp 128 summands of each output."""
+def parts_for(groups: int, planes: int, rows: int = 1) -> int:
+    """In how many parts `reduce_planes` sums a group: so many that a warp has 128 summands of an output."""
+    wanted = PARTS.get((groups, rows), max(4, SUMMANDS_OF_A_WARP // groups))
     parts = 1
-    while parts * groups < SUMMANDS_OF_A_WARP and planes % (2 * parts) == 0:
+    while parts < wanted and planes % (2 * parts) == 0:
         parts *= 2
     return parts
 
 
+def splits_for(outputs: int, planes: int, columns: int) -> int:
+    """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
+    splits = 1
+    while splits * outputs < 64 * (192 if columns == 32 else 256) and planes % (2 * splits) == 0:
+        splits *= 2
+    return splits
+
+
 def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
-    """The tiles that were fastest on an H200 (`scripts/gpu_kernels.py`).
+    """The tiles that were fastest on an H200 (`scripts/gpu_kernels.py`), or within 6 % of it.
 
     `reduce_planes`: a thread takes four neighbouring summands (one load) of a few outputs, for which it uses its
-    activations, and a program all summands of those outputs. `dot_planes`: 64 outputs by all rows by 32 words.
+    activations, and a program all summands of those outputs. All words of a tile are loaded before the first is used,
+    and 64 of them fit a thread's registers: four outputs, four planes. With 128 a kernel may be twenty times slower,
+    because the assembler gives up and keeps 32 registers (`tests/test_kernel_counts.py`).
+    `dot_planes`: 64 outputs by all rows by 32 words.
     """
     if kind == "planes":
-        summands = max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length())
-        outputs = 4 if sums == 1 else 2
-        warps = min(8, summands // SUMMANDS_OF_A_WARP)
-        return {"XBLOCK": outputs, "R0_BLOCK": min(1024, summands), "num_warps": warps, "num_stages": 1}
-    rows = sizes["x"]
-    return {"XBLOCK": rows, "YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 8 if rows == 64 else 4, "num_stages": 3}
+        summands = min(1024, max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length()))
+        default = 2 if sums > 2 or (sums == 1 and summands == SUMMANDS_OF_A_WARP) else 4
+        outputs = OUTPUTS.get((sizes["x"], sizes["r0_"], sums), default)
+        return {
+            "XBLOCK": outputs,
+            "R0_BLOCK": summands,
+            "num_warps": summands // SUMMANDS_OF_A_WARP,
+            "num_stages": 1,
+        }
+    columns, words = sizes["x"], 16 if sizes["x"] == 16 and sizes["r0_"] <= 128 else 32
+    tile = {"XBLOCK": columns, "YBLOCK": 64, "R0_BLOCK": words, "num_warps": 8 if columns == 64 else 4, "num_stages": 3}
+    return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 
 class BlockSizes(InductorChoices):
