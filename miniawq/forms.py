@@ -117,7 +117,7 @@ def dot_planes(
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
     """
-    splits = splits or splits_for(*words_OPG.shape[:2], x_NJT.shape[2])
+    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NJT.shape[2])
     exponent_12, exponent_16 = exponents.unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
     scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
@@ -171,9 +171,9 @@ def reduce_words(words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NTGP:
     return torch.stack(y_TO)
 
 
-def parts_for(groups: int, planes: int, rows: int = 1) -> int:
+def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
     """In how many parts `reduce_planes` sums a group: so many that a warp has 128 summands of an output."""
-    wanted = PARTS.get((groups, rows), max(4, SUMMANDS_OF_A_WARP // groups))
+    wanted = PARTS.get((groups, rows or 0), max(4, SUMMANDS_OF_A_WARP // groups))
     parts = 1
     while parts < wanted and planes % (2 * parts) == 0:
         parts *= 2
@@ -224,13 +224,15 @@ class BlockSizes(InductorChoices):
 
     def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: Any) -> dict[str, Any]:
         """The hook that Inductor offers for fixed configurations."""
-        reductions = [node.node.get_reduction_type() for node in features.reduction_nodes()]
-        words = [name for name in features.buf_accesses() if V.graph.get_dtype(name) == torch.int32]
-        if "dot" in reductions:
+        sums = features.reduction_nodes()
+        words = {name for name in features.buf_accesses() if V.graph.get_dtype(name) == torch.int32}
+        if "dot" in {node.node.get_reduction_type() for node in sums}:
             blocks = self.choose("dot", sizes={name: int(size) for name, size in groups[0].items()})
-        elif reductions and len(words) >= 2:
+        elif sums and len(words) >= 2:
             sizes = {"x": int(features.numel), "r0_": int(features.reduction_numel)}
-            blocks = self.choose("planes", sizes=sizes, sums=len(reductions))
+            # A norm's sum of squares, in the same kernel, reads no words.
+            of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
+            blocks = self.choose("planes", sizes=sizes, sums=len(of_words))
         else:
             blocks = None
         if blocks is None:
