@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.packing import Quantized, dequantize, round_to_grid
-from miniawq.rounding import Rounding, compensated, layer_loss, limit_search, range_search
+from miniawq.rounding import Rounding, compensated, layer_loss, limit_search, range_search, row_losses
 
 Formula = Literal["activations", "duo"]
 Step = tuple[Formula, int]
@@ -346,19 +346,22 @@ def quantize_block(
 
 
 def quantize_layer(weight_OI: Tensor, statistics: Statistics, recipe: Recipe) -> Layer:
-    """Choose the range of every group and round to its codes."""
+    """Choose the range of every group and round to its codes; a row that would lose by its ranges keeps plain ones."""
     moments_II, ends_OG2 = statistics.moments_II, recipe.ends(weight_OI)
+    plain_O = row_losses(recipe.plain(weight_OI) - weight_OI, moments_II)
     if statistics.usable and recipe.clip != "none":
         search = limit_search if recipe.clip == "limits" else range_search
-        ends_OG2 = search(weight_OI, moments_II, recipe)
+        found_OG2 = search(weight_OI, moments_II, recipe)
+        found_OI = recipe.snap(recipe.grouped(weight_OI), found_OG2).flatten(1)
+        worse_O = row_losses(found_OI - weight_OI, moments_II) > plain_O
+        ends_OG2 = ends_OG2.where(worse_O[:, None, None], found_OG2)
     scales_OG, zeros_OG = recipe.scales_and_zeros(ends_OG2)
     if statistics.usable and recipe.compensate:
         quantized = compensated(weight_OI, scales_OG, zeros_OG, moments_II)
     else:
         quantized = round_to_grid(weight_OI, scales_OG, zeros_OG)
-    plain = layer_loss(recipe.plain(weight_OI) - weight_OI, moments_II)
     loss = layer_loss(dequantize(quantized, torch.float32) - weight_OI, moments_II)
-    return Layer(quantized, float(plain), float(loss))
+    return Layer(quantized, float(plain_O.mean()), float(loss))
 
 
 def _one_layer(weight_OI: Tensor, x_TI: Tensor) -> tuple[nn.Module, Fold, Statistics]:

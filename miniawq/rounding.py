@@ -20,6 +20,7 @@ from miniawq.packing import GRIDS, TOP_CODE, Quantized
 CLIP_LIMITS = [1 - index / 20 for index in range(10)]
 COARSE, FINE = (0.0, 0.1, -0.1, -0.2, -0.3), (0.0, 0.05, -0.05)
 CANDIDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+TRUST = 0.7
 DAMPING = 0.01
 
 
@@ -55,9 +56,21 @@ class Rounding:
         return self.snap(self.grouped(weight_OI), self.ends(weight_OI)).flatten(1)
 
 
+def row_losses(error_OI: Tensor, moments_II: Tensor) -> Tensor:
+    """The diagonal of E C E^T: the mean squared error of each output when the weight is off by E."""
+    return ((error_OI @ moments_II) * error_OI).sum(1)
+
+
 def layer_loss(error_OI: Tensor, moments_II: Tensor) -> Tensor:
-    """tr(E C E^T) / O: the mean squared error of a layer's outputs when its weight is off by E."""
-    return ((error_OI @ moments_II) * error_OI).sum() / len(error_OI)
+    """tr(E C E^T) / O: the mean squared error of a layer's outputs."""
+    return row_losses(error_OI, moments_II).mean()
+
+
+def shrunk(moments_II: Tensor) -> Tensor:
+    """C with less between channels: how large they are differs less from text to text than how they go together."""
+    shrunk_II = TRUST * moments_II
+    shrunk_II.diagonal().copy_(moments_II.diagonal())
+    return shrunk_II
 
 
 Candidates = Callable[[Tensor, Tensor], Tensor]
@@ -77,31 +90,31 @@ def moved(plain_R2: Tensor, best_R2: Tensor, steps: Sequence[float]) -> Tensor:
 
 def limit_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> Tensor:
     """The paper's clipping, ranges [O, G, 2]: each group by itself, as if the others had no error."""
-    return _by_rows(weight_OI, moments_II, rounding, [limited], alone=True)
+    return _by_rows(weight_OI, moments_II, rounding, [limited], pulled=False)
 
 
 def range_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> Tensor:
     """Ranges [O, G, 2] chosen group by group, both ends, with the errors that the other groups make.
 
-    For the error E of a group and the pull P = E' C of the others' error E', the loss changes by E C E^T + 2 E P^T. No
-    step makes it larger, so the layer never loses more than by plain rounding.
+    For the error E of a group and the pull P = E' C of the others' error E', the loss changes by E C E^T + 2 E P^T.
+    C is `shrunk`, for the sake of other texts than this one.
     """
     stages = [partial(moved, steps=COARSE), partial(moved, steps=FINE)]
-    return _by_rows(weight_OI, moments_II, rounding, stages, alone=False)
+    return _by_rows(weight_OI, moments_II, rounding, stages, pulled=True)
 
 
 def _by_rows(
-    weight_OI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], alone: bool
+    weight_OI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], pulled: bool
 ) -> Tensor:
     """Rows do not know each other, so a few at a time bound the memory."""
     elements = CANDIDATE_ELEMENTS.get(weight_OI.device.type, CANDIDATE_ELEMENTS["cpu"])
     group_size = rounding.grouped(weight_OI).shape[-1]
     step = max(1, elements // (len(COARSE) ** 2 * group_size))
-    return torch.cat([_search(rows_RI, moments_II, rounding, stages, alone) for rows_RI in weight_OI.split(step)])
+    return torch.cat([_search(rows_RI, moments_II, rounding, stages, pulled) for rows_RI in weight_OI.split(step)])
 
 
 def _search(
-    weight_RI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], alone: bool
+    weight_RI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], pulled: bool
 ) -> Tensor:
     ends_RG2 = rounding.ends(weight_RI)
     error_RI = rounding.plain(weight_RI) - weight_RI
@@ -111,8 +124,9 @@ def _search(
         here = slice(group * group_size, (group + 1) * group_size)
         weight_RS, moments_SS = weight_RI[:, here], moments_II[here, here]
         pull_RS = torch.zeros_like(weight_RS)
-        if not alone:
-            pull_RS = error_RI @ moments_II[:, here] - error_RI[:, here] @ moments_SS
+        if pulled:
+            pull_RS = TRUST * (error_RI @ moments_II[:, here] - error_RI[:, here] @ moments_SS)
+            moments_SS = shrunk(moments_SS)
         for candidates in stages:
             ends_KR2 = candidates(plain_R2, ends_RG2[:, group])
             error_KRS = rounding.snap(weight_RS, ends_KR2) - weight_RS
@@ -129,7 +143,7 @@ def compensated(weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, moments_
     Codes are then no longer the nearest to the weights: errors of weights grow, errors of outputs shrink.
     """
     damping = DAMPING * moments_II.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    damped_II = moments_II + damping * torch.eye(len(moments_II), device=moments_II.device)
+    damped_II = shrunk(moments_II) + damping * torch.eye(len(moments_II), device=moments_II.device)
     factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
     rest_OI, codes_OI = weight_OI.clone(), torch.empty_like(weight_OI, dtype=torch.uint8)
     group_size = weight_OI.shape[1] // scales_OG.shape[1]
