@@ -12,7 +12,9 @@ A form is a pure function of tensors, arranged as in `arrange.py`, to be called 
 Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, K splits.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,10 +29,13 @@ from miniawq.arrange import sequential_words as sequential_words
 from miniawq.arrange import unpack_grid
 from miniawq.packing import CODES_PER_WORD
 
+log = logging.getLogger(__name__)
+
 # Where `reduce_planes` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
 # Bit 16 is the last in place, because bit 23 of a float begins its exponent.
 SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
 PRESCALE = 80
+keeps_subnormals = True
 SUMMANDS_OF_A_WARP = 128
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
@@ -43,8 +48,31 @@ MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16)
 
 
 def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Views [O, V, G] of the words, one for each step of `reduce_planes`: plane q part v is word q V + v of a group."""
+    """Views [O, V, G] of the words, one for each step of `reduce_planes`: plane q part v is word q V + v of a group.
+
+    The first time on a GPU it is proved that `reduce_planes` may read subnormals there.
+    """
+    if words_OPG.is_cuda:
+        prove(words_OPG.device)
     return words_OPG.unflatten(1, (-1, parts)).unbind(1)
+
+
+@cache
+def prove(device: torch.device) -> None:
+    """See whether a compiled `reduce_planes` is exact on a device, and change its way of reading nibbles if it is not.
+
+    Every code occurs, in every nibble. All numbers are small integers: the right result is exact.
+    """
+    global keeps_subnormals
+    codes_OI = (torch.arange(16 * 1024) % 17 % 16).to(torch.uint8).unflatten(0, (16, -1)).to(device)
+    zeros_OG = torch.full((16, 128), 3, dtype=torch.uint8, device=device)
+    grid_OG = pack_grid(torch.ones(16, 128, dtype=torch.float16, device=device), zeros_OG)
+    words_OVG = sequential_words(codes_OI, 128).transpose(1, 2).contiguous()
+    form = compiled(reduce_planes, block_sizes) if device.type == "cuda" else reduce_planes
+    y_TO = form([words_OVG], grid_OG, torch.float16, *prescale(torch.ones(1, 1024, device=device), 128))
+    if not torch.equal(y_TO, codes_OI.float().sub(3).sum(1, keepdim=True).t()):
+        keeps_subnormals = False
+        log.warning("%s flushes subnormal numbers: one-row products are slower there, and as exact", device)
 
 
 def prescale(x_TI: Tensor, groups: int, parts: int = 1) -> tuple[Tensor, Tensor]:
@@ -74,7 +102,8 @@ def reduce_planes(
         (word & (15 << b)) as float * (x * 2^(80 - b)) = n * x * 2^-69
 
     A fused multiply-add takes subnormal inputs at full speed and rounds its result, which is a normal number, once.
-    So a weight costs two instructions, an AND and a multiply-add, and no weight is ever rounded.
+    So a weight costs two instructions, an AND and a multiply-add, and no weight is ever rounded. (`prove` finds out
+    whether a device flushes subnormals to zero; `as_floats` then needs one instruction more.)
 
     A group is summed in V parts. More parts mean more and shorter threads, each with fewer activations to load for
     every output it computes. The planes are tensors of their own, because Inductor marks a buffer that it loads once
@@ -84,15 +113,28 @@ def reduce_planes(
     for words_OVG, x_NTVG in zip(planes_OVG, x_QNTVG.unbind(), strict=True):
         for (shift, place), x_TVG in zip(SUBNORMAL_PLACES, x_NTVG.unbind(), strict=True):
             shifted_OVG = words_OVG >> shift if shift else words_OVG
-            codes_OVG = (shifted_OVG & (15 << place)).view(torch.float32)
+            codes_OVG = as_floats(shifted_OVG & (15 << place))
             for row, (sum_OVG, x_VG) in enumerate(zip(rows_OVG, x_TVG.unbind(), strict=True)):
                 rows_OVG[row] = sum_OVG + codes_OVG * x_VG
     scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
+    power = 2.0 ** (149 - PRESCALE)
+    if not keeps_subnormals:
+        sums_TVG, power = sums_TVG * power, 1.0
     y_TO = [
-        (scales_O1G * (sum_OVG - zeros_O1G * sums_VG)).sum((1, 2)) * 2.0 ** (149 - PRESCALE)
+        (scales_O1G * (sum_OVG - zeros_O1G * sums_VG)).sum((1, 2)) * power
         for sum_OVG, sums_VG in zip(rows_OVG, sums_TVG.unbind(), strict=True)
     ]
     return torch.stack(y_TO)
+
+
+def as_floats(bits: Tensor) -> Tensor:
+    """Nibbles n that begin at bit b of a word, as n * 2^(b - 149): the subnormals that they are.
+
+    Or, where those are flushed, as n * 2^(b - 80): under the exponent of 2^23 the word is the float 2^23 + n * 2^b.
+    """
+    if keeps_subnormals:
+        return bits.view(torch.float32)
+    return (bits | (127 + 23) << 23).view(torch.float32) * 2.0**-PRESCALE - 2.0 ** (23 - PRESCALE)
 
 
 def spread(x_TI: Tensor, groups: int) -> Tensor:

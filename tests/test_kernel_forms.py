@@ -85,8 +85,15 @@ def dot_bound(x_TI, quantized):
     return (sums + unit) * weight_TO + 3 * (2**11 + 30) * FLOAT32 * scale_TO * (1 + sums)
 
 
+def flushed_product(x_TI, quantized):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "keeps_subnormals", False)
+        return planes_product(x_TI, quantized)
+
+
 PRODUCTS = {
     "planes": (planes_product, reduction_bound),
+    "planes, no subnormals": (flushed_product, reduction_bound),
     "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
     "words": (words_product, reduction_bound),
     "dot": (dot_product, dot_bound),
@@ -205,3 +212,30 @@ def test_what_is_not_finite_stays_in_its_row(form, value):
     quantized, x_TI = random_quantized(24, 256, 64), random_rows(3, 256)
     x_TI[1, 9] = value
     assert product(x_TI, quantized).isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.fixture
+def flushing():
+    """A CPU can be told to flush subnormals to zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_a_device_that_flushes_subnormals_is_found_out(flushing, monkeypatch, caplog):
+    monkeypatch.setattr(forms, "keeps_subnormals", True)
+    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    wrong_TO = planes_product(x_TI, quantized)
+    assert ((wrong_TO - exact(x_TI, quantized)).abs() > reduction_bound(x_TI, quantized)).any()
+    forms.prove.__wrapped__(torch.device("cpu"))
+    assert "cpu flushes subnormal numbers" in caplog.text
+    error_TO = (planes_product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= reduction_bound(x_TI, quantized)).all()
+
+
+def test_a_device_that_keeps_subnormals_is_believed(monkeypatch, caplog):
+    monkeypatch.setattr(forms, "keeps_subnormals", True)
+    forms.prove.__wrapped__(torch.device("cpu"))
+    assert forms.keeps_subnormals
+    assert not caplog.text
