@@ -5,8 +5,8 @@ called for every layer. The length is a number on the device, so no length ever 
 where it points, and attention, which is not compiled, reads as far as it says. On CUDA the launches of a whole token
 are recorded once, in a CUDA graph, and replayed for each token; on a CPU the same functions run one by one.
 
-Shapes: B batch, M positions in the cache, T slots of a layer's cache (B M), D model width, F feed-forward width,
-V vocabulary, H query heads, J key/value heads, E size of one head.
+Shapes: B batch, M positions in the cache, T slots of a layer's keys (B M), S slots of its keys and values (2 T),
+D model width, F feed-forward width, V vocabulary, C parts of it, H query heads, J key/value heads, E size of one head.
 """
 
 import logging
@@ -70,19 +70,18 @@ def before_attention(
     layer: Layer,
     h_BD: Tensor,
     rope: Rope,
-    slots_B: Tensor,
-    keys_TJE: Tensor,
-    values_TJE: Tensor,
+    slots_2B: Tensor,
+    cache_SJE: Tensor,
 ) -> Tensor:
-    """q_BHE of the residual stream; the new key and value of each row go into its slot of the cache."""
+    """q_BHE of the residual stream; the new keys of all rows, then their values, go into their slots of the cache."""
     heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
     qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, eps))
     qkv_BHE = qkv_BO.unflatten(-1, (-1, config.head_dim))
     q_BHE, k_BJE, v_BJE = qkv_BHE.split((heads, kv_heads, kv_heads), dim=1)
     if layer.q_norm_E is not None and layer.k_norm_E is not None:
         q_BHE, k_BJE = rms_norm(q_BHE, layer.q_norm_E, eps), rms_norm(k_BJE, layer.k_norm_E, eps)
-    keys_TJE.index_copy_(0, slots_B, apply_rope(k_BJE, rope))
-    values_TJE.index_copy_(0, slots_B, v_BJE)
+    # In one memory, because Inductor writes two tensors by two kernels.
+    cache_SJE.index_copy_(0, slots_2B, torch.cat((apply_rope(k_BJE, rope), v_BJE)))
     return apply_rope(q_BHE, rope).contiguous()
 
 
@@ -137,7 +136,7 @@ class Entry(NamedTuple):
 
     h_BD: Tensor
     rope: Rope
-    slots_B: Tensor
+    slots_2B: Tensor
     spans: dict[int | None, Spans]
 
 
@@ -149,11 +148,12 @@ def enter(
     The id of a row that has no number (-1) is taken for 0, since nobody looks at such rows.
     """
     cos_ME, sin_ME = tables_ME
-    first_slot_B1 = torch.arange(len(ids_B) + 1, device=ids_B.device) * cos_ME.shape[0]
+    rows, room = len(ids_B), cos_ME.shape[0]
+    first_slot_B1 = torch.arange(rows + 1, device=ids_B.device) * room
     return Entry(
         embedding(ids_B.clamp_min(0), embedding_VD),
         (cos_ME[position_1], sin_ME[position_1]),
-        first_slot_B1[:-1] + position_1,
+        torch.arange(2 * rows, device=ids_B.device) * room + position_1,
         {
             window: spans_of(first_slot_B1, position_1, padding_B, window)
             for window in dict.fromkeys(config.layer_windows)
@@ -246,17 +246,18 @@ class DecodeStep:
             self.norm_D, self.embedding_VD = model.model.norm.weight.data, like.data
             positions_M = torch.arange(max_seq_len, device=like.device)
             self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, like.dtype)
-            self.cache = KVCache(self.config, batch, max_seq_len, device=like.device, dtype=like.dtype)
+            self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=like.dtype)
+            keys_NBMJE = self.cache.keys_NBMJE
+            shape = (len(keys_NBMJE), 2, *keys_NBMJE.shape[1:])
+            cache_N2BMJE = torch.zeros(shape, device=like.device, dtype=like.dtype)
+            self.cache.keys_NBMJE, self.cache.values_NBMJE = cache_N2BMJE.unbind(1)
             self.ids_B = torch.zeros(batch, dtype=torch.long, device=like.device)
             self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
             has_history = self.sampling.has_penalties
             self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
         # Nothing compiled depends on how many positions there are.
-        self.keys, self.values = (
-            self.cache.keys_NBMJE.flatten(1, 2).unbind(),
-            self.cache.values_NBMJE.flatten(1, 2).unbind(),
-        )
-        for tensor in (*self.tables_ME, *self.keys, *self.values):
+        self.caches = cache_N2BMJE.flatten(1, 3).unbind()
+        for tensor in (*self.tables_ME, *self.caches):
             torch._dynamo.mark_dynamic(tensor, 0)
         self.generator = torch.Generator(like.device)
         self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
@@ -309,9 +310,9 @@ class DecodeStep:
         entry = self._enter(self.config, self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B)
         masks = {} if self.reads_by_length else self._masks(end)
         h_BD = entry.h_BD
-        layers = zip(self.layers, self.keys, self.values, self.config.layer_windows, strict=True)
-        for layer, keys_TJE, values_TJE, window in layers:
-            q_BHE = self._before(self.config, layer, h_BD, entry.rope, entry.slots_B, keys_TJE, values_TJE)
+        for layer, cache_SJE, window in zip(self.layers, self.caches, self.config.layer_windows, strict=True):
+            q_BHE = self._before(self.config, layer, h_BD, entry.rope, entry.slots_2B, cache_SJE)
+            keys_TJE, values_TJE = cache_SJE.chunk(2)
             if self.reads_by_length:
                 attended_BHE = flash_attention(q_BHE, keys_TJE, values_TJE, entry.spans[window])
             else:

@@ -63,7 +63,7 @@ def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor,
     h_TI = h_TI.float()
     x_QNTVG, sums_TVG = prescaled(h_TI * norm_I.float(), planes_OVG, places_N)
     squares_TG = written(by_part(h_TI, planes_OVG).square().sum((2, 3, 4)))
-    # Summed for each output again, over the product's own V and G, this is no kernel of its own either.
+    # Of one row, summed for each output again as the product sums its V and G, this is no kernel of its own either.
     squares_TOVG = shared_out(squares_TG, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
     squares_TO = squares_TOVG.sum((2, 3))
     y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
@@ -203,6 +203,5 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
         return Product(form, (words, grid, scale_like, forms.magic_exponents(words.device), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)
-    return Product(
-        form, (forms.planes(words, forms.parts_for(words.shape[2], words.shape[1])), grid, scale_like, places_N, bias_O)
-    )
+    planes_OVG = forms.planes(words, forms.parts_for(words.shape[2], words.shape[1], rows))
+    return Product(form, (planes_OVG, grid, scale_like, places_N, bias_O))

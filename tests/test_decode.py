@@ -10,13 +10,13 @@ from torch import nn
 from miniawq import arrange, products
 from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.completion import generate, last_logits
-from miniawq.decode import DecodeStep, mask_of, spans_of
+from miniawq.decode import DecodeStep, mask_of, most_probable, spans_of
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, LlamaConfig, dense
 from miniawq.packing import quantize
 from miniawq.products import norm_and_multiply, products_of
-from miniawq.sampling import NOT_A_NUMBER, Sampling
+from miniawq.sampling import NOT_A_NUMBER, Sampling, sample
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -132,6 +132,23 @@ def test_a_row_that_is_not_a_number_leaves_the_others_alone(device):
     with torch.no_grad():
         broken_B, whole_B = two_steps(torch.nan, ids_B), two_steps(0.0, ids_B)
     assert broken_B.tolist() == [NOT_A_NUMBER, int(whole_B[1])]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 96, 1024])
+def test_the_greedy_choice_in_two_steps_is_that_of_sampling(vocab_size, device):
+    # Few different values, so that the largest is there several times.
+    logits_BV = torch.randint(6, (16, vocab_size), device=device).float()
+    logits_BV[0] = -torch.inf
+    logits_BV[1, vocab_size // 2] = torch.nan
+    logits_BV[2, -1] = torch.inf
+    assert torch.equal(most_probable(logits_BV), sample(logits_BV, Sampling()))
+
+
+@pytest.mark.parametrize(("rows", "groups", "form"), [
+    (2, 112, "reduce"), (3, 112, "dot"), (4, 64, "reduce"), (5, 32, "dot"), (64, 32, "dot"), (65, 32, "many_rows"),
+])  # fmt: skip
+def test_the_form_on_cuda_goes_by_rows_and_groups(rows, groups, form):
+    assert products._form_for(torch.device("cuda"), rows, groups) is getattr(products, f"{form}_product")
 
 
 def test_matrices_of_one_input_lie_together_and_exist_once(device):
