@@ -83,7 +83,7 @@ def quantize(model: Llama, tokens_BL: Tensor, variant: Variant) -> None:
     kept = range(0, len(batches), max(1, tokens_BL.numel() // variant.compared_tokens))
     for block, window in zip(model.model.layers, model.config.layer_windows, strict=True):
 
-        def run(block=block, window=window) -> Tensor:
+        def run(block=block, window=window, hidden_BLD=hidden_BLD) -> Tensor:
             return torch.cat([block(hidden_BLD[rows], rope, masks[window]) for rows in batches])
 
         with awq.observe(block, folds, kept) as statistics:
