@@ -1,0 +1,45 @@
+"""Instructions of the GPU forms, counted without a GPU. Needs Triton: `pip install triton==3.6.0` beside torch 2.13.
+
+The limits are what the tiles chosen by `forms.block_sizes` cost. The fastest tile of a shape is not the one with the
+fewest instructions: two outputs of one warp cost 2.84 a weight and four 2.67, but wait less (docs/performance.md).
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MOST = {
+    ("reduce", 4096, 4096, 1): 2.9,
+    ("reduce", 28672, 4096, 1): 2.9,
+    ("reduce", 4096, 14336, 1): 3.3,
+    ("reduce", 8192, 8192, 1): 2.9,
+    ("reduce", 8192, 28672, 1): 3.5,
+    ("reduce", 28672, 4096, 2): 4.1,
+    ("reduce", 4096, 14336, 2): 5.0,
+    ("reduce", 8192, 28672, 2): 5.0,
+    ("dot", 28672, 4096, 16): 6.5,
+    ("dot", 4096, 14336, 16): 6.5,
+}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: the GPU kernels' instructions are not counted")
+    program = [sys.executable, Path(__file__).with_name("inductor_counts.py"), json.dumps(list(MOST))]
+    answer = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return dict(zip(MOST, map(json.loads, answer.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", MOST, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_stay_small(counts, case):
+    count = counts[case]
+    assert count["per_weight"] <= MOST[case]
+    assert count["stack"] == 0, "registers are spilled"
+    split_sums = case[0] == "dot" and case[1] < 16384
+    assert count["kernels"] == 1 + split_sums
