@@ -20,7 +20,7 @@ from miniawq.packing import CODES_PER_WORD
 Form = Callable[..., Tensor]
 
 # Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log/decode.md).
-MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 4, 2, 64
+MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
 MOST_ROWS_DOTTED = 64
 MOST_ROWS_ON_CPU = 8
 
