@@ -92,10 +92,12 @@ def matmul(
     return y_TO.view(*x.shape[:-1], outputs)
 
 
-def arranged_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
-    """y_TO, for any number of rows."""
-    product = expanded_product if x_TI.is_cuda and x_TI.dtype.itemsize == 2 else eager_product
-    return product(x_TI, arranged, scale_dtype)
+def arranged_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype, bias_O: Tensor | None) -> Tensor:
+    """y_TO, for any number of rows; the bias is added before the sums are rounded to the dtype of x."""
+    if x_TI.is_cuda and x_TI.dtype.itemsize == 2 and arranged.in_planes:
+        return expanded_product(x_TI, arranged, scale_dtype, bias_O)
+    y_TO = eager_product(x_TI, arranged, scale_dtype)
+    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
 
 def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
@@ -119,16 +121,17 @@ def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) ->
     return y_OT.t()
 
 
-def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) -> Tensor:
+def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype, bias_O: Tensor | None) -> Tensor:
     """y_TO for many rows on CUDA: a slice of the weight at a time, rounded to the dtype of x, and the library's matmul.
 
     The weight is written in the order of its words, and the activations, which are few, are brought into that order.
     """
     stored_TI, exponents = in_storage_order(x_TI, arranged.grid.shape[1]), magic_exponents(x_TI.device)
     parts_TO = []
-    for _, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
+    for some_O, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
         bits_OW = compiled_expand()(part.words, part.grid, scale_dtype, exponents, x_TI.dtype)
-        parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype)))
+        some_bias_O = None if bias_O is None else bias_O[some_O].to(x_TI.dtype)
+        parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype), some_bias_O))
     return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)
 
 
@@ -222,9 +225,8 @@ class QuantLinear(nn.Module):
         """x [..., I] to [..., O] in the dtype of x."""
         if self.arranged is None:
             return matmul(x, self.qweight, self.qzeros, self.scales, self.group_size, self.bias)
-        y_TO = arranged_product(x.reshape(-1, self.in_features), self.arranged, self.scale_dtype)
-        y_TO = y_TO if self.bias is None else y_TO + self.bias
-        return y_TO.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        y_TO = arranged_product(x.reshape(-1, self.in_features), self.arranged, self.scale_dtype, self.bias)
+        return y_TO.reshape(*x.shape[:-1], self.out_features)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.PUBLISHED and self.__dict__.get("arranged") is not None:

@@ -19,7 +19,7 @@ from miniawq.packing import CODES_PER_WORD
 
 Form = Callable[..., Tensor]
 
-# Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log/decode.md).
+# Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log.md).
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
 MOST_ROWS_DOTTED = 64
 MOST_ROWS_ON_CPU = 8
@@ -135,8 +135,7 @@ def words_product(
 
 def many_rows_product(x_TI: Tensor, words: Tensor, grid: Tensor, scale_like: Tensor, bias_O: Tensor | None) -> Tensor:
     """`kernel.arranged_product`."""
-    y_TO = arranged_product(x_TI, Arranged(words, grid), scale_like.dtype)
-    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+    return arranged_product(x_TI, Arranged(words, grid), scale_like.dtype, bias_O)
 
 
 @cache

@@ -172,6 +172,21 @@ def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, 
     assert (error_TO <= allowed_TO).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_expanded_product_rounds_sums_and_bias_once(dtype, with_bias, monkeypatch, device):
+    monkeypatch.setattr(arrange, "wants_planes", lambda _: True)
+    monkeypatch.setattr(kernel, "compiled_expand", lambda: arrange.expand)
+    monkeypatch.setattr(kernel, "CODES_PER_EXPANDED_SLICE", 16 * 256)
+    quantized = random_quantized(40, 256, 64, device=device)
+    x_TI = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    bias_O = torch.linspace(-9, 9, 40, device=device).to(dtype) if with_bias else None
+    arranged = QuantLinear.from_quantized(quantized).prepare().arranged
+    y_TO = kernel.expanded_product(x_TI, arranged, quantized.scales_OG.dtype, bias_O)
+    assert y_TO.dtype == dtype
+    assert ((y_TO.double() - exact(x_TI, quantized, bias_O)).abs() <= bound(x_TI, quantized, bias_O=bias_O)).all()
+
+
 def test_the_prepared_bound_catches_one_wrong_code(device):
     quantized = random_quantized(40, 256, 64, device=device)
     wrong = quantized._replace(codes_OI=quantized.codes_OI.clone())
