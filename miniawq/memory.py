@@ -6,7 +6,6 @@ Neither depends on the number of blocks.
 
 import mmap
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,13 +128,3 @@ def hidden_states(shape: tuple[int, int, int], device: torch.device, offload_dir
     # The mapping keeps the file; without a name it cannot be left behind.
     path.unlink()
     return tensor.view(shape)
-
-
-def check_disk(directory: Path, nbytes: int) -> None:
-    """DoesNotFit when the disk under a directory has less room than will be written."""
-    if (free := shutil.disk_usage(directory).free) < nbytes:
-        raise DoesNotFit(
-            f"{directory} needs {nbytes / 1e9:.2f} GB more",
-            f"its disk has {free / 1e9:.2f} GB free",
-            "free some space, or name a destination on another disk",
-        )

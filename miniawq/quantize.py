@@ -33,12 +33,12 @@ from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hub import add_hub_flags, hub_options
 from miniawq.journal import Journal, fingerprint, interruptible
 from miniawq.layouts import part_shapes
-from miniawq.memory import check_disk, hidden_states, peak_memory, plan_memory
+from miniawq.memory import hidden_states, peak_memory, plan_memory
 from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.packing import CODES_PER_WORD, GRIDS, LAYOUTS
 from miniawq.quant_config import awq_block, compressed_tensors_block
 from miniawq.report import Report, write_report
-from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, serialize, write_json
+from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, serialize, write_json
 from miniawq.stream import BlockStream, micro_batches
 from miniawq.tokenizer import Tokenizer
 from miniawq.verify import verify

@@ -44,7 +44,7 @@ SHAPES = {
     "one key/value head": ("Llama", 2048, 8192, 2, 8, 1, 128, 32000, False),
     "Qwen2-0.5B": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
 }
-# GB of the files on the Hub (group size 128), where they were seen: ../shared/research/ecosystem.md, section 6.2.
+# GB of the files that these repositories show on the Hub (group size 128).
 PUBLISHED_FILES = {
     "Llama-2-7B": ["3.89"],
     "Mistral-7B": ["4.15"],
