@@ -109,7 +109,8 @@ def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) ->
     groups = arranged.grid.shape[1]
     sums_GT = x_TI.float().unflatten(-1, (groups, -1)).sum(-1).t()
     stored_TI = in_storage_order(x_TI, groups) if arranged.in_planes else x_TI
-    even_BT, odd_BT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 1, 0).contiguous()
+    # A row's activations lie together: with rows side by side the library is six times slower at 2 to 8 of them.
+    even_BT, odd_BT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 0, 1).contiguous().mT
     y_OT = sums_GT.new_empty(len(arranged.words), len(x_TI))
     for some_O, part in slices(arranged, CODES_PER_EAGER_SLICE):
         scales_OG, zeros_OG = scales_and_zeros(part, scale_dtype)
