@@ -1,7 +1,7 @@
 """The rules of CONTRIBUTING.md that a machine can check."""
 
 import ast
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -156,6 +156,15 @@ def test_documented_commands_have_the_flags_they_use(command):
     words = shlex.split(command.replace("python -m miniawq.", "miniawq ").split(">")[0])
     module = "miniawq.oracle.__main__" if words[1] == "oracle" else f"miniawq.{words[1]}"
     importlib.import_module(module).build_parser().parse_args(words[2:])
+
+
+def test_planted_faults_are_planted():
+    """A fault whose text is gone would be planted nowhere, and pass for caught by nobody."""
+    specification = importlib.util.spec_from_file_location("planted_faults", ROOT / "scripts" / "planted_faults.py")
+    planted = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(planted)
+    stale = [fault for fault in planted.FAULTS if (PACKAGE / fault.file).read_text().count(fault.was) != 1]
+    assert not stale
 
 
 def test_every_verb_answers_help(capsys):
