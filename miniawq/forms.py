@@ -23,10 +23,7 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.triton import FixedTritonConfig
 from torch._inductor.virtualized import V
 
-from miniawq.arrange import magic_exponents as magic_exponents
-from miniawq.arrange import pack_grid as pack_grid
-from miniawq.arrange import sequential_words as sequential_words
-from miniawq.arrange import unpack_grid
+from miniawq.arrange import pack_grid, sequential_words, unpack_grid
 from miniawq.packing import CODES_PER_WORD
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from miniawq import forms
-from miniawq.arrange import Arranged, lay_together
+from miniawq.arrange import Arranged, lay_together, magic_exponents
 from miniawq.kernel import QuantLinear, arranged_product, fuse, matmul
 from miniawq.model import rms_norm
 from miniawq.packing import CODES_PER_WORD
@@ -68,7 +68,12 @@ def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor,
     squares_TO = squares_TOVG.sum((2, 3))
     y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
     y_TO = y_TO * torch.rsqrt(squares_TO / h_TI.shape[1] + eps)
-    return (y_TO if bias_O is None else y_TO + bias_O).to(norm_I.dtype)
+    return with_bias(y_TO, bias_O, norm_I.dtype)
+
+
+def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The bias, if there is one, added before the one rounding to `dtype`."""
+    return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
 
 
 def written(x: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def reduce_product(
     """`forms.reduce_planes`."""
     x_QNTVG, sums_TVG = prescaled(x_TI, planes_OVG, places_N)
     y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
-    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+    return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
 def dot_product(
@@ -121,7 +126,7 @@ def dot_product(
     x_NJT = written(forms.spread(x_TI, grid_OG.shape[1]))
     y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NJT, exponents))
     y_TO = y_OT.t().narrow(0, 0, len(x_TI))
-    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+    return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
 def words_product(
@@ -130,7 +135,7 @@ def words_product(
     """`forms.reduce_words`."""
     x_NTGP, means_TG = forms.prescale_words(x_TI, scales_OG.shape[1])
     y_TO = forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_NTGP), written(means_TG))
-    return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+    return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
 def many_rows_product(x_TI: Tensor, words: Tensor, grid: Tensor, scale_like: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -199,7 +204,7 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     if form is words_product:
         return Product(form, (words.view(torch.float32), *grid.unbind(-1), bias_O))
     if form is dot_product:
-        return Product(form, (words, grid, scale_like, forms.magic_exponents(words.device), bias_O))
+        return Product(form, (words, grid, scale_like, magic_exponents(words.device), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)
     planes_OVG = forms.planes(words, forms.parts_for(words.shape[2], words.shape[1], rows))
