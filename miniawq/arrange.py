@@ -48,17 +48,20 @@ def codes_of_words(words_OGP: Tensor) -> Tensor:
 
 
 def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
-    """A group's 16-bit scale and its zero as one int32, grid_OG: the scale's bits below, the zero above.
+    """A group's 16-bit scale and its zero as one int32, grid_OG: the scale's bits below, above them -(2^7 + zero).
 
+    The upper half is a bfloat16, that is, the int32 without its lower half is the float. -(2^7 + zero) is what turns a
+    code under the exponent of 2^7 (`expand`) into code - zero.
     Were they tensors of 16 and 8 bits, Triton would give every thread eight or sixteen neighbouring groups of one
     output, to fill its widest load; with four (of 32 bits) a thread has several outputs to use its activations for.
     """
-    return zeros_OG.int() << 16 | (scales_OG.view(torch.int16).int() & 0xFFFF)
+    offsets_OG = -2.0**7 - zeros_OG.float()
+    return offsets_OG.view(torch.int32) | (scales_OG.view(torch.int16).int() & 0xFFFF)
 
 
 def unpack_grid(grid_OG: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scales and zeros of `pack_grid`, in float32."""
-    return grid_OG.to(torch.int16).view(scale_dtype).float(), (grid_OG >> 16).float()
+    """The scales of `pack_grid` and its offsets, -(2^7 + zero), in float32."""
+    return grid_OG.to(torch.int16).view(scale_dtype).float(), (grid_OG & -(1 << 16)).view(torch.float32)
 
 
 def group_as_arranged(group_size: int) -> int:
@@ -111,7 +114,8 @@ def restore(arranged: Arranged, group_size: int, scale_dtype: torch.dtype) -> Qu
 def scales_and_zeros(arranged: Arranged, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scales_OG and zeros_OG in float32."""
     if arranged.in_planes:
-        return unpack_grid(arranged.grid, scale_dtype)
+        scales_OG, offsets_OG = unpack_grid(arranged.grid, scale_dtype)
+        return scales_OG, -(2.0**7) - offsets_OG
     scales_OG, zeros_OG = arranged.grid.unbind(-1)
     return scales_OG, zeros_OG
 
@@ -137,9 +141,15 @@ def lay_together(parts: Sequence[Tensor]) -> Tensor:
 
 
 @cache
-def magic_exponents(device: torch.device) -> Tensor:
-    """The bits of 2^11 and 2^7 as floats, int32 [2]: a tensor, because one instruction takes one constant at most."""
-    return torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
+def magic_exponents(device: torch.device, outputs: int) -> Tensor:
+    """The bits of 2^11 and 2^7 as floats for each output, int32 [2, O].
+
+    A tensor, because one instruction takes one constant at most; and one entry for each output, because Triton brings
+    words to the tensor cores' layout before it makes eight weights of each only if all that it needs for it is loaded
+    in blocks. A single number would be a block that nobody loads.
+    """
+    bits = torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
+    return bits.unsqueeze(1).repeat(1, outputs)
 
 
 def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
@@ -148,22 +158,22 @@ def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
 
 
 def expand(
-    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents: Tensor, dtype: torch.dtype
+    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents_2O: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The weight [O, (P, G, N)] in storage order, each (code - zero) * scale rounded once to `dtype`, of 16 bits.
 
     A thread takes half a word and writes four weights as one int64, next to its neighbours'. The nibbles are moved
     under the exponent of 2^7, as in `dot_planes`; (2^7 + zero) * scale has 19 bits, so nothing is rounded before.
     """
-    scales_O1G1, zeros_O1G1 = unpack_grid(grid_OG.unsqueeze(1).unsqueeze(-1), scale_dtype)
-    offsets_O1G1 = -(zeros_O1G1 + 2.0**7) * scales_O1G1
-    _, exponent = exponents.unbind()
+    scales_O1G1, offsets_O1G1 = unpack_grid(grid_OG.unsqueeze(1).unsqueeze(-1), scale_dtype)
+    _, exponent_O = exponents_2O.unbind()
+    exponent_O111 = exponent_O.unflatten(0, (-1, 1, 1, 1))
     halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
     half_OPG2 = words_OPG.unsqueeze(-1) >> halves
     bits: list[Tensor] = []
     for shift in (16, 12, 8, 4):
-        magic_OPG2 = (half_OPG2 << shift) & (15 << 16) | exponent
-        weight_OPG2 = magic_OPG2.view(torch.float32) * scales_O1G1 + offsets_O1G1
+        magic_OPG2 = (half_OPG2 << shift) & (15 << 16) | exponent_O111
+        weight_OPG2 = magic_OPG2.view(torch.float32) * scales_O1G1 + offsets_O1G1 * scales_O1G1
         bits.append(weight_OPG2.to(dtype).view(torch.int16).to(torch.int32))
     low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
     return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)

@@ -113,7 +113,8 @@ def reduce_planes(
             codes_OVG = as_floats(shifted_OVG & (15 << place))
             for row, (sum_OVG, x_VG) in enumerate(zip(rows_OVG, x_TVG.unbind(), strict=True)):
                 rows_OVG[row] = sum_OVG + codes_OVG * x_VG
-    scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
+    scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
+    zeros_O1G = -(2.0**7) - offsets_O1G
     power = 2.0 ** (149 - PRESCALE)
     if not keeps_subnormals:
         sums_TVG, power = sums_TVG * power, 1.0
@@ -135,48 +136,55 @@ def as_floats(bits: Tensor) -> Tensor:
 
 
 def spread(x_TI: Tensor, groups: int) -> Tensor:
-    """Activations as `dot_planes` wants them: x_NJT, the inputs of each nibble, T padded with zeros to 16, 32 or 64."""
+    """Activations as `dot_planes` wants them: x_NTJ, the inputs of each nibble, T padded with zeros to a whole tile.
+
+    The inputs of a row lie together, as the tensor cores read them: so they are copied to shared memory while the
+    tile before is multiplied, and never arranged anew.
+    """
     rows = x_TI.shape[0]
-    padding = (16 if rows <= 16 else 32 if rows <= 32 else -(-rows // 64) * 64) - rows
-    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, padding)).unflatten(-1, (groups, -1, CODES_PER_WORD))
-    return x_TGPN.permute(3, 2, 1, 0).flatten(1, 2).contiguous()
+    tile = next((tile for tile in (8, 16, 32) if rows <= tile), 64)
+    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
+    return x_TGPN.permute(3, 0, 2, 1).flatten(2).contiguous()
 
 
 def dot_planes(
     words_OPG: Tensor,
     grid_OG: Tensor,
     scale_dtype: torch.dtype,
-    x_NJT: Tensor,
-    exponents: Tensor,
+    x_NTJ: Tensor,
+    exponents_2O: Tensor,
     splits: int | None = None,
 ) -> Tensor:
     """y [O, T] for 4 to 64 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
 
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
-    One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale.
+    One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
     """
-    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NJT.shape[2])
-    exponent_12, exponent_16 = exponents.unbind()
+    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
+    exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
-    scales_O1G, zeros_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
-    offsets_O1G = zeros_O1G * scales_O1G
+    scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
+    offsets_16 = offsets_O1G * scales_O1G
+    offsets_12 = offsets_16 - scales_O1G * (2.0**11 - 2.0**7)
     y_KOT: Any = 0.0
-    for (shift, place), x_JT in zip(MAGIC_PLACES, x_NJT.unbind(), strict=True):
+    for (shift, place), x_TJ in zip(MAGIC_PLACES, x_NTJ.unbind(), strict=True):
+        exponents, offsets = (exponents_12, offsets_12) if place == 12 else (exponents_16, offsets_16)
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
-        magic_KOPG = (shifted_KOPG & (15 << place)) | (exponent_12 if place == 12 else exponent_16)
-        weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + (-offsets_O1G - scales_O1G * 2.0 ** (23 - place))
-        weight_KOJ = weight_KOPG.to(x_NJT.dtype).flatten(2)
+        magic_KOPG = (shifted_KOPG & (15 << place)) | exponents
+        weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + offsets
+        weight_KOJ = weight_KOPG.to(x_NTJ.dtype).flatten(2)
         if splits == 1:
-            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_JT).unsqueeze(0)
+            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_TJ.t()).unsqueeze(0)
         else:
-            product_KOT = torch.bmm(weight_KOJ, x_JT.unflatten(0, (splits, -1)))
+            product_KOT = torch.bmm(weight_KOJ, x_TJ.unflatten(1, (splits, -1)).permute(1, 2, 0))
         y_KOT = y_KOT + product_KOT
-    if splits == 1:
-        return y_KOT.squeeze(0)
-    # `as_strided` makes Inductor write the partial sums in float32, as they are in registers, and not rounded.
-    partial_KOT = y_KOT.float().as_strided(y_KOT.shape, y_KOT.stride())
-    return partial_KOT.sum(0).to(x_NJT.dtype)
+    return y_KOT.squeeze(0) if splits == 1 else in_float32(y_KOT).sum(0).to(x_NTJ.dtype)
+
+
+def in_float32(sums: Tensor) -> Tensor:
+    """Sums that Inductor writes, or keeps, in float32, as they are in registers: `as_strided` makes it stop there."""
+    return sums.float().as_strided(sums.shape, sums.stride())
 
 
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -220,9 +228,9 @@ def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
 
 
 def splits_for(outputs: int, planes: int, columns: int) -> int:
-    """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
+    """In how many parts `dot_planes` sums: as few as give every multiprocessor about four programs of 32 outputs."""
     splits = 1
-    while splits * outputs < 64 * (192 if columns == 32 else 256) and planes % (2 * splits) == 0:
+    while splits * outputs < 32 * 512 and planes % (2 * splits) == 0:
         splits *= 2
     return splits
 
@@ -234,7 +242,7 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     activations, and a program all summands of those outputs. All words of a tile are loaded before the first is used,
     and 64 of them fit a thread's registers: four outputs, four planes. With 128 a kernel may be twenty times slower,
     because the assembler gives up and keeps 32 registers (`tests/test_kernel_counts.py`).
-    `dot_planes`: 64 outputs by all rows by 32 words.
+    `dot_planes`: 32 outputs by up to 32 rows by 32 words, or 16 for more rows, on two warps.
     """
     if kind == "planes":
         summands = min(1024, max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length()))
@@ -246,8 +254,9 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
             "num_warps": summands // SUMMANDS_OF_A_WARP,
             "num_stages": 1,
         }
-    columns, words = sizes["x"], 16 if sizes["x"] == 16 and sizes["r0_"] <= 128 else 32
-    tile = {"XBLOCK": columns, "YBLOCK": 64, "R0_BLOCK": words, "num_warps": 8 if columns == 64 else 4, "num_stages": 3}
+    columns = min(sizes["x"], 32)
+    words = 16 if columns == 32 else 32
+    tile = {"XBLOCK": columns, "YBLOCK": 32, "R0_BLOCK": words, "num_warps": 2, "num_stages": 3}
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 

@@ -127,10 +127,11 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
 
     The weight is written in the order of its words, and the activations, which are few, are brought into that order.
     """
-    stored_TI, exponents = in_storage_order(x_TI, arranged.grid.shape[1]), magic_exponents(x_TI.device)
+    stored_TI = in_storage_order(x_TI, arranged.grid.shape[1])
     parts_TO = []
     for some_O, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
-        bits_OW = compiled_expand()(part.words, part.grid, scale_dtype, exponents, x_TI.dtype)
+        exponents_2O = magic_exponents(x_TI.device, len(part.words))
+        bits_OW = compiled_expand()(part.words, part.grid, scale_dtype, exponents_2O, x_TI.dtype)
         some_bias_O = None if bias_O is None else bias_O[some_O].to(x_TI.dtype)
         parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype), some_bias_O))
     return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)

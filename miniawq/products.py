@@ -120,11 +120,11 @@ def reduce_product(
 
 
 def dot_product(
-    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents: Tensor, bias_O: Tensor | None
+    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents_2O: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """`forms.dot_planes`."""
-    x_NJT = written(forms.spread(x_TI, grid_OG.shape[1]))
-    y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NJT, exponents))
+    x_NTJ = written(forms.spread(x_TI, grid_OG.shape[1]))
+    y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O))
     y_TO = y_OT.t().narrow(0, 0, len(x_TI))
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
@@ -204,7 +204,7 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     if form is words_product:
         return Product(form, (words.view(torch.float32), *grid.unbind(-1), bias_O))
     if form is dot_product:
-        return Product(form, (words, grid, scale_like, magic_exponents(words.device), bias_O))
+        return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)
     planes_OVG = forms.planes(words, forms.parts_for(words.shape[2], words.shape[1], rows))

@@ -42,7 +42,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 L2_BYTES = 60e6
 SEEN = []
 # Largest error allowed, relative to sum |x| |w|: see tests/test_kernel_forms.py for where these come from.
-BOUNDS = {"planes": 2e-5, "dot": 2e-3, "expand": 2e-3}
+BOUNDS = {"planes": 2e-5, "dot": 5e-3, "expand": 5e-3}
 SCALE_DTYPE = torch.float16
 
 
@@ -168,28 +168,30 @@ def planes_job(case, rows, parts, blocks):
 def dot_job(case, rows, blocks, splits):
     blocks = blocks | ({"ZBLOCK": 1} if splits > 1 else {})
 
-    def function(words_OPG, grid_OG, x_NJT, exponents):
-        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NJT, exponents, splits)
+    def function(words_OPG, grid_OG, x_NTJ, exponents_2O):
+        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, splits)
 
-    x_TI = repeated(case.x_TI, rows).to(SCALE_DTYPE)
-    x = forms.spread(x_TI, case.weights[0][1].shape[1]), arrange.magic_exponents(DEVICE)
+    x_TI = repeated(case.x_TI, rows)
+    outputs, groups = case.weights[0][1].shape
+    x = forms.spread(x_TI, groups), arrange.magic_exponents(DEVICE, outputs)
     return compiled(function, blocks), [(*weight, *x) for weight in case.weights], lambda y_OT: y_OT.t()[:rows]
 
 
 def expand_job(case, rows, slice_rows):
     """Expand `slice_rows` outputs into a scratch, multiply, and so on; with no rows only expand."""
 
-    def one(words_OPG, grid_OG, exponents):
-        return arrange.expand(words_OPG, grid_OG, SCALE_DTYPE, exponents, torch.bfloat16)
+    def one(words_OPG, grid_OG, exponents_2O):
+        return arrange.expand(words_OPG, grid_OG, SCALE_DTYPE, exponents_2O, torch.bfloat16)
 
-    expand, exponents = compiled(one), arrange.magic_exponents(DEVICE)
+    expand = compiled(one)
     x_TI = repeated(case.x_TI, max(rows, 1))
 
     def sliced(words_OPG, grid_OG):
         stored_TI, parts_TO = arrange.in_storage_order(x_TI, grid_OG.shape[1]), []
         for first in range(0, len(words_OPG), slice_rows):
             some = slice(first, first + slice_rows)
-            weight_OI = expand(words_OPG[some], grid_OG[some], exponents).view(torch.bfloat16)
+            exponents_2O = arrange.magic_exponents(DEVICE, len(words_OPG[some]))
+            weight_OI = expand(words_OPG[some], grid_OG[some], exponents_2O).view(torch.bfloat16)
             parts_TO += [torch.nn.functional.linear(stored_TI, weight_OI)] if rows else []
         return torch.cat(parts_TO, -1) if len(parts_TO) > 1 else (parts_TO or [stored_TI])[0]
 
@@ -304,21 +306,19 @@ def plane_tiles(rows, groups, outputs):
 
 # XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages; and in how many parts the sum is cut.
 DOT_TILES = {
-    16: [
-        (16, 64, 32, 4, 3),
-        (16, 64, 32, 4, 4),
-        (16, 64, 16, 4, 3),
-        (16, 64, 16, 4, 5),
-        (16, 64, 16, 4, 1),
-        (16, 128, 16, 8, 4),
-        (16, 128, 32, 8, 4),
-        (16, 32, 32, 2, 1),
-        (16, 16, 32, 1, 1),
-    ],
-    32: [(32, 64, 32, 4, 3), (32, 64, 16, 4, 4), (32, 128, 32, 8, 4)],
-    64: [(64, 64, 32, 8, 3), (64, 64, 16, 4, 3)],
+    8: [(8, 32, 32, 2, 3), (8, 32, 32, 2, 2), (8, 32, 64, 2, 2), (8, 16, 64, 1, 2), (8, 16, 32, 1, 3)],
+    16: [(16, 32, 32, 2, 3), (16, 32, 32, 2, 2), (16, 32, 16, 2, 3), (16, 16, 32, 1, 3), (16, 64, 32, 4, 3)],
+    32: [(32, 32, 16, 2, 3), (32, 32, 16, 2, 2), (32, 64, 16, 4, 3), (32, 16, 16, 1, 3), (16, 32, 32, 2, 3)],
+    64: [(32, 32, 16, 2, 3), (64, 64, 32, 8, 3), (32, 64, 16, 4, 3)],
 }
-DOTTED = {"8b.qkv": (2, 4, 8), "8b.down": (4, 8), "8b.gate_up": (1, 2)}
+DOTTED = {
+    "8b.qkv": (2, 4, 8),
+    "8b.o": (2, 4, 8),
+    "8b.down": (2, 4, 8),
+    "8b.gate_up": (1,),
+    "70b.qkv": (1, 2),
+    "70b.gate_up": (1,),
+}
 
 
 def main():

@@ -45,8 +45,8 @@ def words_product(x_TI, quantized):
 
 def dot_product(x_TI, quantized, splits=1):
     words_OPG, grid_OG = arranged(quantized)
-    x_NJT, exponents = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device)
-    y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NJT, exponents, splits)
+    x_NTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
+    y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, splits)
     return y_OT[:, : x_TI.shape[0]].t()
 
 
@@ -180,8 +180,8 @@ def test_every_code_and_zero_in_every_nibble_is_exact(form):
 def test_expand_rounds_like_the_definition(dtype, group_size):
     quantized = random_quantized(24, 384, group_size)
     words_OPG, grid_OG = arranged(quantized)
-    exponents = arrange.magic_exponents(words_OPG.device)
-    weight_OI = arrange.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, exponents, dtype).view(dtype)
+    exponents_2O = arrange.magic_exponents(words_OPG.device, len(words_OPG))
+    weight_OI = arrange.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, exponents_2O, dtype).view(dtype)
     in_order_OI = arrange.in_storage_order(dequantize(quantized, dtype), grid_OG.shape[1])
     assert torch.equal(weight_OI, in_order_OI)
     assert not torch.equal(weight_OI, dequantize(quantized, dtype))
@@ -193,7 +193,7 @@ def test_a_grid_keeps_scale_and_zero(scale_dtype):
     zeros_OG = (torch.arange(2**15) % 16).to(torch.uint8).unflatten(0, (-1, 16))
     grid = arrange.unpack_grid(arrange.pack_grid(scales_OG, zeros_OG), scale_dtype)
     assert torch.equal(grid[0], scales_OG.float())
-    assert torch.equal(grid[1], zeros_OG.float())
+    assert torch.equal(grid[1], -(zeros_OG.float() + 128))
 
 
 @pytest.mark.parametrize("value", [2.0**40, 2.0**-60, 6e4, 0.0])
