@@ -26,6 +26,7 @@ import torch._inductor.fx_passes.post_grad as post_grad
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.utils._triton as torch_triton
 import triton
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.debug import DebugContext
@@ -91,6 +92,8 @@ def triton_sources(function, shapes):
             inputs = [torch.empty(shape, dtype=dtype, device="cuda:0") for shape, dtype in shapes]
             graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
             graph.graph.eliminate_dead_code()
+            graph.graph = fx_graph_cse(graph.graph)
+            graph.recompile()
         with V.set_fake_mode(mode):
             graph = joint_graph.joint_graph_passes(graph) or graph
             view_to_reshape(graph)
