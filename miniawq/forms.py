@@ -40,6 +40,9 @@ SUMMANDS_OF_A_WARP = 128
 PARTS = {(64, 2): 2, (224, 1): 2, (112, 3): 8, (112, 4): 8}
 OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
 
+# Outputs and words of a program of `dot_planes`, for its rows.
+DOT_TILES = {8: (64, 32), 16: (32, 32), 32: (64, 16)}
+
 # Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
 MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
 
@@ -136,57 +139,50 @@ def as_floats(bits: Tensor) -> Tensor:
 
 
 def spread(x_TI: Tensor, groups: int) -> Tensor:
-    """Activations as `dot_planes` wants them: x_NSTJ, of each nibble every S-th row, with rows of zeros up to a tile.
+    """Activations as `dot_planes` wants them: x_NTJ, the inputs of each nibble, T padded with zeros to a whole tile.
 
     The inputs of a row lie together, as the tensor cores read them: so they are copied to shared memory while the
     tile before is multiplied, and never arranged anew.
     """
-    rows = len(x_TI)
-    tile = next((tile for tile in (8, 16) if rows <= tile), 32)
-    x_TSGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
-    x_TSGPN = x_TSGPN.unflatten(0, (-1, 2 if tile == 16 else 1))
-    return x_TSGPN.permute(4, 1, 0, 3, 2).flatten(3).contiguous()
+    rows = x_TI.shape[0]
+    tile = next((tile for tile in (8, 16, 32) if rows <= tile), 64)
+    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
+    return x_TGPN.permute(3, 0, 2, 1).flatten(2).contiguous()
 
 
 def dot_planes(
     words_OPG: Tensor,
     grid_OG: Tensor,
     scale_dtype: torch.dtype,
-    x_NSTJ: Tensor,
+    x_NTJ: Tensor,
     exponents_2O: Tensor,
     splits: int | None = None,
 ) -> Tensor:
-    """y [O, T S] for 4 to 64 rows: tensor-core products of each of the eight nibbles of a word, in one kernel.
+    """y [O, T] for 4 to 64 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
 
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
-    Up to eight rows Triton lets four warps share the activations of 64 outputs, so sixteen rows are two sets of eight.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
     """
-    splits = splits or splits_for(*words_OPG.shape[:2])
+    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
     exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
     scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
     offsets_16 = offsets_O1G * scales_O1G
     offsets_12 = offsets_16 - scales_O1G * (2.0**11 - 2.0**7)
-    bits = torch.int16 if x_NSTJ.dtype.itemsize == 2 else torch.int32
-    sums_S: list[Any] = [0.0] * x_NSTJ.shape[1]
-    for (shift, place), x_STJ in zip(MAGIC_PLACES, x_NSTJ.unbind(), strict=True):
+    y_KOT: Any = 0.0
+    for (shift, place), x_TJ in zip(MAGIC_PLACES, x_NTJ.unbind(), strict=True):
         exponents, offsets = (exponents_12, offsets_12) if place == 12 else (exponents_16, offsets_16)
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
         magic_KOPG = (shifted_KOPG & (15 << place)) | exponents
-        weight_KOPG = (magic_KOPG.view(torch.float32) * scales_O1G + offsets).to(x_NSTJ.dtype)
-        for number, x_TJ in enumerate(x_STJ.unbind()):
-            weight_KOJ = weight_KOPG.flatten(2)
-            if splits == 1:
-                product_KOT = torch.mm(weight_KOJ.squeeze(0), x_TJ.t()).unsqueeze(0)
-            else:
-                product_KOT = torch.bmm(weight_KOJ, x_TJ.unflatten(1, (splits, -1)).permute(1, 2, 0))
-            sums_S[number] = sums_S[number] + product_KOT
-            # Inductor writes to memory what two products read. The same weight by another name is another weight.
-            weight_KOPG = weight_KOPG.view(bits).view(x_NSTJ.dtype)
-    y_KOT = torch.stack(sums_S, -1).flatten(2)
-    return y_KOT.squeeze(0) if splits == 1 else in_float32(y_KOT).sum(0).to(x_NSTJ.dtype)
+        weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + offsets
+        weight_KOJ = weight_KOPG.to(x_NTJ.dtype).flatten(2)
+        if splits == 1:
+            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_TJ.t()).unsqueeze(0)
+        else:
+            product_KOT = torch.bmm(weight_KOJ, x_TJ.unflatten(1, (splits, -1)).permute(1, 2, 0))
+        y_KOT = y_KOT + product_KOT
+    return y_KOT.squeeze(0) if splits == 1 else in_float32(y_KOT).sum(0).to(x_NTJ.dtype)
 
 
 def in_float32(sums: Tensor) -> Tensor:
@@ -234,10 +230,10 @@ def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
     return parts
 
 
-def splits_for(outputs: int, planes: int) -> int:
+def splits_for(outputs: int, planes: int, columns: int) -> int:
     """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
     splits = 1
-    while splits * outputs < 64 * 256 and planes % (2 * splits) == 0:
+    while splits * outputs < 64 * 192 and planes % (2 * splits) == 0:
         splits *= 2
     return splits
 
@@ -249,7 +245,7 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     activations, and a program all summands of those outputs. All words of a tile are loaded before the first is used,
     and 64 of them fit a thread's registers: four outputs, four planes. With 128 a kernel may be twenty times slower,
     because the assembler gives up and keeps 32 registers (`tests/test_kernel_counts.py`).
-    `dot_planes`: 64 outputs by up to 32 rows by 32 words, 16 for more than eight rows in a set.
+    `dot_planes`: 16 outputs a warp, and as many words as leave room in its registers.
     """
     if kind == "planes":
         summands = min(1024, max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length()))
@@ -262,8 +258,8 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
             "num_stages": 1,
         }
     columns = min(sizes["x"], 32)
-    words = 16 if columns == 32 else 32
-    tile = {"XBLOCK": columns, "YBLOCK": 64, "R0_BLOCK": words, "num_warps": 4, "num_stages": 3}
+    outputs, words = DOT_TILES[columns]
+    tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": 3}
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 

@@ -123,8 +123,8 @@ def dot_product(
     x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents_2O: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """`forms.dot_planes`."""
-    x_NSTJ = written(forms.spread(x_TI, grid_OG.shape[1]))
-    y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NSTJ, exponents_2O))
+    x_NTJ = written(forms.spread(x_TI, grid_OG.shape[1]))
+    y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O))
     y_TO = y_OT.t().narrow(0, 0, len(x_TI))
     return with_bias(y_TO, bias_O, x_TI.dtype)
 

@@ -168,8 +168,8 @@ def planes_job(case, rows, parts, blocks):
 def dot_job(case, rows, blocks, splits):
     blocks = blocks | ({"ZBLOCK": 1} if splits > 1 else {})
 
-    def function(words_OPG, grid_OG, x_NSTJ, exponents_2O):
-        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NSTJ, exponents_2O, splits)
+    def function(words_OPG, grid_OG, x_NTJ, exponents_2O):
+        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, splits)
 
     x_TI = repeated(case.x_TI, rows)
     outputs, groups = case.weights[0][1].shape
@@ -306,15 +306,16 @@ def plane_tiles(rows, groups, outputs):
 
 # XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages; and in how many parts the sum is cut.
 DOT_TILES = {
-    8: [(8, 64, 32, 4, 3), (8, 64, 32, 4, 2), (8, 64, 64, 4, 2), (8, 128, 64, 8, 2), (8, 64, 32, 4, 4)],
-    16: [(8, 64, 32, 4, 3), (8, 64, 32, 4, 2), (8, 64, 64, 4, 2), (8, 128, 64, 8, 2), (8, 64, 32, 4, 4)],
-    32: [(32, 64, 16, 4, 3), (32, 64, 16, 4, 4), (32, 128, 16, 8, 3), (32, 64, 16, 4, 2)],
+    8: [(8, 32, 32, 2, 3), (8, 32, 32, 2, 2), (8, 32, 64, 2, 2), (8, 16, 64, 1, 2), (8, 16, 32, 1, 3)],
+    16: [(16, 32, 32, 2, 3), (16, 32, 32, 2, 2), (16, 32, 16, 2, 3), (16, 16, 32, 1, 3), (16, 64, 32, 4, 3)],
+    32: [(32, 32, 16, 2, 3), (32, 32, 16, 2, 2), (32, 64, 16, 4, 3), (32, 16, 16, 1, 3), (16, 32, 32, 2, 3)],
+    64: [(32, 32, 16, 2, 3), (64, 64, 32, 8, 3), (32, 64, 16, 4, 3)],
 }
 DOTTED = {
-    "8b.gate_up": (1, 2),
-    "8b.down": (2, 4),
-    "8b.qkv": (2, 4),
-    "8b.o": (2, 4),
+    "8b.qkv": (2, 4, 8),
+    "8b.o": (2, 4, 8),
+    "8b.down": (2, 4, 8),
+    "8b.gate_up": (1,),
     "70b.qkv": (1, 2),
     "70b.gate_up": (1,),
 }

@@ -150,7 +150,7 @@ def count(form, outputs, inputs, rows):
         shapes = [grid, *x, *[((outputs, parts, groups), torch.int32)] * steps]
         sources = lambda: triton_sources(lambda g, x, s, *w: forms.reduce_planes(w, g, half, x, s), shapes)  # noqa: E731
     else:
-        x = [((8, planes * groups, rows), half), ((2,), torch.int32)]
+        x = [((8, rows, planes * groups), half), ((2, outputs), torch.int32)]
         shapes = [((outputs, planes, groups), torch.int32), grid, *x]
         sources = lambda: triton_sources(lambda w, g, x, e: forms.dot_planes(w, g, half, x, e), shapes)  # noqa: E731
 

@@ -45,8 +45,8 @@ def words_product(x_TI, quantized):
 
 def dot_product(x_TI, quantized, splits=1):
     words_OPG, grid_OG = arranged(quantized)
-    x_NSTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
-    y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NSTJ, exponents_2O, splits)
+    x_NTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
+    y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, splits)
     return y_OT[:, : x_TI.shape[0]].t()
 
 
