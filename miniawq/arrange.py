@@ -55,7 +55,7 @@ def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
     Were they tensors of 16 and 8 bits, Triton would give every thread eight or sixteen neighbouring groups of one
     output, to fill its widest load; with four (of 32 bits) a thread has several outputs to use its activations for.
     """
-    offsets_OG = -2.0**7 - zeros_OG.float()
+    offsets_OG = -(2.0**7) - zeros_OG.float()
     return offsets_OG.view(torch.int32) | (scales_OG.view(torch.int16).int() & 0xFFFF)
 
 
@@ -130,14 +130,21 @@ def slices(arranged: Arranged, codes: int) -> Iterator[tuple[slice, Arranged]]:
         yield some_O, Arranged(arranged.words[some_O], arranged.grid[some_O])
 
 
-def lay_together(parts: Sequence[Tensor]) -> Tensor:
-    """All parts as one tensor: the memory they are in if they already lie behind one another, or a copy."""
+def lie_together(parts: Sequence[Tensor]) -> Tensor | None:
+    """All parts as one tensor, if they lie behind one another in one memory."""
     first = parts[0]
     ends = [part.data_ptr() + part.nbytes for part in parts]
-    in_order = [part.data_ptr() for part in parts[1:]] == ends[:-1]
-    if in_order and all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts):
-        return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
-    return torch.cat(list(parts))
+    if [part.data_ptr() for part in parts[1:]] != ends[:-1]:
+        return None
+    if any(part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for part in parts):
+        return None
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def lay_together(parts: Sequence[Tensor]) -> Tensor:
+    """All parts as one tensor: the memory they are in if they already lie together, or a copy."""
+    together = lie_together(parts)
+    return torch.cat(list(parts)) if together is None else together
 
 
 @cache

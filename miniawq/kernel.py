@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from miniawq.arrange import (
@@ -20,6 +22,7 @@ from miniawq.arrange import (
     expand,
     in_storage_order,
     lay_together,
+    lie_together,
     magic_exponents,
     restore,
     scales_and_zeros,
@@ -130,18 +133,25 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
     stored_TI = in_storage_order(x_TI, arranged.grid.shape[1])
     parts_TO = []
     for some_O, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
-        exponents_2O = magic_exponents(x_TI.device, len(part.words))
-        bits_OW = compiled_expand()(part.words, part.grid, scale_dtype, exponents_2O, x_TI.dtype)
+        expanded = compiled_expand(part.words.shape, scale_dtype, x_TI.dtype, x_TI.device)
+        bits_OW = expanded(part.words, part.grid, magic_exponents(x_TI.device, len(part.words)))
         some_bias_O = None if bias_O is None else bias_O[some_O].to(x_TI.dtype)
         parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype), some_bias_O))
     return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)
 
 
 @cache
-def compiled_expand() -> Callable[..., Tensor]:
-    """`expand` as one kernel."""
+def compiled_expand(
+    shape_OPG: torch.Size, scale_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> Callable[..., Tensor]:
+    """`expand` of words of one shape as one kernel, called without Dynamo, whose guards would take as long as it."""
+    outputs, _, groups = shape_OPG
+    with FakeTensorMode():
+        shapes = (shape_OPG, (outputs, groups), (2, outputs))
+        inputs: list[Any] = [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+        graph = make_fx(lambda words, grid, exponents: expand(words, grid, scale_dtype, exponents, dtype))(*inputs)
     # Below this threshold Inductor would cut it in two.
-    return torch.compile(expand, fullgraph=True, dynamic=False, options={"realize_opcount_threshold": 1000})
+    return torch._inductor.compile(graph, inputs, {"realize_opcount_threshold": 1000})
 
 
 class QuantLinear(nn.Module):
@@ -230,6 +240,15 @@ class QuantLinear(nn.Module):
         y_TO = arranged_product(x.reshape(-1, self.in_features), self.arranged, self.scale_dtype, self.bias)
         return y_TO.reshape(*x.shape[:-1], self.out_features)
 
+    @staticmethod
+    def together(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+        """The outputs of layers that read the same input, [..., O] each: by one product if their words lie together."""
+        joined = joined_words(layers)
+        if joined is None:
+            return [layer(x) for layer in layers]
+        y = arranged_product(x.flatten(0, -2), joined, layers[0].scale_dtype, joined_bias(layers))
+        return y.unflatten(0, x.shape[:-1]).split([layer.out_features for layer in layers], -1)
+
     def __getattr__(self, name: str) -> Any:
         if name in self.PUBLISHED and self.__dict__.get("arranged") is not None:
             return LAYOUTS["awq"].encode(self.to_quantized())[name]
@@ -255,6 +274,19 @@ class QuantLinear(nn.Module):
         """What `print(model)` shows in the brackets."""
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, group_size={self.group_size}"
+
+
+def joined_words(layers: Sequence[Any]) -> Arranged | None:
+    """The weights of layers as one, if `fuse` has laid them together."""
+    if not all(isinstance(layer, QuantLinear) and layer.arranged for layer in layers):
+        return None
+    words, grid = (lie_together(parts) for parts in zip(*(layer.arranged for layer in layers), strict=True))
+    return None if words is None or grid is None else Arranged(words, grid)
+
+
+def joined_bias(layers: Sequence[Any]) -> Tensor | None:
+    """The biases of layers that all have one, or none, as one."""
+    return None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
 
 
 def fuse(layers: Sequence[QuantLinear]) -> Arranged:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from miniawq import forms
 from miniawq.arrange import Arranged, lay_together, magic_exponents
-from miniawq.kernel import QuantLinear, arranged_product, fuse, matmul
+from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
 from miniawq.model import rms_norm
 from miniawq.packing import CODES_PER_WORD
 
@@ -188,15 +188,11 @@ def _join_dense(layers: Sequence[Any]) -> Product:
     sizes = [layer.out_features for layer in layers]
     for layer, part_OI in zip(layers, weight_OI.split(sizes), strict=True):
         layer.weight = nn.Parameter(part_OI, requires_grad=False)
-    return Product(linear, (weight_OI, _join_bias(layers)))
-
-
-def _join_bias(layers: Sequence[Any]) -> Tensor | None:
-    return None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+    return Product(linear, (weight_OI, joined_bias(layers)))
 
 
 def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
-    (words, grid), bias_O = fuse(layers), _join_bias(layers)
+    (words, grid), bias_O = fuse(layers), joined_bias(layers)
     form = _form_for(words.device, rows, grid.shape[1])
     scale_like = torch.empty(0, dtype=layers[0].scale_dtype, device=words.device)
     if form is many_rows_product:

@@ -176,7 +176,8 @@ def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_expanded_product_rounds_sums_and_bias_once(dtype, with_bias, monkeypatch, device):
     monkeypatch.setattr(arrange, "wants_planes", lambda _: True)
-    monkeypatch.setattr(kernel, "compiled_expand", lambda: arrange.expand)
+    plain = lambda *_: lambda words, grid, exponents: arrange.expand(words, grid, torch.float16, exponents, dtype)  # noqa: E731
+    monkeypatch.setattr(kernel, "compiled_expand", plain)
     monkeypatch.setattr(kernel, "CODES_PER_EXPANDED_SLICE", 16 * 256)
     quantized = random_quantized(40, 256, 64, device=device)
     x_TI = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -238,3 +239,19 @@ def test_moving_a_prepared_layer_arranges_it_again(in_planes, device):
     layer = QuantLinear.from_quantized(quantized).prepare().to(device).half()
     assert layer.arranged is not None
     assert torch.equal(layer.to_quantized().codes_OI.cpu(), quantized.codes_OI)
+
+
+def test_layers_that_lie_together_are_multiplied_at_once(monkeypatch, device):
+    layers = [QuantLinear.from_quantized(random_quantized(n, 256, 64, seed, device)) for seed, n in enumerate((24, 8))]
+    x_BLI = torch.randn(2, 3, 256, device=device)
+    assert kernel.joined_words(layers) is None
+    apart = [layer.prepare()(x_BLI) for layer in layers]
+    assert kernel.joined_words(layers) is None
+    kernel.fuse(layers)
+    calls = []
+    product = kernel.arranged_product
+    monkeypatch.setattr(kernel, "arranged_product", lambda *arguments: calls.append(1) or product(*arguments))
+    at_once = QuantLinear.together(x_BLI, layers)
+    assert len(calls) == 1
+    for y, expected in zip(at_once, apart, strict=True):
+        torch.testing.assert_close(y, expected)
