@@ -96,9 +96,14 @@ def plan_memory(
     if device.type == "cpu":
         return MemoryPlan(process | kept | search | {"embedding": max(0, 2 * embedding - sum(search.values()))}, {})
     transfer = {"embedding, or a layer on its way": 2 * max(embedding, largest)}
-    if kept and 2 * (hidden + sum(search.values())) <= device_memory(device).free:
+    if kept and home(hidden + sum(search.values()), device) == device:
         return MemoryPlan(process | transfer, kept | search)
     return MemoryPlan(process | kept | transfer, search)
+
+
+def home(nbytes: int, device: torch.device) -> torch.device:
+    """Where to keep so much: on the device if that leaves half of its free memory alone, else on the host."""
+    return device if 2 * nbytes <= device_memory(device).free else torch.device("cpu")
 
 
 def resident_memory() -> int:
