@@ -284,7 +284,6 @@ def _write_block(writer: ShardWriter, journal: Journal, tensors: dict[str, Tenso
 def _write_dense(job: Quantizer, writer: ShardWriter, specs: Sequence[Spec]) -> None:
     for spec in specs:
         writer.write(spec.name, job.stored(spec.name, job.checkpoint.read(spec.name)))
-    writer.flush()
 
 
 def _warn(record: dict[str, Any]) -> None:

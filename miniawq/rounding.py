@@ -123,7 +123,7 @@ def _search(
     weight_RI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], pulled: bool
 ) -> Tensor:
     ends_RG2 = rounding.ends(weight_RI)
-    error_RI = rounding.plain(weight_RI) - weight_RI
+    error_RI = rounding.plain(weight_RI).sub_(weight_RI)
     every_R = torch.arange(len(weight_RI), device=weight_RI.device)
     group_size = rounding.grouped(weight_RI).shape[-1]
     for group, plain_R2 in enumerate(ends_RG2.clone().unbind(1)):
