@@ -107,7 +107,8 @@ class Statistics:
     @property
     def usable(self) -> bool:
         """Whether there was text, and nothing in it became NaN or infinite."""
-        return self.tokens > 0 and bool(self.moments_II.isfinite().all())
+        # With a finite diagonal all of C = mean(x x^T) is finite, and asking all of it would take copies of it.
+        return self.tokens > 0 and bool(self.moments_II.diagonal().isfinite().all())
 
     def divide(self, scales_I: Tensor) -> None:
         """Become the statistics of x / s."""
@@ -174,8 +175,8 @@ def candidate_scales(activation_P: Tensor, weight_P: Tensor, formula: Formula, r
 
 def relative_weight(weights: Sequence[Tensor], rounding: Rounding) -> Tensor:
     """The mean over the rows of all layers of |w| / (the largest |w| of its group), per input channel."""
-    groups_OGS = rounding.grouped(torch.cat(list(weights)).abs())
-    return (groups_OGS / groups_OGS.amax(-1, keepdim=True).clamp(min=SMALLEST)).mean(0).flatten()
+    groups_OGS = rounding.grouped(torch.cat(list(weights)).abs_())
+    return groups_OGS.div_(groups_OGS.amax(-1, keepdim=True).clamp(min=SMALLEST)).mean(0).flatten()
 
 
 def loss_function(
@@ -187,10 +188,10 @@ def loss_function(
 
     def rounded(weight_OI: Tensor, scales_P: Tensor) -> Tensor:
         scales_I = fold.spread(scales_P)
-        return rounding.plain(weight_OI * scales_I) / scales_I
+        return rounding.plain(weight_OI * scales_I).div_(scales_I)
 
     def loss_of_layer(scales_P: Tensor) -> Tensor:
-        return layer_loss(rounded(weights[0], scales_P) - weights[0], statistics.moments_II)
+        return layer_loss(rounded(weights[0], scales_P).sub_(weights[0]), statistics.moments_II)
 
     def loss_of_module(scales_P: Tensor) -> Tensor:
         module = block.get_submodule(fold.compared)
@@ -348,19 +349,20 @@ def quantize_block(
 def quantize_layer(weight_OI: Tensor, statistics: Statistics, recipe: Recipe) -> Layer:
     """Choose the range of every group and round to its codes; a row that would lose by its ranges keeps plain ones."""
     moments_II, ends_OG2 = statistics.moments_II, recipe.ends(weight_OI)
-    plain_O = row_losses(recipe.plain(weight_OI) - weight_OI, moments_II)
+    plain_O = row_losses(recipe.plain(weight_OI).sub_(weight_OI), moments_II)
     if statistics.usable and recipe.clip != "none":
         search = limit_search if recipe.clip == "limits" else range_search
         found_OG2 = search(weight_OI, moments_II, recipe)
-        found_OI = recipe.snap(recipe.grouped(weight_OI), found_OG2).flatten(1)
-        worse_O = row_losses(found_OI - weight_OI, moments_II) > plain_O
+        error_OI = recipe.snap(recipe.grouped(weight_OI), found_OG2).flatten(1).sub_(weight_OI)
+        worse_O = row_losses(error_OI, moments_II) > plain_O
+        del error_OI
         ends_OG2 = ends_OG2.where(worse_O[:, None, None], found_OG2)
     scales_OG, zeros_OG = recipe.scales_and_zeros(ends_OG2)
     if statistics.usable and recipe.compensate:
         quantized = compensated(weight_OI, scales_OG, zeros_OG, moments_II)
     else:
         quantized = round_to_grid(weight_OI, scales_OG, zeros_OG)
-    loss = layer_loss(dequantize(quantized, torch.float32) - weight_OI, moments_II)
+    loss = layer_loss(dequantize(quantized, torch.float32).sub_(weight_OI), moments_II)
     return Layer(quantized, float(plain_O.mean()), float(loss))
 
 

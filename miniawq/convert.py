@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from miniawq import cli
+from miniawq.background import ahead
 from miniawq.checkpoint import Checkpoint, open_checkpoint, skeleton
 from miniawq.errors import InvalidInput
 from miniawq.hub import add_hub_flags, hub_options
@@ -25,6 +26,7 @@ from miniawq.layouts import part_shapes
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize
 from miniawq.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
 from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, published, write_json
+from miniawq.stream import place, read
 
 FORMATS = ("awq", "compressed-tensors", "dense")
 
@@ -69,9 +71,13 @@ def convert_checkpoint(
     check_disk(Path(destination), sum(spec.nbytes for spec in specs))
     with published(destination) as directory:
         with ShardWriter(directory, specs, shard_bytes) as writer:
-            for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None):
-                for tensor_name, tensor in _tensors(checkpoint, name, leaf, layout, packed, device):
-                    writer.write(tensor_name, tensor)
+            tensors = (
+                pair
+                for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None)
+                for pair in _tensors(checkpoint, name, leaf, layout, packed, torch.device(device))
+            )
+            for name, tensor in ahead(tensors):
+                writer.write(name, tensor)
             writer.finish()
         write_json(directory / "config.json", _config(checkpoint, layout, packed))
         checkpoint.copy_side_files(directory)
@@ -137,12 +143,12 @@ def _specs(checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: se
 
 
 def _tensors(
-    checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: set[str], device: torch.device | str
+    checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: set[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     if leaf != "packed":
         yield f"{name}.{leaf}", checkpoint.read(f"{name}.{leaf}")
         return
-    quantized = checkpoint.read_linear(name, device)
+    quantized = place(checkpoint, name, read(checkpoint, f"{name}.weight", device), device)
     assert isinstance(quantized, Quantized)
     if name not in packed:
         yield f"{name}.weight", dequantize(quantized)

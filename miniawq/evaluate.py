@@ -24,6 +24,7 @@ from miniawq import cli
 from miniawq.calibration import read_text
 from miniawq.checkpoint import Checkpoint, open_checkpoint
 from miniawq.errors import InvalidInput
+from miniawq.memory import home
 from miniawq.model import Llama
 from miniawq.stream import BlockStream, micro_batches
 from miniawq.tokenizer import Tokenizer
@@ -100,7 +101,8 @@ def perplexity(model: Llama, tokens_BL: Tensor, reference: Llama | None = None) 
 def stream_predictor(checkpoint: Checkpoint, tokens_BL: Tensor, device: torch.device | str) -> Predictor:
     """Run the windows through the checkpoint's blocks, one block in memory at a time."""
     stream = BlockStream(checkpoint, device)
-    hidden_BLD = torch.empty(*tokens_BL.shape, stream.config.hidden_size)
+    place = home(tokens_BL.numel() * stream.config.hidden_size * torch.float32.itemsize, stream.device)
+    hidden_BLD = torch.empty(*tokens_BL.shape, stream.config.hidden_size, device=place)
     stream.embed(tokens_BL, hidden_BLD)
     for layer in tqdm(range(stream.config.num_hidden_layers), desc="blocks", leave=False, disable=None):
         for rows, output_BLD in stream.run(stream.block(layer), layer, hidden_BLD):

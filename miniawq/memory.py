@@ -4,6 +4,7 @@ At any time there are the hidden states, and beside them either the embedding or
 Neither depends on the number of blocks.
 """
 
+import math
 import mmap
 import os
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from miniawq.stream import TOKENS_PER_BATCH
 
 FLOAT = 4
 # Copies of the largest layer in float32 while it is rounded, compared and packed, and of a candidate's elements.
-LAYER_COPIES, CANDIDATE_COPIES = 5, 4
+LAYER_COPIES, CANDIDATE_COPIES = 4, 4
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,36 @@ def plan_memory(
     config = checkpoint.model_config
     shapes = [shape for name, shape in checkpoint.linears.items() if name.startswith("model.layers.0.")]
     block = sum(inputs * outputs for inputs, outputs in shapes) * FLOAT
+    stored = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith("model.layers.0."))
     largest = max(inputs * outputs for inputs, outputs in shapes) * FLOAT
     hidden = samples * length * config.hidden_size * FLOAT
     batch = max(length, min(TOKENS_PER_BATCH, samples * length))
     embedding = checkpoint.tensors["model.embed_tokens.weight"].nbytes
     readers = {fold: checkpoint.linears[f"model.layers.0.{fold.linears[0]}"][0] for fold in folds}
     modules = sum(fold.linears != (fold.compared,) for fold in folds)
+    text = batch * (3 * config.intermediate_size + 2 * config.hidden_size) * FLOAT
+    # At one time: a module with rounded weights on a batch of text, one layer being rounded, or one group's candidates.
+    rounded = max(sum(math.prod(checkpoint.linears[f"model.layers.0.{name}"]) for name in f.linears) for f in folds)
+    candidates = CANDIDATE_COPIES * CANDIDATE_ELEMENTS[device.type] * FLOAT
     search = {
         "one block": block,
         "second moments": sum(inputs**2 for inputs in readers.values()) * FLOAT,
         "recorded calls": modules * 2 * max(batch, min(compared_tokens, samples * length)) * config.hidden_size * FLOAT,
-        "one batch of text": batch * (4 * config.intermediate_size + 4 * config.hidden_size) * FLOAT,
-        "one layer's search": LAYER_COPIES * largest + CANDIDATE_COPIES * CANDIDATE_ELEMENTS[device.type] * FLOAT,
+        "one search": max(rounded * FLOAT + text, LAYER_COPIES * largest, largest + candidates),
     }
     process = {"process": resident_memory()}
     kept = {} if offload else {"hidden states": hidden}
     if device.type == "cpu":
         return MemoryPlan(process | kept | search | {"embedding": max(0, 2 * embedding - sum(search.values()))}, {})
-    transfer = {"embedding, or a layer on its way": 2 * max(embedding, largest)}
-    if kept and 2 * (hidden + sum(search.values())) <= device_memory(device).free:
+    transfer = {"embedding, or blocks on their way": max(2 * embedding, 3 * stored)}
+    if kept and home(hidden + sum(search.values()), device) == device:
         return MemoryPlan(process | transfer, kept | search)
     return MemoryPlan(process | kept | transfer, search)
+
+
+def home(nbytes: int, device: torch.device) -> torch.device:
+    """Where to keep so much: on the device if that leaves half of its free memory alone, else on the host."""
+    return device if 2 * nbytes <= device_memory(device).free else torch.device("cpu")
 
 
 def resident_memory() -> int:

@@ -91,22 +91,25 @@ GRIDS: dict[str, Grid] = {"asymmetric": asymmetric_grid, "symmetric": symmetric_
 
 
 def round_up(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest positive number of `dtype` that is not below each of `values` (>= 0).
-
-    InvalidInput where `dtype` has none that large.
-    """
+    """The smallest positive number of `dtype` that is not below each of `values` (>= 0); infinity where it has none."""
     bits_dtype = torch.int16 if dtype.itemsize == 2 else torch.int32
     nearest = values.to(dtype)
     # The bit patterns of positive floats are ordered like the floats: adding one gives the next number.
     bits = nearest.view(bits_dtype) + (nearest.double() < values)
-    rounded = bits.clamp(min=1).view(dtype)
-    if not rounded.isfinite().all():
+    return bits.clamp(min=1).view(dtype)
+
+
+def check_scales(scales_OG: Tensor) -> None:
+    """InvalidInput on a scale that its dtype cannot hold.
+
+    Grids do not ask: a search tries thousands, and a GPU would wait for each answer.
+    """
+    if not scales_OG.isfinite().all():
         raise InvalidInput(
-            f"a scale of {values.max().item():.3g} does not fit in {dtype}",
-            f"the largest {dtype} is {torch.finfo(dtype).max:.6g}",
+            f"a scale does not fit in {scales_OG.dtype}",
+            f"it is beyond {torch.finfo(scales_OG.dtype).max:.6g}, the largest number of that kind",
             "store the scales in bfloat16, or look for a broken weight",
         )
-    return rounded
 
 
 def quantize(
@@ -132,7 +135,8 @@ def quantize(
 
 
 def round_to_grid(weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Quantized:
-    """The nearest codes to a weight under given scales and zeros."""
+    """The nearest codes to a weight under given scales and zeros; InvalidInput on a scale that is not finite."""
+    check_scales(scales_OG)
     codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8)
     for rows in row_slices(weight_OI):
         groups_OGS = weight_OI[rows].unflatten(1, (scales_OG.shape[1], -1))
@@ -188,19 +192,21 @@ def pack(codes_RC: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
         )
     if codes_RC.numel() and (codes_RC.amax() > TOP_CODE or codes_RC.amin() < 0):
         raise InvalidInput("a code is outside 0..15", f"the codes reach from {codes_RC.min()} to {codes_RC.max()}")
-    codes_RW8 = codes_RC.to(torch.int32).unflatten(-1, (-1, CODES_PER_WORD))
-    words_RW = torch.zeros(codes_RW8.shape[:-1], dtype=torch.int32, device=codes_RC.device)
-    for nibble, column in enumerate(order):
-        words_RW |= codes_RW8[..., column] << 4 * nibble
-    return words_RW
+    codes_RW8 = codes_RC.to(torch.uint8).unflatten(-1, (-1, CODES_PER_WORD))
+    # Byte by byte, the lowest first, as an int32 lies in memory: a quarter of the traffic of whole words.
+    bytes_RW4 = torch.empty(*codes_RW8.shape[:-1], 4, dtype=torch.uint8, device=codes_RC.device)
+    for byte, (low, high) in enumerate(zip(order[::2], order[1::2], strict=True)):
+        bytes_RW4[..., byte] = codes_RW8[..., low] | codes_RW8[..., high] << 4
+    return bytes_RW4.view(torch.int32).squeeze(-1)
 
 
 def unpack(words_RW: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
     """int32 words [R, W] to uint8 codes [R, 8 W]: the inverse of `pack` on every bit pattern."""
+    bytes_RW4 = words_RW.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
     codes_RW8 = torch.empty(*words_RW.shape, CODES_PER_WORD, dtype=torch.uint8, device=words_RW.device)
-    for nibble, column in enumerate(order):
-        # `>>` copies the sign bit into the top nibble; the mask removes it.
-        codes_RW8[..., column] = (words_RW >> 4 * nibble) & TOP_CODE
+    for byte, (low, high) in enumerate(zip(order[::2], order[1::2], strict=True)):
+        codes_RW8[..., low] = bytes_RW4[..., byte] & TOP_CODE
+        codes_RW8[..., high] = bytes_RW4[..., byte] >> 4
     return codes_RW8.flatten(-2)
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from miniawq import __version__, awq, cli
 from miniawq.awq import Fold, QuantizedBlock, Recipe, ScaleSearch
+from miniawq.background import Behind
 from miniawq.calibration import Calibration, read_calibration, sample_calibration
 from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint, skeleton
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
@@ -250,30 +251,34 @@ def tensor_cores() -> Iterator[None]:
 
 @torch.inference_mode()
 def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_BL: Tensor, hidden_BLD: Tensor) -> None:
-    """Write every tensor that is not written yet, the blocks' after their searches."""
-    stream, finished = job.stream, len(journal.blocks)
-    stream.embed(tokens_BL, hidden_BLD)
-    if not finished:
-        _write_dense(job, writer, writer.specs[:1])
-        writer.flush()
-    with interruptible() as stop, tqdm(total=job.blocks, unit="block", disable=None) as bar:
+    """Write every tensor that is not written yet, the blocks' after their searches, each during the next one's."""
+    finished = len(journal.blocks)
+    with interruptible() as stop, Behind() as disk, tqdm(total=job.blocks, unit="block", disable=None) as bar:
+        job.stream.embed(tokens_BL, hidden_BLD)
+        if not finished:
+            disk.run(_write_dense, job, writer, writer.specs[:1])
         for layer in range(job.blocks):
             if layer < finished:
-                job.advance(stream.block(layer), layer, hidden_BLD)
+                job.advance(job.stream.block(layer), layer, hidden_BLD)
             else:
                 tensors, record = job.process(layer, hidden_BLD)
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-                writer.flush()
-                journal.add(record | {"tensors": writer.done})
+                disk.run(_write_block, writer, journal, tensors, record)
                 _warn(record)
                 bar.set_postfix_str(_losses(record))
             bar.update()
             if stop.is_set() and layer + 1 < job.blocks:
+                disk.wait()
                 log.warning("stopped after block %d of %d: run the same command to go on", layer + 1, job.blocks)
                 raise KeyboardInterrupt
     _write_dense(job, writer, writer.specs[writer.done :])
     writer.finish()
+
+
+def _write_block(writer: ShardWriter, journal: Journal, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.flush()
+    journal.add(record | {"tensors": writer.done})
 
 
 def _write_dense(job: Quantizer, writer: ShardWriter, specs: Sequence[Spec]) -> None:

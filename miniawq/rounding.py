@@ -48,8 +48,9 @@ class Rounding:
     def snap(self, weight_RS: Tensor, ends_R2: Tensor) -> Tensor:
         """Weights [..., R, S] at the nearest values of ranges [..., R, 2], in float32."""
         scales_R, zeros_R = self.scales_and_zeros(ends_R2)
-        scales_R1, zeros_R1 = scales_R.float().unsqueeze(-1), zeros_R.unsqueeze(-1)
-        return (weight_RS / scales_R1).round_().add_(zeros_R1).clamp_(0, TOP_CODE).sub_(zeros_R1).mul_(scales_R1)
+        scales_R1, zeros_R1 = scales_R.float().unsqueeze(-1), zeros_R.float().unsqueeze(-1)
+        # code - zero lies in -zero..15 - zero: small whole numbers, so clamping first is exact and passes once.
+        return (weight_RS / scales_R1).round_().clamp_(-zeros_R1, TOP_CODE - zeros_R1).mul_(scales_R1)
 
     def plain(self, weight_OI: Tensor) -> Tensor:
         """Q(W): plain rounding."""
@@ -58,7 +59,7 @@ class Rounding:
 
 def row_losses(error_OI: Tensor, moments_II: Tensor) -> Tensor:
     """The diagonal of E C E^T: the mean squared error of each output when the weight is off by E."""
-    return ((error_OI @ moments_II) * error_OI).sum(1)
+    return (error_OI @ moments_II).mul_(error_OI).sum(1)
 
 
 def layer_loss(error_OI: Tensor, moments_II: Tensor) -> Tensor:
@@ -76,21 +77,26 @@ def shrunk(moments_II: Tensor) -> Tensor:
 Candidates = Callable[[Tensor, Tensor], Tensor]
 
 
-def limited(plain_R2: Tensor, best_R2: Tensor) -> Tensor:
+def limited(plain_R2: Tensor, best_R2: Tensor, limits_K: Tensor) -> Tensor:
     """The paper's candidates [K, R, 2]: a range limited on both sides to parts of its largest magnitude."""
-    limits_KR = torch.tensor(CLIP_LIMITS, device=plain_R2.device)[:, None] * plain_R2.abs().amax(-1)
+    limits_KR = limits_K[:, None] * plain_R2.abs().amax(-1)
     return torch.stack((plain_R2[:, 0].maximum(-limits_KR), plain_R2[:, 1].minimum(limits_KR)), dim=-1)
 
 
-def moved(plain_R2: Tensor, best_R2: Tensor, steps: Sequence[float]) -> Tensor:
+def moved(plain_R2: Tensor, best_R2: Tensor, steps_K2: Tensor) -> Tensor:
     """Candidates [K, R, 2]: each end of the best range so far moved by steps of its own, no move first."""
-    steps_K2 = torch.tensor(list(itertools.product(steps, repeat=2)), device=plain_R2.device)
     return best_R2 + steps_K2[:, None] * plain_R2
+
+
+def moves(steps: Sequence[float], device: torch.device) -> Candidates:
+    """`moved` by every pair of steps, which are put on the device once and not for each group."""
+    return partial(moved, steps_K2=torch.tensor(list(itertools.product(steps, repeat=2)), device=device))
 
 
 def limit_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> Tensor:
     """The paper's clipping, ranges [O, G, 2]: each group by itself, as if the others had no error."""
-    return _by_rows(weight_OI, moments_II, rounding, [limited], pulled=False)
+    limits = partial(limited, limits_K=torch.tensor(CLIP_LIMITS, device=weight_OI.device))
+    return _by_rows(weight_OI, moments_II, rounding, [limits], pulled=False)
 
 
 def range_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> Tensor:
@@ -99,7 +105,7 @@ def range_search(weight_OI: Tensor, moments_II: Tensor, rounding: Rounding) -> T
     For the error E of a group and the pull P = E' C of the others' error E', the loss changes by E C E^T + 2 E P^T.
     C is `shrunk`, for the sake of other texts than this one.
     """
-    stages = [partial(moved, steps=COARSE), partial(moved, steps=FINE)]
+    stages = [moves(steps, weight_OI.device) for steps in (COARSE, FINE)]
     return _by_rows(weight_OI, moments_II, rounding, stages, pulled=True)
 
 
@@ -117,7 +123,7 @@ def _search(
     weight_RI: Tensor, moments_II: Tensor, rounding: Rounding, stages: Sequence[Candidates], pulled: bool
 ) -> Tensor:
     ends_RG2 = rounding.ends(weight_RI)
-    error_RI = rounding.plain(weight_RI) - weight_RI
+    error_RI = rounding.plain(weight_RI).sub_(weight_RI)
     every_R = torch.arange(len(weight_RI), device=weight_RI.device)
     group_size = rounding.grouped(weight_RI).shape[-1]
     for group, plain_R2 in enumerate(ends_RG2.clone().unbind(1)):
@@ -129,8 +135,8 @@ def _search(
             moments_SS = shrunk(moments_SS)
         for candidates in stages:
             ends_KR2 = candidates(plain_R2, ends_RG2[:, group])
-            error_KRS = rounding.snap(weight_RS, ends_KR2) - weight_RS
-            loss_KR = ((error_KRS @ moments_SS + 2 * pull_RS) * error_KRS).sum(-1)
+            error_KRS = rounding.snap(weight_RS, ends_KR2).sub_(weight_RS)
+            loss_KR = (error_KRS @ moments_SS).add_(2 * pull_RS).mul_(error_KRS).sum(-1)
             lowest_R, best_R = loss_KR.min(0)
             best_R = best_R.where(lowest_R < loss_KR[0], 0)
             ends_RG2[:, group], error_RI[:, here] = ends_KR2[best_R, every_R], error_KRS[best_R, every_R]

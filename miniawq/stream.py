@@ -6,26 +6,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from miniawq.background import ahead
 from miniawq.checkpoint import Checkpoint
 from miniawq.errors import InvalidInput
 from miniawq.model import DecoderBlock, RMSNorm, attention_mask, dense
-from miniawq.packing import Quantized, dequantize
+from miniawq.packing import LAYOUTS, Quantized, dequantize
 from miniawq.rope import rope_tables
 
 TOKENS_PER_BATCH = 4096
+
+# A tensor as a file holds it: itself, or the parts of a packed weight by name.
+Stored = Tensor | dict[str, Tensor]
 
 
 class BlockStream:
     """Reads the blocks of a checkpoint and runs hidden states through them, in float32.
 
-    The linears of an INT4 checkpoint come as the dense weights that their codes stand for. Hidden states stay where the
-    caller keeps them; micro-batches of about `TOKENS_PER_BATCH` tokens go to the device.
+    The linears of an INT4 checkpoint come as the dense weights that their codes stand for. Blocks come in order, each
+    once, and the next one is read while the caller works on one. Hidden states stay where the caller keeps them;
+    micro-batches of about `TOKENS_PER_BATCH` tokens go to the device.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.model_config
         self.device = torch.device(device)
+        self._coming = enumerate(ahead(map(self._stored_block, range(self.config.num_hidden_layers))))
 
     def embed(self, tokens_BL: Tensor, hidden_BLD: Tensor) -> None:
         """Write the embeddings of the tokens into `hidden_BLD`; InvalidInput on an id outside the vocabulary."""
@@ -40,19 +46,24 @@ class BlockStream:
             hidden_BLD[rows] = embedding_VD[tokens_BL[rows]].to(hidden_BLD.dtype)
 
     def block(self, layer: int) -> DecoderBlock:
-        """One decoder block with its weights, on the device."""
+        """The next decoder block with its weights, on the device."""
+        number, stored = next(self._coming)
+        assert number == layer, f"block {number} is next, and {layer} is asked for"
         with torch.device("meta"):
             block = DecoderBlock(self.config, layer, dense)
-        for name, module in block.named_modules():
-            for leaf in [leaf for leaf, _ in module.named_parameters(recurse=False)]:
-                weight = self._read(f"model.layers.{layer}.{name}", leaf)
-                setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        for name in [name for name, _ in block.named_parameters()]:
+            module, _, leaf = name.rpartition(".")
+            weight = self._weight(f"model.layers.{layer}.{module}", stored.pop(name))
+            setattr(block.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=False))
         return block
 
-    def _read(self, module: str, leaf: str) -> Tensor:
-        if leaf != "weight" or module not in self.checkpoint.quantized:
-            return self.checkpoint.read(f"{module}.{leaf}", self.device).float()
-        weight = self.checkpoint.read_linear(module, self.device)
+    def _stored_block(self, layer: int) -> dict[str, Stored]:
+        with torch.device("meta"):
+            names = [name for name, _ in DecoderBlock(self.config, layer, dense).named_parameters()]
+        return {name: read(self.checkpoint, f"model.layers.{layer}.{name}", self.device) for name in names}
+
+    def _weight(self, module: str, stored: Stored) -> Tensor:
+        weight = place(self.checkpoint, module, stored, self.device)
         return dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.float()
 
     def run(self, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -70,7 +81,7 @@ class BlockStream:
         norm.weight = nn.Parameter(self.checkpoint.read("model.norm.weight", self.device).float(), requires_grad=False)
         stored = "lm_head.weight" in self.checkpoint.tensors or "lm_head" in self.checkpoint.quantized
         module, leaf = ("lm_head", "weight") if stored else ("model.embed_tokens", "weight")
-        return Head(norm, self._read(module, leaf))
+        return Head(norm, self._weight(module, read(self.checkpoint, f"{module}.{leaf}", self.device)))
 
 
 class Head:
@@ -88,3 +99,25 @@ def micro_batches(batch: int, length: int) -> Iterator[slice]:
     """Slices of rows of about `TOKENS_PER_BATCH` tokens, at least one row each."""
     step = max(1, TOKENS_PER_BATCH // length)
     return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+
+
+def read(checkpoint: Checkpoint, name: str, device: torch.device) -> Stored:
+    """A parameter of the dense model as the checkpoint holds it, in memory of the host that `device` fetches fast."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "weight" and module in checkpoint.quantized:
+        return {part: _staged(tensor, device) for part, tensor in checkpoint.read_packed(module).items()}
+    return _staged(checkpoint.read(name), device)
+
+
+def _staged(tensor: Tensor, device: torch.device) -> Tensor:
+    # A tensor on a CPU is a view of a file: a GPU would wait for the disk, and then fetch it in small pieces.
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def place(checkpoint: Checkpoint, module: str, stored: Stored, device: torch.device) -> Quantized | Tensor:
+    """What `read` gave, on the device: the tensor, or a packed weight's codes, scales and zeros."""
+    if isinstance(stored, Tensor):
+        return stored.to(device, non_blocking=True)
+    linear = checkpoint.quantized[module]
+    parts = {part: tensor.to(device, non_blocking=True) for part, tensor in stored.items()}
+    return LAYOUTS[linear.layout].decode(parts, linear.group_size)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miniawq.background import ahead
 from miniawq.checkpoint import Checkpoint
 from miniawq.errors import MiniawqError
 from miniawq.packing import TOP_CODE, Quantized, row_slices
+from miniawq.stream import Stored, place, read
 
 ROUNDING = 1e-6
 
@@ -34,14 +36,20 @@ def verify(
     `smooth` gives a layer's weight [O, I] float32 after folding; no error may exceed `limit` bounds. MiniawqError names
     the first layer that fails.
     """
+    device = torch.device(device)
     for name in source.linears:
         if (name in written.quantized) == (name in listed):
             raise _broken(name, "it is neither packed nor listed as dense, or it is both")
+
+    def stored(name: str) -> tuple[str, Stored, Stored]:
+        return name, read(source, f"{name}.weight", device), read(written, f"{name}.weight", device)
+
     worst = 0.0
-    for name in written.quantized:
-        quantized = written.read_linear(name, device)
+    for name, weight, packed in ahead(map(stored, written.quantized)):
+        dense, quantized = place(source, name, weight, device), place(written, name, packed, device)
+        assert isinstance(dense, Tensor)
         assert isinstance(quantized, Quantized)
-        weight_OI = smooth(name, source.read(f"{name}.weight", device).float())
+        weight_OI = smooth(name, dense.float())
         error = error_over_bound(weight_OI, quantized)
         if not error <= limit + ROUNDING:
             raise _broken(name, f"a weight is {error:.6f} times the bound away from its code")

@@ -17,6 +17,15 @@ from miniawq.shards import ShardWriter
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "fairytales"
 COMMON = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
 SHAPES = {
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "vocab_size": 2048,
+        "max_position_embeddings": 2048,
+    },
     "tinyllama": {
         "hidden_size": 2048,
         "intermediate_size": 5632,

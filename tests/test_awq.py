@@ -23,7 +23,7 @@ from miniawq.rounding import (
     Rounding,
     layer_loss,
     limit_search,
-    moved,
+    moves,
     range_search,
     row_losses,
     shrunk,
@@ -208,7 +208,9 @@ def test_the_last_range_is_the_best_for_the_whole_layer(seed: int) -> None:
         error_OI = rounding.snap(rounding.grouped(weight_OI), ends_OG2).flatten(1) - weight_OI
         return row_losses(error_OI, shrunk(moments_II))
 
-    tried_KO = torch.stack([losses(ends_O2) for ends_O2 in moved(plain_OG2[:, -1], plain_OG2[:, -1], COARSE)])
+    tried_KO = torch.stack(
+        [losses(ends_O2) for ends_O2 in moves(COARSE, torch.device("cpu"))(plain_OG2[:, -1], plain_OG2[:, -1])]
+    )
     assert (losses(found_OG2[:, -1]) <= tried_KO.amin(0) * (1 + 1e-4) + 1e-6).all()
 
 

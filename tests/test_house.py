@@ -30,7 +30,7 @@ LADDER = """
     hub quant_config shards layouts checkpoint footprint
     chat tokenizer
     sampling products decode completion prompts repl generate
-    calibration stream memory journal verify report quantize
+    calibration background stream memory journal verify report quantize
     evaluate plan convert
 """.split()
 
