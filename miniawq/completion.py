@@ -70,6 +70,8 @@ class EagerStart(PlainStep):
         self.ahead = 0
         # Compiled code is for a number of threads, and a new thread would begin with the default one.
         self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
+        if not compiled.is_ready:
+            kernel.compiler = self._thread
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """As `DecodeStep.begin`."""
@@ -97,9 +99,7 @@ class EagerStart(PlainStep):
 
     def _start(self) -> None:
         is_warm = artifacts.are_here(self.compiled)
-        log.info(
-            "%s the decode step", "loading" if is_warm else "compiling (this once; the text comes slowly until then)"
-        )
+        log.info("loading the compiled step" if is_warm else "compiling, this once; until then the text comes slowly")
         self._thread.start()
         if is_warm:
             self.wait()
@@ -107,7 +107,7 @@ class EagerStart(PlainStep):
     def _compile(self, threads: int) -> None:
         torch.set_num_threads(threads)
         try:
-            with torch.inference_mode(), kernel.compiler, artifacts.kept(self.compiled):
+            with torch.inference_mode(), artifacts.kept(self.compiled):
                 self.compiled.compile()
                 if self.compiled.device.type == "cuda":
                     # The prompts of later texts go through a compiled function too.
@@ -115,6 +115,8 @@ class EagerStart(PlainStep):
         except Exception as error:
             log.warning("the decode step cannot be compiled, and stays slow: %s", str(error).strip().partition("\n")[0])
             log.debug("this is why", exc_info=True)
+        finally:
+            kernel.compiler = None
 
 
 @torch.inference_mode()

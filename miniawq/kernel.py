@@ -6,7 +6,7 @@ tested against them. Shapes: I input features, O output features, G groups along
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from threading import RLock
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ WEIGHTS_PER_SLICE = 1 << 22
 CODES_PER_EAGER_SLICE = 1 << 20
 CODES_PER_EXPANDED_SLICE = 1 << 27
 
-# Held by a thread that compiles for a long time. Others do without compiled functions, for which they would wait.
-compiler = RLock()
+# The only thread that may compile, if there is one: others do without, because Dynamo would make them wait for it.
+compiler: Thread | None = None
 
 
 def dequantize(
@@ -133,21 +133,21 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
     """
     stored_TI, exponents = in_storage_order(x_TI, arranged.grid.shape[1]), magic_exponents(x_TI.device)
     parts_TO = []
-    for some_O, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
-        bits_OW = expansion()(part.words, part.grid, scale_dtype, exponents, x_TI.dtype)
+    form, codes = expansion()
+    for some_O, part in slices(arranged, codes):
+        bits_OW = form(part.words, part.grid, scale_dtype, exponents, x_TI.dtype)
         some_bias_O = None if bias_O is None else bias_O[some_O].to(x_TI.dtype)
         parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype), some_bias_O))
     return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)
 
 
-def expansion() -> Callable[..., Tensor]:
-    """`expand`, compiled if that can be had at once. The results are the same: only its last step rounds."""
-    if torch.compiler.is_compiling():
-        return compiled_expand()
-    if not compiler.acquire(blocking=False):
-        return expand
-    compiler.release()
-    return compiled_expand()
+def expansion() -> tuple[Callable[..., Tensor], int]:
+    """`expand`, compiled if this thread may, and the codes for one call. The results are the same: nothing is rounded
+    before the last step. Uncompiled it has ten temporary tensors, so the calls are smaller.
+    """
+    if torch.compiler.is_compiling() or compiler in (None, current_thread()):
+        return compiled_expand(), CODES_PER_EXPANDED_SLICE
+    return expand, CODES_PER_EXPANDED_SLICE // 8
 
 
 @cache
