@@ -210,13 +210,14 @@ class QuantLinear(nn.Module):
     def prepare(self) -> "QuantLinear":
         """Arrange the words as this device reads them fastest, in place of the published buffers. Returns self.
 
-        A slice at a time, so that no second copy of a large layer is in memory. Float32 scales stay as they are on
+        A slice at a time, so that no second copy of a large layer is in memory; larger ones on a GPU, which waits for
+        the launches. Float32 scales stay as they are on
         CUDA, where a scale has 16 bits.
         """
         self.scale_dtype = self.scales.dtype
         if self.arranged is None and can_arrange(self.qweight.device, self.scale_dtype):
             arranged = empty(self.out_features, self.in_features, self.group_size, self.qweight.device)
-            for some_O, part in slices(arranged, WEIGHTS_PER_SLICE):
+            for some_O, part in slices(arranged, WEIGHTS_PER_SLICE * (4 if arranged.in_planes else 1)):
                 some_W = slice(some_O.start // CODES_PER_WORD, some_O.stop // CODES_PER_WORD)
                 tensors = {
                     "qweight": self.qweight[:, some_W],

@@ -27,7 +27,7 @@ LADDER = """
     packing arrange inductor forms kernel
     rope model
     rounding awq
-    hub quant_config shards layouts checkpoint footprint
+    hub quant_config shards reading layouts checkpoint footprint
     chat tokenizer
     sampling products decode artifacts completion prompts repl generate
     calibration stream memory journal verify report quantize
