@@ -1,6 +1,7 @@
 """From the start of a process to the first token, with an empty and with a filled cache of artifacts, part by part.
 
-    python scripts/random_checkpoint.py llama-3.1-8b /tmp/8b --int4 --device cuda && python scripts/first_token.py /tmp/8b
+    python scripts/random_checkpoint.py llama-3.1-8b /tmp/8b --int4 --device cuda
+    python scripts/first_token.py /tmp/8b
     python scripts/first_token.py                            # the demo model
 
 Each run is `python -m miniawq.generate --compile` in a fresh process, with clocks around its parts: seconds since the
@@ -62,6 +63,7 @@ def child(flags: list[str]) -> None:
     marked(generate, "load_model", "weights loaded")
     marked(generate, "EagerStart", "step made")
     marked(completion, "sample", "first token")
+    marked(completion.DecodeStep, "compile", "step compiled")
     marked(completion.DecodeStep, "step", "first compiled token")
     generate.main([*flags, "--compile", "--json"])
     print(json.dumps({"marks": marks, "spent": spent}))
@@ -87,19 +89,12 @@ def show(name: str, found: dict, weights: int) -> None:
     for mark, seconds in sorted(found["marks"].items(), key=lambda item: item[1]):
         print(f"  {seconds:8.2f} s  {mark:22} {seconds - before:+8.2f}")
         before = seconds
-    reading, arranging = found["spent"]["reading"], found["spent"]["arranging"]
-    loading = found["marks"]["weights loaded"] - found["marks"]["checkpoint opened"]
-    print(
-        f"  reading {reading:.2f} s, arranging {arranging:.2f} s; {weights / 1e9 / loading:.2f} GB of weights a second"
-    )
-    print(
-        f"  prompt {found['prompt_tokens']} tokens in {found['first_token_s']:.3f} s; compiling {found['compile_s']:.2f} s"
-    )
-    print(
-        f"  {found['tokens_before_compiled']} tokens before the compiled step,"
-        f" then {found['compiled_tps']:.1f} tokens/s",
-        flush=True,
-    )
+    spent, loading = found["spent"], found["marks"]["weights loaded"] - found["marks"]["checkpoint opened"]
+    print(f"  reading {spent['reading']:.2f} s, arranging {spent['arranging']:.2f} s")
+    print(f"  {weights / 1e9 / loading:.2f} GB of weights a second, both together")
+    print(f"  {found['prompt_tokens']} tokens of prompt in {found['first_token_s']:.3f} s")
+    print(f"  {found['tokens_before_compiled']} tokens before the compiled step", end="")
+    print(f", then {found['compiled_tps']:.1f} tokens/s", flush=True)
 
 
 def main() -> None:
