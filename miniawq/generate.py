@@ -134,7 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of activations (auto: config.json's; float32 on CPU)",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps behind the prompt (on a GPU)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the steps (on a GPU); kept in ~/.cache/miniawq",
+    )
     add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--local-files-only", action="store_true", help="never use the network")
