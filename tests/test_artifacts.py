@@ -71,24 +71,6 @@ def files_of(directory):
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_second_process_finds_what_the_first_has_compiled(cache, device):
-    (right, _, ready, hits, misses), notices = process(device)
-    assert (right, ready, hits) == (True, True, 0)
-    assert misses >= 4
-    assert "compiling, this once" in notices
-    (directory,) = cache.iterdir()
-    objects = [path for path in directory.rglob("*") if path.suffix in (".so", ".cubin")]
-    made = files_of(directory)
-    assert objects
-    (right, ahead, ready, hits, misses_then), notices = process(device)
-    assert (right, ahead, ready, hits, misses_then) == (True, 0, True, misses, 0)
-    assert "loading the compiled step" in notices
-    again = files_of(directory)
-    # A hit of Inductor's may still call the C++ compiler: no object may be newer.
-    assert {path: again[path] for path in objects} == {path: made[path] for path in objects}
-    assert again.keys() == made.keys()
-
-
 def seal(step, directory):
     """A sealed directory of one file."""
     directory.mkdir(parents=True)
@@ -230,3 +212,21 @@ def test_a_compiler_that_fails_is_a_notice(model, monkeypatch, cache, caplog, de
     assert "cannot be compiled, and stays slow: there is no g++" in caplog.text
     assert caplog.text.count("stays slow") == 1
     assert kernel.compiler is None
+
+
+def test_a_second_process_finds_what_the_first_has_compiled(cache, device):
+    (right, _, ready, hits, misses), notices = process(device)
+    assert (right, ready, hits) == (True, True, 0)
+    assert misses >= 4
+    assert "compiling, this once" in notices
+    (directory,) = cache.iterdir()
+    objects = [path for path in directory.rglob("*") if path.suffix in (".so", ".cubin")]
+    made = files_of(directory)
+    assert objects
+    (right, ahead, ready, hits, misses_then), notices = process(device)
+    assert (right, ahead, ready, hits, misses_then) == (True, 0, True, misses, 0)
+    assert "loading the compiled step" in notices
+    again = files_of(directory)
+    # A hit of Inductor's may still call the C++ compiler: no object may be newer.
+    assert {path: again[path] for path in objects} == {path: made[path] for path in objects}
+    assert again.keys() == made.keys()
