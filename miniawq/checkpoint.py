@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from miniawq import reading
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.hub import SMALL_FILES, LocalFiles, locate
 from miniawq.kernel import QuantLinear
@@ -83,9 +84,13 @@ class Checkpoint:
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor, in the dtype of the file; on a CPU it is a view of the file until it is changed."""
         info = self.tensors[name]
-        # The file is opened for each tensor: a handle kept open would count all pages ever read as our memory.
-        with safe_open(self.files.local(info.file), framework="pt", device=str(device)) as file:
-            tensor = file.get_tensor(info.key)
+        path = self.files.local(info.file)
+        if torch.device(device).type == "cuda":
+            tensor = reading.read(path, info.key, info.dtype, info.shape, torch.device(device))
+        else:
+            # The file is opened for each tensor: a handle kept open would count all pages ever read as our memory.
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensor = file.get_tensor(info.key)
         return tensor.view(torch.int32) if tensor.dtype == torch.uint32 else tensor
 
     def read_packed(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

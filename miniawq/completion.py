@@ -3,7 +3,9 @@
 Shapes: B batch, L positions of the prompt, V vocabulary.
 """
 
+import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miniawq import artifacts, kernel
 from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.kernel import QuantLinear
@@ -22,6 +25,8 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
@@ -49,6 +54,71 @@ class PlainStep:
             self.history.add(ids_B)
         logits_BV = last_logits(self.model, ids_B[:, None], self.cache)
         return sample(logits_BV, self.sampling, self.history, self.generator)
+
+
+class EagerStart(PlainStep):
+    """A `DecodeStep` for which no token waits long: while a thread compiles it, the model writes into the same buffers.
+
+    So a text is the same, up to rounding, wherever the one takes over from the other. Compiling begins behind the first
+    token, and if an earlier process has left its artifacts, the second one waits for it: a model that runs beside it
+    makes it take twice as long. So does a text that must be the same again (`streams` is False): the two round
+    differently in 16 bits. `ahead` counts the steps of this text that the model has made.
+    """
+
+    def __init__(self, model: Llama, compiled: DecodeStep, streams: bool = True) -> None:
+        self.model, self.compiled, self.sampling, self.streams = model, compiled, compiled.sampling, streams
+        self.cache, self.history, self.generator = compiled.cache, compiled.history, compiled.generator
+        self.ahead = 0
+        # Compiled code is for a number of threads, and a new thread would begin with the default one.
+        self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
+        if not compiled.is_ready:
+            kernel.compiler = self._thread
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
+        """As `DecodeStep.begin`."""
+        self.ahead = 0
+        self.compiled.begin(tokens_BL, padding_B, seed)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """As `DecodeStep.step`."""
+        if self._thread.ident is None and not self.compiled.is_ready:
+            self._start()
+        # A CUDA graph is recorded in the first step, and meanwhile no other thread may use the device.
+        if self.compiled.is_ready and not self.is_compiling:
+            return self.compiled.step(ids_B)
+        self.ahead += 1
+        return super().step(ids_B)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until it is not."""
+        self._thread.join()
+
+    def _start(self) -> None:
+        is_warm = artifacts.are_here(self.compiled)
+        meanwhile = "until then the text comes slowly" if self.streams else "the text goes on then"
+        log.info("loading the compiled step" if is_warm else f"compiling, this once; {meanwhile}")
+        self._thread.start()
+        if is_warm or not self.streams:
+            self.wait()
+
+    def _compile(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode(), artifacts.kept(self.compiled):
+                self.compiled.compile()
+                if self.compiled.device.type == "cuda":
+                    # The prompts of later texts go through a compiled function too.
+                    self.model(self.compiled.ids_B[:, None])
+        except Exception as error:
+            log.warning("the decode step cannot be compiled, and stays slow: %s", str(error).strip().partition("\n")[0])
+            log.debug("this is why", exc_info=True)
+        finally:
+            kernel.compiler = None
 
 
 @torch.inference_mode()
@@ -172,14 +242,14 @@ class Completion:
         self.stop_reason: str | int | None = None
         self._tokenizer, self._new_ids, self._clock = tokenizer, new_ids, clock
         self._stop_ids, self._stop = stop_ids, stop
-        self._started = self._first = self._last = 0.0
+        self._started = 0.0
+        self._times: list[float] = []
 
     def __iter__(self) -> Iterator[str]:
         stream, stops = self._tokenizer.stream(self.prompt_ids), StopStrings(self._stop)
         self._started = self._clock()
         for token_id in self._new_ids:
-            self._last = self._clock()
-            self._first = self._first or self._last
+            self._times.append(self._clock())
             self.ids.append(token_id)
             if token_id in self._stop_ids:
                 self.stop_reason = token_id
@@ -200,7 +270,7 @@ class Completion:
     @property
     def first_token_seconds(self) -> float:
         """From the start to the first token: the time that the prompt takes."""
-        return self._first - self._started
+        return self._times[0] - self._started if self._times else 0.0
 
     @property
     def prompt_rate(self) -> float:
@@ -210,7 +280,12 @@ class Completion:
     @property
     def generation_rate(self) -> float:
         """Tokens per second after the first one."""
-        return _rate(len(self.ids) - 1, self._last - self._first)
+        return self.rate_behind(1)
+
+    def rate_behind(self, count: int) -> float:
+        """Tokens per second after the first `count`."""
+        times = self._times[count - 1 :]
+        return _rate(len(times) - 1, times[-1] - times[0]) if times else 0.0
 
     def record(self) -> dict[str, Any]:
         """For machines, with the field names of mlx-lm where it has them."""

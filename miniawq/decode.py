@@ -9,6 +9,7 @@ Shapes: B batch, M positions in the cache, T slots of a layer's keys (B M), S sl
 D model width, F feed-forward width, V vocabulary, C parts of it, H query heads, J key/value heads, E size of one head.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -21,16 +22,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad, silu
 
+from miniawq import forms
 from miniawq.errors import InvalidInput
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask, rms_norm
-from miniawq.products import Product, is_int4, lower, multiply, norm_and_multiply, products_of, written
+from miniawq.products import (
+    Product,
+    is_int4,
+    lower,
+    multiply,
+    norm_and_multiply,
+    products_of,
+    reduce_product,
+    written,
+)
 from miniawq.rope import Rope, apply_rope, rope_tables
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample
 
 log = logging.getLogger(__name__)
 
-# The first call compiles; in the second, libraries allocate what they keep.
+# In the first call on a stream libraries allocate what they keep.
 WARM_UP_CALLS = 2
+SPARE_ROOM = 32
 SMALLEST_BUCKET = 256
 GREEDY = Sampling()
 MOST_PARTS_OF_LOGITS = 256
@@ -230,7 +242,7 @@ class DecodeStep:
     """`step(ids_B) -> ids_B` feeds one token to every row and chooses the next, all on the device.
 
     It owns what a recorded step must own: the cache, the history, the random numbers. A text starts with `begin`; its
-    prompt goes through the model itself, into `cache`; the first `step` compiles, so the first token need not wait.
+    prompt goes through the model itself, into `cache`; the first `step` compiles, unless `compile` has been called.
     """
 
     def __init__(
@@ -244,6 +256,17 @@ class DecodeStep:
             self.layers = [Layer.of(block, batch) for block in model.model.layers]
             self.head = products_of((model.lm_head,), batch)
             self.norm_D, self.embedding_VD = model.model.norm.weight.data, like.data
+        self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
+        self.functions: tuple[Callable[..., Any], ...] = (enter, before_attention, after_attention, finish)
+        self.is_ready = not compile_
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.build_seconds = 0.0
+        self._make_room(batch, max_seq_len)
+
+    def _make_room(self, batch: int, max_seq_len: int) -> None:
+        """All that belongs to the text."""
+        like = self.embedding_VD
+        with torch.inference_mode(False), torch.no_grad():
             positions_M = torch.arange(max_seq_len, device=like.device)
             self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, like.dtype)
             self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=like.dtype)
@@ -255,23 +278,35 @@ class DecodeStep:
             self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
             has_history = self.sampling.has_penalties
             self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
-        # Nothing compiled depends on how many positions there are.
         self.caches = cache_N2BMJE.flatten(1, 3).unbind()
-        for tensor in (*self.tables_ME, *self.caches):
-            torch._dynamo.mark_dynamic(tensor, 0)
         self.generator = torch.Generator(like.device)
-        self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.build_seconds = 0.0
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile what a token needs by computing one for a text that nobody reads.
+
+        This step's own buffers are left alone: another thread may let the model write a text into them meanwhile.
+        """
+        started = time.perf_counter()
+        first, batch = self.layers[0], len(self.ids_B)
+        products = (*first.qkv, *first.o, *first.gate_up, *first.down)
+        if self.device.type == "cuda" and any(product.form is reduce_product for product in products):
+            forms.prove(self.device)
         kinds: dict[Callable[..., Any], bool] = {
             enter: False,
-            before_attention: any(map(is_int4, self.layers[0].qkv)),
-            after_attention: any(map(is_int4, self.layers[0].down)),
+            before_attention: any(map(is_int4, first.qkv)),
+            after_attention: any(map(is_int4, first.down)),
             finish: any(map(is_int4, self.head)),
         }
-        self._enter, self._before, self._after, self._finish = (
-            compiled(function, kind, self.config, batch) if compile_ else function for function, kind in kinds.items()
-        )
+        spare = copy.copy(self)
+        spare._make_room(batch, SPARE_ROOM)
+        spare.functions = tuple(compiled(function, kind, self.config, batch) for function, kind in kinds.items())
+        # Nothing compiled depends on how many positions there are.
+        for tensor in (*self.tables_ME, *self.caches, *spare.tables_ME, *spare.caches):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        spare._token(1)
+        self.functions, self.is_ready = spare.functions, True
+        self.build_seconds += time.perf_counter() - started
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
@@ -289,6 +324,8 @@ class DecodeStep:
         length, room = self.cache.length, self.cache.max_seq_len
         if length >= room:
             raise InvalidInput("the cache is full", f"it has room for {room} positions", "make a DecodeStep with more")
+        if not self.is_ready:
+            self.compile()
         self.position_1.fill_(length)
         if self.device.type == "cuda":
             graph = self._graph(self._end_of_reading(length))
@@ -307,21 +344,22 @@ class DecodeStep:
 
     def _token(self, end: int) -> None:
         """From `ids_B` to the next `ids_B`, by nothing that a CUDA graph cannot record."""
-        entry = self._enter(self.config, self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B)
+        enter, before_attention, after_attention, finish = self.functions
+        entry = enter(self.config, self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B)
         masks = {} if self.reads_by_length else self._masks(end)
         h_BD = entry.h_BD
         for layer, cache_SJE, window in zip(self.layers, self.caches, self.config.layer_windows, strict=True):
-            q_BHE = self._before(self.config, layer, h_BD, entry.rope, entry.slots_2B, cache_SJE)
+            q_BHE = before_attention(self.config, layer, h_BD, entry.rope, entry.slots_2B, cache_SJE)
             keys_TJE, values_TJE = cache_SJE.chunk(2)
             if self.reads_by_length:
                 attended_BHE = flash_attention(q_BHE, keys_TJE, values_TJE, entry.spans[window])
             else:
                 keys_BJME, values_BJME = self._first(end, keys_TJE), self._first(end, values_TJE)
                 attended_BHE = attention(q_BHE.unsqueeze(2), keys_BJME, values_BJME, masks[window]).squeeze(2)
-            h_BD = self._after(self.config, layer, h_BD, attended_BHE)
+            h_BD = after_attention(self.config, layer, h_BD, attended_BHE)
         if self.history is not None:
             self.history.add(self.ids_B.clamp_min(0))
-        self.logits_BV, ids_B = self._finish(self.config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
+        self.logits_BV, ids_B = finish(self.config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
         if ids_B is None:
             ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)
         self.ids_B.copy_(ids_B)
@@ -342,7 +380,6 @@ class DecodeStep:
         if end in self.graphs:
             return self.graphs[end]
         started = time.perf_counter()
-        log.info("compiling the decode step: %d rows, %d positions", len(self.ids_B), end)
         random_state = self.generator.get_state()
         counts_BV = None if self.history is None else self.history.counts_BV.clone()
         stream = torch.cuda.Stream(self.device)
@@ -360,5 +397,4 @@ class DecodeStep:
             self.history.counts_BV.copy_(counts_BV)
         self.graphs[end] = graph
         self.build_seconds += time.perf_counter() - started
-        log.info("compiled the decode step in %.1f s", time.perf_counter() - started)
         return graph

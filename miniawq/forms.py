@@ -15,13 +15,11 @@ Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G 
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.choices import InductorChoices
-from torch._inductor.codegen.triton import FixedTritonConfig
-from torch._inductor.virtualized import V
 
 from miniawq.arrange import pack_grid, sequential_words, unpack_grid
 from miniawq.packing import CODES_PER_WORD
@@ -48,12 +46,7 @@ MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16)
 
 
 def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Views [O, V, G] of the words, one for each step of `reduce_planes`: plane q part v is word q V + v of a group.
-
-    The first time on a GPU it is proved that `reduce_planes` may read subnormals there.
-    """
-    if words_OPG.is_cuda:
-        prove(words_OPG.device)
+    """Views [O, V, G] of the words, one for each step of `reduce_planes`: plane q part v is word q V + v of a group."""
     return words_OPG.unflatten(1, (-1, parts)).unbind(1)
 
 
@@ -61,7 +54,8 @@ def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
 def prove(device: torch.device) -> None:
     """See whether a compiled `reduce_planes` is exact on a device, and change its way of reading nibbles if it is not.
 
-    Every code occurs, in every nibble. All numbers are small integers: the right result is exact.
+    To be asked before anything with `reduce_planes` in it is compiled for a GPU; asking compiles too. Every code
+    occurs, in every nibble. All numbers are small integers: the right result is exact.
     """
     global keeps_subnormals
     codes_OI = (torch.arange(16 * 1024) % 17 % 16).to(torch.uint8).unflatten(0, (16, -1)).to(device)
@@ -263,34 +257,6 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 
-class BlockSizes(InductorChoices):
-    """Inductor's choices, except that `choose` knows the block sizes of the kernels of this file: no search."""
-
-    def __init__(self, choose: Callable[..., dict[str, int] | None]) -> None:
-        self.choose = choose
-
-    def uuid(self) -> str:
-        """Part of the key of Inductor's cache of compiled graphs."""
-        return __name__
-
-    def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: Any) -> dict[str, Any]:
-        """The hook that Inductor offers for fixed configurations."""
-        sums = features.reduction_nodes()
-        words = {name for name in features.buf_accesses() if V.graph.get_dtype(name) == torch.int32}
-        if "dot" in {node.node.get_reduction_type() for node in sums}:
-            blocks = self.choose("dot", sizes={name: int(size) for name, size in groups[0].items()})
-        elif sums and len(words) >= 2:
-            sizes = {"x": int(features.numel), "r0_": int(features.reduction_numel)}
-            # A norm's sum of squares, in the same kernel, reads no words.
-            of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
-            blocks = self.choose("planes", sizes=sizes, sums=len(of_words))
-        else:
-            blocks = None
-        if blocks is None:
-            return kernel_kwargs
-        return kernel_kwargs | {"fixed_config": FixedTritonConfig(blocks), "override_persistent_reduction": False}
-
-
 OPTIONS: dict[str, Any] = {
     "triton.native_matmul": True,
     # Below these thresholds Inductor would cut the long sums into several kernels.
@@ -306,10 +272,12 @@ def compiled(
 ) -> Callable[..., Any]:
     """`function` compiled for the shapes it meets, with the block sizes that `choose` knows."""
     lowered = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS | options)
-    choices = BlockSizes(choose)
+    # Importing Inductor takes seconds, which those who do not compile need not wait.
+    inductor = import_module("miniawq.inductor")
+    choices = inductor.BlockSizes(choose)
 
     def call(*arguments: Any) -> Any:
-        with V.set_choices_handler(choices):
+        with inductor.V.set_choices_handler(choices):
             return lowered(*arguments)
 
     return call

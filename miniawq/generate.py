@@ -22,7 +22,7 @@ import torch
 from miniawq import cli, prompts
 from miniawq.chat import Message
 from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
-from miniawq.completion import Completion, bytes_per_token, complete, generate, peak_memory
+from miniawq.completion import Completion, EagerStart, bytes_per_token, complete, generate, peak_memory
 from miniawq.decode import DecodeStep
 from miniawq.errors import DoesNotFit, InvalidInput, UsageError
 from miniawq.footprint import require_memory
@@ -33,7 +33,8 @@ from miniawq.tokenizer import Tokenizer, read_object
 
 __all__ = ["build_parser", "complete", "generate", "load", "main"]
 
-log = logging.getLogger(__name__)
+# Not __name__, which is __main__ for those who run this file.
+log = logging.getLogger("miniawq.generate")
 
 DEFAULT_MAX_TOKENS = 512
 DEMO_SEED = 0
@@ -133,7 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of activations (auto: config.json's; float32 on CPU)",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps behind the prompt (on a GPU)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the steps (on a GPU); kept in ~/.cache/miniawq",
+    )
     add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--local-files-only", action="store_true", help="never use the network")
@@ -189,6 +194,7 @@ def _write(arguments: argparse.Namespace) -> None:
             converse(writer.answer, prompts.system_message(arguments))
         else:
             writer.write_all(*prompt)
+        writer.wait_for_compiler()
 
 
 @contextmanager
@@ -231,10 +237,11 @@ class Writer:
         self.tells_story = not prompts.is_given(arguments)
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
+        self.is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
         self.limit = arguments.max_seq_len or model.config.max_position_embeddings
         on_gpu = model.model.embed_tokens.weight.device.type == "cuda"
         self.compiles = on_gpu if arguments.compile is None else arguments.compile
-        self.decoder: DecodeStep | None = None
+        self.decoder: EagerStart | None = None
 
     def write_all(self, prompt: str, is_chat: bool) -> None:
         """All samples of one prompt."""
@@ -288,21 +295,29 @@ class Writer:
             sampling=self.sampling,
             seed=seed,
             decoder=self.compiled(len(prompt_ids) + max_tokens) if self.compiles else None,
-            clock=lambda: time.perf_counter() - self.compile_seconds(),
         )
         return completion, seed
 
-    def compiled(self, positions: int) -> DecodeStep:
+    def compiled(self, positions: int) -> EagerStart:
         """One decode step for all texts, made again when a text is longer than its cache."""
         if self.decoder is None or self.decoder.cache.max_seq_len < positions:
+            self.wait_for_compiler()
             self.decoder = None
             room = max(SMALLEST_CACHE, 1 << (positions - 1).bit_length())
-            self.decoder = DecodeStep(self.model, 1, min(room, self.limit), self.sampling)
+            step = DecodeStep(self.model, 1, min(room, self.limit), self.sampling)
+            self.decoder = EagerStart(self.model, step, streams=not self.is_reproducible)
         return self.decoder
 
+    def wait_for_compiler(self) -> None:
+        """Let the compiler finish what it has begun, so that the next process finds it."""
+        if self.decoder is not None and self.decoder.is_compiling:
+            log.info("still compiling, so that the next text begins faster (Ctrl-C leaves it)")
+            self.decoder.wait()
+            log.info("compiled in %.1f s", self.compile_seconds())
+
     def compile_seconds(self) -> float:
-        """Time spent on compiling the decode step, which the figures leave out."""
-        return 0.0 if self.decoder is None else self.decoder.build_seconds
+        """Time that compiling the decode step has taken."""
+        return 0.0 if self.decoder is None else self.decoder.compiled.build_seconds
 
     def room(self, prompt_length: int) -> int:
         """How many tokens to generate: as many as asked for, or as fit."""
@@ -316,12 +331,15 @@ class Writer:
 
     def figures(self, completion: Completion, seed: int) -> dict[str, Any]:
         """All that is known about one text, for --json."""
+        ahead = 0 if self.decoder is None else self.decoder.ahead
         return completion.record() | {
             "model": self.arguments.model or "demo",
             "sampling": dataclasses.asdict(self.sampling),
             "seed": seed,
             "load_s": self.load_seconds,
             "compile_s": self.compile_seconds(),
+            "tokens_before_compiled": ahead,
+            "compiled_tps": completion.rate_behind(ahead + 2) if self.compiles else 0.0,
             "peak_memory": peak_memory(self.model) / 1e9,
             "gigabytes_per_s": completion.generation_rate * bytes_per_token(self.model) / 1e9,
         }
@@ -332,6 +350,8 @@ class Writer:
             return
         found = self.figures(completion, seed)
         generation = f"Generation: {found['generation_tokens']} tokens, {found['generation_tps']:.1f} tokens-per-sec"
+        if found["compiled_tps"]:
+            generation += f", {found['compiled_tps']:.1f} by the compiled step"
         if not self.arguments.stats:
             print(generation, "" if self.sampling.temperature == 0 else f"(seed {seed})", file=sys.stderr)
             return

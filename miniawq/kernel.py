@@ -6,12 +6,12 @@ tested against them. Shapes: I input features, O output features, G groups along
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from miniawq.arrange import (
@@ -34,6 +34,9 @@ from miniawq.packing import CODES_PER_WORD, LAYOUTS, Quantized, unpack
 WEIGHTS_PER_SLICE = 1 << 22
 CODES_PER_EAGER_SLICE = 1 << 20
 CODES_PER_EXPANDED_SLICE = 1 << 27
+
+# The only thread that may compile, if there is one: others do without, because Dynamo would make them wait for it.
+compiler: Thread | None = None
 
 
 def dequantize(
@@ -132,12 +135,31 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
     """
     stored_TI = in_storage_order(x_TI, arranged.grid.shape[1])
     parts_TO = []
-    for some_O, part in slices(arranged, CODES_PER_EXPANDED_SLICE):
-        expanded = compiled_expand(part.words.shape, scale_dtype, x_TI.dtype, x_TI.device)
-        bits_OW = expanded(part.words, part.grid, magic_exponents(x_TI.device, len(part.words)))
+    form, codes = expansion()
+    for some_O, part in slices(arranged, codes):
+        exponents_2O = magic_exponents(x_TI.device, len(part.words))
+        bits_OW = form(part.words, part.grid, scale_dtype, exponents_2O, x_TI.dtype)
         some_bias_O = None if bias_O is None else bias_O[some_O].to(x_TI.dtype)
         parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype), some_bias_O))
     return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)
+
+
+def expansion() -> tuple[Callable[..., Tensor], int]:
+    """`expand`, compiled if this thread may, and the codes for one call. The results are the same: nothing is rounded
+    before the last step. Uncompiled it has ten temporary tensors, so the calls are smaller.
+    """
+    if torch.compiler.is_compiling():
+        return expand, CODES_PER_EXPANDED_SLICE
+    if compiler in (None, current_thread()):
+        return expand_by_one_kernel, CODES_PER_EXPANDED_SLICE
+    return expand, CODES_PER_EXPANDED_SLICE // 8
+
+
+def expand_by_one_kernel(
+    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents_2O: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`expand`, compiled."""
+    return compiled_expand(words_OPG.shape, scale_dtype, dtype, words_OPG.device)(words_OPG, grid_OG, exponents_2O)
 
 
 @cache
@@ -146,12 +168,14 @@ def compiled_expand(
 ) -> Callable[..., Tensor]:
     """`expand` of words of one shape as one kernel, called without Dynamo, whose guards would take as long as it."""
     outputs, _, groups = shape_OPG
-    with FakeTensorMode():
-        shapes = (shape_OPG, (outputs, groups), (2, outputs))
-        inputs: list[Any] = [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
-        graph = make_fx(lambda words, grid, exponents: expand(words, grid, scale_dtype, exponents, dtype))(*inputs)
+    shapes = [(tuple(shape), torch.int32) for shape in (shape_OPG, (outputs, groups), (2, outputs))]
     # Below this threshold Inductor would cut it in two.
-    return torch._inductor.compile(graph, inputs, {"realize_opcount_threshold": 1000})
+    return import_module("miniawq.inductor").lowered(
+        lambda words, grid, exponents: expand(words, grid, scale_dtype, exponents, dtype),
+        shapes,
+        device,
+        {"realize_opcount_threshold": 1000},
+    )
 
 
 class QuantLinear(nn.Module):
@@ -207,13 +231,14 @@ class QuantLinear(nn.Module):
     def prepare(self) -> "QuantLinear":
         """Arrange the words as this device reads them fastest, in place of the published buffers. Returns self.
 
-        A slice at a time, so that no second copy of a large layer is in memory. Float32 scales stay as they are on
+        A slice at a time, so that no second copy of a large layer is in memory; larger ones on a GPU, which waits for
+        the launches. Float32 scales stay as they are on
         CUDA, where a scale has 16 bits.
         """
         self.scale_dtype = self.scales.dtype
         if self.arranged is None and can_arrange(self.qweight.device, self.scale_dtype):
             arranged = empty(self.out_features, self.in_features, self.group_size, self.qweight.device)
-            for some_O, part in slices(arranged, WEIGHTS_PER_SLICE):
+            for some_O, part in slices(arranged, WEIGHTS_PER_SLICE * (4 if arranged.in_planes else 1)):
                 some_W = slice(some_O.start // CODES_PER_WORD, some_O.stop // CODES_PER_WORD)
                 tensors = {
                     "qweight": self.qweight[:, some_W],

@@ -150,6 +150,14 @@ FAULTS = [
     Fault("plan.py", 'min(degree, kv_heads) if part in ("k_proj", "v_proj") else degree', "degree", "test_plan"),
     Fault("plan.py", "1 if whole_rows else linear.group_size", "1", "test_plan"),
     Fault("plan.py", "if heads % degree or", "if", "test_plan"),
+    Fault("reading.py", "(8 + length + start,", "(length + start,", "test_checkpoint"),
+    Fault("reading.py", "file.seek(start)", "file.seek(start + 1)", "test_checkpoint"),
+    Fault("artifacts.py", 'if not changed and seal["decides"] == decides:', "if True:", "test_artifacts"),
+    Fault("artifacts.py", '"rows": str(len(step.ids_B)),', "", "test_artifacts"),
+    Fault("decode.py", "spare._make_room(batch, SPARE_ROOM)", "", "test_artifacts"),
+    Fault("completion.py", "if is_warm or not self.streams:", "if not self.streams:", "test_artifacts"),
+    Fault("completion.py", "if is_warm or not self.streams:", "if is_warm:", "test_artifacts"),
+    Fault("completion.py", "kernel.compiler = self._thread", "pass", "test_artifacts"),
     Fault("plan.py", 'if name == "lm_head.weight" and model_config.tie_word_embeddings:', "if False:", "test_plan"),
 ]  # fmt: skip
 

@@ -41,6 +41,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq import forms
+from miniawq.inductor import BlockSizes
 
 GROUP = 128
 TARGET = GPUTarget("cuda", 90, 32)
@@ -158,7 +159,7 @@ def count(form, outputs, inputs, rows):
         chosen.append(forms.block_sizes(kind, **sizes))
         return chosen[-1]
 
-    with V.set_choices_handler(forms.BlockSizes(choose)):
+    with V.set_choices_handler(BlockSizes(choose)):
         kernels = sources()
     (blocks,) = chosen
     name, source = max(kernels, key=lambda kernel: len(kernel[1]))

@@ -12,6 +12,7 @@ import tiny_checkpoints as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from miniawq import reading
 from miniawq.checkpoint import load_model, meta_model, open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.kernel import QuantLinear
@@ -316,3 +317,18 @@ def test_loading_holds_one_copy(tmp_path):
     held, weights = map(int, done.stdout.split())
     largest = 4096 * 512 * 4
     assert 0.9 * weights < held < weights + 2 * largest
+
+
+@pytest.mark.parametrize("chunk", [1007, 1 << 20])
+def test_tensors_read_in_chunks_are_those_of_the_file(chunk, tmp_path, monkeypatch, device):
+    checkpoint = open_checkpoint(tiny.make(tmp_path)[0])
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
+    reading.staging.cache_clear()
+    for name, info in checkpoint.tensors.items():
+        found = reading.read(checkpoint.files.local(info.file), info.key, info.dtype, info.shape, device)
+        assert torch.equal(found, checkpoint.read(name, device))
+    path = checkpoint.files.local(info.file)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnsupportedCheckpoint, match="ends within"):
+        [reading.read(path, info.key, info.dtype, info.shape, device) for info in checkpoint.tensors.values()]
+    reading.staging.cache_clear()

@@ -9,7 +9,7 @@ from torch import nn
 
 from miniawq import arrange, products
 from miniawq.checkpoint import load_model, open_checkpoint
-from miniawq.completion import generate, last_logits
+from miniawq.completion import EagerStart, generate, last_logits
 from miniawq.decode import DecodeStep, mask_of, most_probable, spans_of
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
@@ -76,17 +76,27 @@ def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
         assert list(generate(model, tokens_BL, decoder=step, prefill_chunk=chunk, **options)) == expected
 
 
-def test_the_compiled_step_gives_the_same_and_never_compiles_again(device):
+def test_the_compiled_step_gives_the_same_and_never_compiles_again(device, monkeypatch, tmp_path):
+    """Compiled by a thread while the model writes, taken over in the middle of a text, used by this thread since."""
+    monkeypatch.setenv("MINIAWQ_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     model = int4_model(device)
-    steps = [DecodeStep(model, 2, room) for room in (32, 64)]
+    first, second = EagerStart(model, DecodeStep(model, 2, 32)), DecodeStep(model, 2, 64)
     graphs = None
-    for step, length in [(steps[0], 5), (steps[0], 1), (steps[1], 50), (steps[0], 20), (steps[1], 1)]:
+    for step, length in [(first, 5), (first, 1), (second, 50), (first, 20), (second, 1)]:
         tokens_BL = random_prompt(model, 2, length)
         expected = list(generate(model, tokens_BL, max_tokens=NEW))
-        assert list(generate(model, tokens_BL, max_tokens=NEW, decoder=step)) == expected
+        found = []
+        for number, ids in enumerate(generate(model, tokens_BL, max_tokens=NEW, decoder=step)):
+            found.append(ids)
+            if number == NEW // 2 and first.is_compiling:
+                first.wait()
+        assert found == expected
+        assert first.compiled.is_ready
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         graphs = graphs or compiled
         assert compiled == graphs, f"compiled again at a prompt of {length}"
+    assert first.ahead == 0
 
 
 @pytest.mark.parametrize("sampling", [

@@ -124,7 +124,7 @@ def test_json_is_one_object_a_line(capsys, fairytales):
     assert set(records[0]) == {
         "prompt", "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps",
         "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s", "compile_s",
-        "peak_memory", "gigabytes_per_s",
+        "tokens_before_compiled", "compiled_tps", "peak_memory", "gigabytes_per_s",
     }  # fmt: skip
     assert records[0]["generation_tokens"] == len(records[0]["tokens"]) == 3
     # generation_config.json of the demo asks for temperature 0.8 and top-p 0.95.

@@ -24,12 +24,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the foundation up: a file imports only from files of earlier lines, and from those before it in its own.
 LADDER = """
     errors cli
-    packing arrange forms kernel
+    packing arrange inductor forms kernel
     rope model
     rounding awq
-    hub quant_config shards layouts checkpoint footprint
+    hub quant_config shards reading layouts checkpoint footprint
     chat tokenizer
-    sampling products decode completion prompts repl generate
+    sampling products decode artifacts completion prompts repl generate
     calibration background stream memory journal verify report quantize
     evaluate plan convert
 """.split()

@@ -1,0 +1,238 @@
+"""What is kept of a compiled step: found again, given up when damaged, no reason to fail; and the text meanwhile."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from miniawq import artifacts, kernel
+from miniawq.checkpoint import load_model, open_checkpoint
+from miniawq.completion import EagerStart, generate
+from miniawq.decode import DecodeStep
+from miniawq.sampling import Sampling
+
+GOLDEN = Path(__file__).parent / "golden" / "models" / "llama"
+NEW = 6
+# A process that compiles: its ids, those of the model alone, and what Inductor says of its cache.
+PROGRAM = f"""
+import json, logging, sys
+import torch
+from miniawq.checkpoint import load_model, open_checkpoint
+from miniawq.completion import EagerStart, generate
+from miniawq.decode import DecodeStep
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+model = load_model(open_checkpoint({str(GOLDEN)!r}), sys.argv[1], torch.float32)
+tokens_BL = torch.arange(1, 8, device=sys.argv[1])[None]
+expected = list(generate(model, tokens_BL, max_tokens={NEW}))
+decoder = EagerStart(model, DecodeStep(model, 1, 32))
+found = []
+for _ in range(2):
+    found.append(list(generate(model, tokens_BL, max_tokens={NEW}, decoder=decoder)))
+    decoder.wait()
+counters = torch._dynamo.utils.counters["inductor"]
+hits, misses = counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]
+print(json.dumps([found == [expected] * 2, decoder.ahead, decoder.compiled.is_ready, hits, misses]))
+"""
+
+
+@pytest.fixture
+def model(device):
+    return load_model(open_checkpoint(GOLDEN), device, torch.float32)
+
+
+@pytest.fixture
+def step(model):
+    return DecodeStep(model, 1, 32)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A cache directory of this test's own."""
+    monkeypatch.setenv("MINIAWQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(artifacts.INDUCTOR_DIRECTORY, "unset again below")
+    monkeypatch.delenv(artifacts.INDUCTOR_DIRECTORY)
+    return tmp_path / "cache" / "compiled"
+
+
+def process(device, **environment):
+    """What PROGRAM prints, and its notices."""
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"} | environment
+    command = [sys.executable, "-c", PROGRAM, str(device)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout), done.stderr
+
+
+def files_of(directory):
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def seal(step, directory):
+    """A sealed directory of one file."""
+    directory.mkdir(parents=True)
+    (directory / "object").write_text("code")
+    artifacts._seal(directory, artifacts.what_decides(step))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda directory: (directory / "object").write_text("cold"),
+    lambda directory: (directory / "object").unlink(),
+    lambda directory: (directory / artifacts.SEAL).write_text("{"),
+    lambda directory: (directory / artifacts.SEAL).write_text("[]"),
+    lambda directory: (directory / artifacts.SEAL).write_text('{"decides": {}, "files": {}}'),
+])  # fmt: skip
+def test_what_is_damaged_or_anothers_is_given_up_with_a_notice(damage, step, caplog):
+    directory = artifacts.directory_of(artifacts.what_decides(step))
+    seal(step, directory)
+    assert artifacts.are_here(step)
+    damage(directory)
+    assert not artifacts.are_here(step)
+    assert "is damaged and made again" in caplog.text
+    assert not directory.exists()
+    assert list(directory.parent.iterdir()) == []
+    caplog.clear()
+    assert not artifacts.are_here(step)
+    assert not caplog.text
+
+
+def test_what_decides_is_in_the_name(model, step, monkeypatch):
+    def name(step):
+        return artifacts.directory_of(artifacts.what_decides(step))
+
+    names = {name(step), name(DecodeStep(model, 2, 32)), name(DecodeStep(model.bfloat16(), 1, 32))}
+    monkeypatch.setattr(torch, "__version__", "3.0")
+    names.add(name(step))
+    monkeypatch.setattr(artifacts, "TILES", ("forms.py",))
+    names.add(name(step))
+    assert len(names) == 5
+    model.float()
+    assert name(DecodeStep(model, 1, 64)) in names, "the length of the cache decides nothing"
+
+
+def test_the_directory_is_the_users(monkeypatch):
+    monkeypatch.delenv("MINIAWQ_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert artifacts.cache_directory() == Path("/xdg/miniawq")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert artifacts.cache_directory() == Path.home() / ".cache" / "miniawq"
+    monkeypatch.setenv("MINIAWQ_CACHE", "~/here")
+    assert artifacts.cache_directory() == Path.home() / "here"
+
+
+def test_inductors_own_directory_is_left_alone_if_the_user_names_it(step, cache, monkeypatch):
+    monkeypatch.setenv(artifacts.INDUCTOR_DIRECTORY, "/users")
+    with artifacts.kept(step):
+        assert os.environ[artifacts.INDUCTOR_DIRECTORY] == "/users"
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_a_notice(step, cache, caplog):
+    cache.parent.mkdir()
+    cache.write_text("no directory")
+    with artifacts.kept(step):
+        pass
+    assert "what was compiled is not kept" in caplog.text
+
+
+def compiling(monkeypatch, act):
+    """Compile nothing, but `act` in the thread that would."""
+
+    def compile_(step):
+        act()
+        step.is_ready = True
+
+    monkeypatch.setattr(DecodeStep, "compile", compile_)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=2.0, repetition_penalty=1.3)])
+def test_the_text_is_the_same_wherever_the_compiled_step_takes_over(sampling, model, monkeypatch, device):
+    if sampling.temperature and device.type == "cuda":
+        pytest.skip("a recorded step may draw other random numbers")
+    tokens_BL, padding_B = torch.arange(1, 15, device=device).view(2, 7), torch.tensor([0, 3], device=device)
+    options = {"max_tokens": NEW, "sampling": sampling, "seed": 3, "padding_B": padding_B}
+    expected = list(generate(model, tokens_BL, **options))
+    for ahead in range(1, NEW - 1):
+        event = threading.Event()
+        compiling(monkeypatch, event.wait)
+        decoder = EagerStart(model, DecodeStep(model, 2, 7 + NEW, sampling))
+        found = []
+        for ids in generate(model, tokens_BL, decoder=decoder, **options):
+            found.append(ids)
+            if decoder.ahead == ahead and not event.is_set():
+                event.set()
+                decoder.wait()
+        assert found == expected
+        assert decoder.ahead == ahead
+        assert list(generate(model, tokens_BL, decoder=decoder, **options)) == expected
+        assert decoder.ahead == 0
+
+
+def test_the_first_token_waits_for_nothing_and_products_meanwhile_are_not_compiled(model, monkeypatch, device):
+    event, allowed = threading.Event(), []
+    compiling(monkeypatch, lambda: (event.wait(), allowed.append(kernel.expansion()[0])))
+    decoder = EagerStart(model, DecodeStep(model, 1, 32))
+    ids = generate(model, torch.arange(1, 8, device=device)[None], max_tokens=NEW, decoder=decoder)
+    next(ids)
+    assert decoder._thread.ident is None
+    assert kernel.expansion()[0] is kernel.expand
+    next(ids)
+    assert decoder.is_compiling
+    assert kernel.expansion()[0] is kernel.expand
+    event.set()
+    decoder.wait()
+    assert allowed == [kernel.expand_by_one_kernel]
+    assert kernel.expansion()[0] is kernel.expand_by_one_kernel
+
+
+def test_a_text_that_must_be_the_same_again_waits(model, monkeypatch, device):
+    compiling(monkeypatch, lambda: None)
+    decoder = EagerStart(model, DecodeStep(model, 1, 32), streams=False)
+    list(generate(model, torch.arange(1, 8, device=device)[None], max_tokens=NEW, decoder=decoder))
+    assert decoder.ahead == 0
+
+
+def test_kept_artifacts_are_waited_for(model, monkeypatch, device):
+    compiling(monkeypatch, lambda: None)
+    monkeypatch.setattr(artifacts, "are_here", lambda _: True)
+    decoder = EagerStart(model, DecodeStep(model, 1, 32))
+    list(generate(model, torch.arange(1, 8, device=device)[None], max_tokens=NEW, decoder=decoder))
+    assert decoder.ahead == 0
+
+
+def test_a_compiler_that_fails_is_a_notice(model, monkeypatch, cache, caplog, device):
+    def fail():
+        (cache / "x").mkdir(parents=True)
+        raise RuntimeError("there is no g++\nand more")
+
+    compiling(monkeypatch, fail)
+    tokens_BL = torch.arange(1, 8, device=device)[None]
+    expected = list(generate(model, tokens_BL, max_tokens=NEW))
+    decoder = EagerStart(model, DecodeStep(model, 1, 32))
+    assert list(generate(model, tokens_BL, max_tokens=NEW, decoder=decoder)) == expected
+    decoder.wait()
+    assert list(generate(model, tokens_BL, max_tokens=NEW, decoder=decoder)) == expected
+    assert "cannot be compiled, and stays slow: there is no g++" in caplog.text
+    assert caplog.text.count("stays slow") == 1
+    assert kernel.compiler is None
+
+
+def test_a_second_process_finds_what_the_first_has_compiled(cache, device):
+    (right, _, ready, hits, misses), notices = process(device)
+    assert (right, ready, hits) == (True, True, 0)
+    assert misses >= 4
+    assert "compiling, this once" in notices
+    (directory,) = cache.iterdir()
+    objects = [path for path in directory.rglob("*") if path.suffix in (".so", ".cubin")]
+    made = files_of(directory)
+    assert objects
+    (right, ahead, ready, hits, misses_then), notices = process(device)
+    assert (right, ahead, ready, hits, misses_then) == (True, 0, True, misses, 0)
+    assert "loading the compiled step" in notices
+    again = files_of(directory)
+    # A hit of Inductor's may still call the C++ compiler: no object may be newer.
+    assert {path: again[path] for path in objects} == {path: made[path] for path in objects}
+    assert again.keys() == made.keys()
