@@ -185,10 +185,8 @@ def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | Non
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, the mean in float32."""
-    x32 = x.float()
-    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in float32 and rounded once."""
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 class RMSNorm(nn.Module):

@@ -64,7 +64,7 @@ FAULTS = [
     Fault("model.py", "cache.length += tokens_BL.shape[1]", "cache.length += 1", "test_model"),
     Fault("model.py", "torch.arange(past, past + new, device=like.device)", "torch.arange(new, device=like.device)",
           "test_model"),
-    Fault("model.py", ".mean(-1, keepdim=True) + eps)", ".mean(-1, keepdim=True) + 1e-3)", "test_model"),
+    Fault("model.py", "rms_norm(x, weight.shape, weight, eps)", "rms_norm(x, weight.shape, weight, 1e-3)", "test_model"),
     Fault("model.py", "if config.qk_norm else nn.Identity()\n        self.k_norm",
           "if False else nn.Identity()\n        self.k_norm",
           "test_model"),
