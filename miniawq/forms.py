@@ -4,7 +4,8 @@
     1..3      `reduce_planes`: multiply and sum, float32                 CUDA
     4..64     `dot_planes`: eight tensor-core products, one a nibble     CUDA
     more      `arrange.expand`, then the library's matmul                CUDA
-    1..       `reduce_words`: multiply and sum, float32                  CPU
+
+Those of a CPU are in `cpu_forms.py`.
 
 A form is a pure function of tensors, arranged as in `arrange.py`, to be called inside a larger compiled function;
 `compiled` compiles it alone.
@@ -182,37 +183,6 @@ def dot_planes(
 def in_float32(sums: Tensor) -> Tensor:
     """Sums that Inductor writes, or keeps, in float32, as they are in registers: `as_strided` makes it stop there."""
     return sums.float().as_strided(sums.shape, sums.stride())
-
-
-def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Activations as `reduce_words` wants them: x_NTGP float32, nibbles 0..6 divided by 16^nibble; means_TG.
-
-    A mean is the sum of a group's activations, divided by its words: what one word's zeros take away.
-    """
-    x_TGPN = x_TI.float().unflatten(-1, (groups, -1, CODES_PER_WORD))
-    x_NTGP = torch.stack([x_TGP * 16.0 ** -(nibble % 7) for nibble, x_TGP in enumerate(x_TGPN.unbind(-1))])
-    return x_NTGP, x_TGPN.sum(-1).mean(-1)
-
-
-def reduce_words(words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_NTGP: Tensor, means_TG: Tensor) -> Tensor:
-    """y [T, O] in float32 on a CPU: `reduce_planes` with conversions, at which a CPU is good, instead of subnormals.
-
-    The words come as float32 and are read as int32 here, because Inductor's vector load of integers goes through the
-    stack (`Vectorized<int32_t>::loadu` of torch 2.13 on AVX2) and that of floats does not. A nibble is converted where
-    it stands, as n * 16^i, which the activation's 16^-i undoes; only the highest, beside the sign, is moved down.
-    """
-    words_OGP = words_OGP.view(torch.int32)
-    rows_OGP: list[Any] = [0.0] * x_NTGP.shape[1]
-    for nibble, x_TGP in enumerate(x_NTGP.unbind()):
-        codes_OGP = ((words_OGP >> 28) & 15 if nibble == 7 else words_OGP & (15 << 4 * nibble)).float()
-        for row, (sum_OGP, x_GP) in enumerate(zip(rows_OGP, x_TGP.unbind(), strict=True)):
-            rows_OGP[row] = sum_OGP + codes_OGP * x_GP
-    scales_OG1, zeros_OG = scales_OG.float().unsqueeze(-1), zeros_OG.float()
-    y_TO = [
-        (scales_OG1 * (sum_OGP - (zeros_OG * means_G).unsqueeze(-1))).sum((1, 2))
-        for sum_OGP, means_G in zip(rows_OGP, means_TG.unbind(), strict=True)
-    ]
-    return torch.stack(y_TO)
 
 
 def parts_for(groups: int, planes: int, rows: int | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from miniawq import forms
+from miniawq import cpu_forms, forms
 from miniawq.arrange import Arranged, lay_together, magic_exponents
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
 from miniawq.model import rms_norm
@@ -132,9 +132,9 @@ def dot_product(
 def words_product(
     x_TI: Tensor, words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias_O: Tensor | None
 ) -> Tensor:
-    """`forms.reduce_words`."""
-    x_NTGP, means_TG = forms.prescale_words(x_TI, scales_OG.shape[1])
-    y_TO = forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_NTGP), written(means_TG))
+    """`cpu_forms.reduce_words`."""
+    x_TGNP, means_TG = cpu_forms.prescale_words(x_TI, scales_OG.shape[1])
+    y_TO = cpu_forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_TGNP), written(means_TG))
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniawq import arrange, forms
+from miniawq import arrange, cpu_forms, forms
 from miniawq.packing import Quantized, dequantize
 
 FLOAT32 = 2.0**-24
@@ -39,8 +39,8 @@ def planes_product(x_TI, quantized, parts=1):
 def words_product(x_TI, quantized):
     groups = quantized.scales_OG.shape[1]
     words_OGP = arrange.sequential_words(quantized.codes_OI, groups).view(torch.float32)
-    x = forms.prescale_words(x_TI, groups)
-    return forms.reduce_words(words_OGP, quantized.scales_OG, quantized.zeros_OG, *x)
+    x = cpu_forms.prescale_words(x_TI, groups)
+    return cpu_forms.reduce_words(words_OGP, quantized.scales_OG, quantized.zeros_OG, *x)
 
 
 def dot_product(x_TI, quantized, splits=1):
