@@ -29,7 +29,7 @@ LADDER = """
     rounding awq
     hub quant_config shards layouts checkpoint footprint
     chat tokenizer
-    sampling products decode completion prompts repl generate
+    sampling products attend decode completion prompts repl generate
     calibration stream memory journal verify report quantize
     evaluate plan convert
 """.split()
