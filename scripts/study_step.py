@@ -5,7 +5,7 @@
 Two parts are timed, each in a CUDA graph over several copies of what it reads (cold L2), medians of 15 replays:
 "middle" is all that lies between the product of q, k, v and the product of o; "layer" is a whole layer. Ways to attend:
 
-    flash                   what `decode.py` does: rotate q; write k, v; flash attention (2 kernels); prescale
+    flash                   rotate q (in the middle; a layer writes it with k and v); flash attention; prescale
     flex/SPLITS/BLOCK       one kernel rotates and writes q, k and v; FlexAttention; its combination inside the prescale
     sums/PARTS              the same with attention as two plain torch expressions: scores, then values by parts
 
@@ -33,7 +33,8 @@ from torch._inductor.virtualized import V
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from miniawq import decode, forms
-from miniawq.decode import Layer, flash_attention, mask_of, spans_of
+from miniawq.attend import flash_attention, mask_of, spans_of
+from miniawq.decode import Layer, parts_of
 from miniawq.model import LlamaConfig, attention
 from miniawq.products import norm_and_multiply, prescaled, reduce_product, written
 from miniawq.rope import apply_rope, rope_tables
@@ -126,7 +127,7 @@ def whole_layer(config, layer, way, rope, slots, h_BD, cache_SJE, seen):
 
 
 def before_without_product(config, qkv_BO, rope, slots_2B, cache_SJE):
-    """`decode.before_attention` behind its product."""
+    """q by one kernel, k and v by another, as before they lay in one memory."""
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     q_BHE, k_BJE, v_BJE = qkv_BO.unflatten(-1, (-1, config.head_dim)).split((heads, kv, kv), dim=1)
     cache_SJE.index_copy_(0, slots_2B, torch.cat((apply_rope(k_BJE, rope), v_BJE)))
@@ -190,7 +191,7 @@ class Case:
         self.rope = (cos_ME[self.position_1], sin_ME[self.position_1])
         self.slots_2B = torch.arange(2 * rows, device=DEVICE) * self.room + self.position_1
         self.slots = torch.cat((torch.arange(of_q, device=DEVICE), self.slots_2B + of_q))
-        self.spans = spans_of(torch.arange(rows + 1, device=DEVICE) * self.room, self.position_1, self.padding_B, None)
+        self.spans = spans_of(self.position_1, self.padding_B, self.room)
         index_N = torch.arange(-(-self.room // BLOCK), device=DEVICE, dtype=torch.int32)
         first_B = (self.padding_B // BLOCK).int()
         index_B11N = (first_B[:, None] + index_N)[:, None, None].clamp_max(len(index_N) - 1).contiguous()
@@ -203,7 +204,7 @@ class Case:
 
     def exact_attention(self, q_BHE, cache_SJE):
         keys, values = cache_SJE[self.of_q :].unflatten(0, (2, self.rows, -1)).transpose(2, 3).float()
-        mask = mask_of(self.position_1, self.padding_B, None, self.room)
+        mask = mask_of(self.position_1, self.padding_B, self.room)
         return attention(q_BHE.unsqueeze(2).float(), keys, values, mask).squeeze(2)
 
     def exact_middle(self):
@@ -221,7 +222,7 @@ class Case:
                 keys[:, :, case.context], values[:, :, case.context] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
                 return keys, values
 
-        mask = mask_of(self.position_1, self.padding_B, None, self.room)
+        mask = mask_of(self.position_1, self.padding_B, self.room)
         rope = tuple(table.float() for table in self.rope)
         return block(self.h_BD.float().unsqueeze(1), rope, mask, Cache()).squeeze(1)
 
@@ -248,9 +249,8 @@ class Case:
             before, after = once(decode.before_attention), once(decode.after_attention)
 
             def function(layer, cache_SJE):
-                cache_TJE = cache_SJE[self.of_q :]
-                torch._dynamo.mark_dynamic(cache_TJE, 0)
-                q_BHE = before(config, layer, self.h_BD, self.rope, self.slots_2B, cache_TJE)
+                before(config, layer, self.h_BD, self.rope, self.position_1, cache_SJE)
+                q_BHE = parts_of(config, self.rows, cache_SJE)[0]
                 return after(config, layer, self.h_BD, flash_or_exact(self, q_BHE, cache_SJE))
 
             return function, sets
@@ -270,7 +270,7 @@ def once(function, pdl=""):
 def flash_or_exact(case, q_BHE, cache_SJE):
     if not CUDA:
         return case.exact_attention(q_BHE, cache_SJE).to(DTYPE)
-    return flash_attention(q_BHE, *cache_SJE[case.of_q :].chunk(2), case.spans)
+    return flash_attention(q_BHE, *parts_of(case.config, case.rows, cache_SJE)[1:], case.spans)
 
 
 def report(out, **result):
