@@ -1,9 +1,12 @@
 """Attention of the new token of each row over a cache of a fixed size, of which it sees what the device's numbers say.
 
-    by        where                                            kernels
-    blocks    CUDA, up to MOST_IN_BLOCKS positions in all      FlexAttention: one, its parts are summed in the next one
-    spans     CUDA, half precision                             flash attention: two, and three copies for several rows
-    masks     elsewhere                                        `model.attention` of a beginning of the cache
+    by        where                                     kernels
+    blocks    CUDA                                      FlexAttention: one; its parts are summed in the next one
+    spans     CUDA, if heads share keys oddly or        flash attention: two, and three copies for several rows
+              nothing is to be compiled
+    masks     elsewhere                                 `model.attention` of a beginning of the cache
+
+Blocks are faster than spans for every number of rows and context measured on an H100 (docs/performance.md).
 
 Shapes: B rows, M positions in the cache, H query heads, J key/value heads, E size of one head, N blocks of a row.
 """
@@ -21,11 +24,11 @@ from miniawq.model import LlamaConfig, attention
 
 log = logging.getLogger(__name__)
 
-# Keys of a block of FlexAttention's table, and of one step of its kernel.
-BLOCK, STEP = 64, 32
-MOST_IN_BLOCKS = 2048
-# Programs that keep an H100 busy; each part of the keys is one, and is loaded by every thread that sums the parts.
-WANTED_PROGRAMS, MOST_PARTS = 128, 16
+# Keys of a block of FlexAttention's table, which is one step of its kernel.
+BLOCK = 64
+# The keys of a row are read in parts, each by one program for every key head. One row needs more of them to keep an
+# H100 busy, but each part is a load more for every thread that sums them.
+WANTED_PROGRAMS, FEWEST_PARTS, MOST_PARTS = 128, 8, 16
 # For Inductor, which makes a longer sum a kernel of its own.
 SUM_PARTS_WHERE_READ = {"unroll_reductions_threshold": MOST_PARTS + 1}
 
@@ -86,8 +89,8 @@ def block_attention(q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, block
         seq_lengths=(1, room),
         compute_q_blocks=False,
     )
-    parts = min(MOST_PARTS, max(1, WANTED_PROGRAMS // (rows * kv_heads)))
-    options: Any = {"SPLIT_KV": parts, "BLOCK_N": STEP, "num_warps": 2, "BLOCKS_ARE_CONTIGUOUS": True}
+    parts = min(MOST_PARTS, max(FEWEST_PARTS, WANTED_PROGRAMS // (rows * kv_heads)))
+    options: Any = {"SPLIT_KV": parts, "BLOCK_N": BLOCK, "num_warps": 4, "BLOCKS_ARE_CONTIGUOUS": True}
     q_BHLE, keys_BJME, values_BJME = q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2)
     return flex_attention(
         q_BHLE, keys_BJME, values_BJME, block_mask=mask, enable_gqa=True, kernel_options=options
@@ -150,12 +153,12 @@ def flash_attention_works(config: LlamaConfig, device: torch.device, dtype: torc
     return works
 
 
-def looking_on(device: torch.device, config: LlamaConfig, dtype: torch.dtype, positions: int) -> Look:
-    """How the fastest way of attending on this device takes what is seen, for `positions` of all rows together.
+def looking_on(device: torch.device, config: LlamaConfig, dtype: torch.dtype, compiles: bool) -> Look:
+    """How the fastest way of attending on this device takes what is seen.
 
     FlexAttention has its kernel for one query only if a power of two heads share a key.
     """
     shared = config.num_attention_heads // config.num_key_value_heads
-    if device.type == "cuda" and positions <= MOST_IN_BLOCKS and shared.bit_count() == 1 and config.head_dim >= 16:
+    if device.type == "cuda" and compiles and shared.bit_count() == 1 and config.head_dim >= 16:
         return blocks_of
     return spans_of if flash_attention_works(config, device, dtype) else first_position

@@ -95,7 +95,7 @@ def before_attention(
     qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps))
     qk_BKE, v_BJE = qkv_BO.unflatten(-1, (-1, size)).split((heads + kv_heads, kv_heads), dim=1)
     if layer.qk_norm_KE is not None:
-        qk_BKE = rms_norm(qk_BKE, layer.qk_norm_KE, config.rms_norm_eps)
+        qk_BKE = written(rms_norm(qk_BKE, layer.qk_norm_KE, config.rms_norm_eps))
     q_BHE, k_BJE = apply_rope(qk_BKE, rope).split((heads, kv_heads), dim=1)
     new_NJE = torch.cat((q_BHE.reshape(-1, kv_heads, size), k_BJE, v_BJE))
     rows, slot_N = len(h_BD), torch.arange(len(new_NJE), device=h_BD.device)
@@ -228,7 +228,7 @@ class DecodeStep:
         for tensor in (*self.tables_ME, *self.caches):
             mark_dynamic(tensor, 0)
         self.generator = torch.Generator(like.device)
-        self.look = looking_on(like.device, self.config, like.dtype, batch * max_seq_len)
+        self.look = looking_on(like.device, self.config, like.dtype, compile_)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.build_seconds = 0.0
         kinds: dict[Callable[..., Any], bool] = {

@@ -34,6 +34,7 @@ SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12),
 PRESCALE = 80
 keeps_subnormals = True
 SUMMANDS_OF_A_WARP = 128
+MOST_SUMMANDS_AT_ONCE = 1024
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
 # parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
@@ -251,6 +252,16 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 
+def sum_at_once(summands: int) -> dict[str, int]:
+    """One program for each short sum, and one summand for each thread: what a group's activations go through.
+
+    Such a kernel takes as long as its loads are on their way. Its fastest tile and one that leaves the GPU to a single
+    program differ by 12 microseconds, which a search by timing has been seen not to find (docs/log.md).
+    """
+    block = 1 << (summands - 1).bit_length()
+    return {"XBLOCK": 1, "R0_BLOCK": block, "num_warps": min(8, max(1, block // 32)), "num_stages": 1}
+
+
 class BlockSizes(InductorChoices):
     """Inductor's choices, except that `choose` knows the block sizes of the kernels of this file: no search."""
 
@@ -272,6 +283,8 @@ class BlockSizes(InductorChoices):
             # A norm's sum of squares, in the same kernel, reads no words.
             of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
             blocks = self.choose("planes", sizes=sizes, sums=len(of_words))
+        elif sums and features.reduction_numel.is_number and features.reduction_numel <= MOST_SUMMANDS_AT_ONCE:
+            blocks = sum_at_once(int(features.reduction_numel))
         else:
             blocks = None
         if blocks is None:
