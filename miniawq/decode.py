@@ -235,7 +235,7 @@ class DecodeStep:
             enter: False,
             before_attention: any(map(is_int4, self.layers[0].qkv)),
             after_attention: any(map(is_int4, self.layers[0].down)),
-            whole_layer: any(map(is_int4, self.layers[0].down)),
+            whole_layer: any(map(is_int4, (*self.layers[0].qkv, *self.layers[0].down))),
             finish: any(map(is_int4, self.head)),
         }
         self._enter, self._before, self._after, self._layer, self._finish = (
