@@ -1,12 +1,12 @@
 """One more token for every row: what `model.py` computes for one position, by few compiled functions in fixed buffers.
 
-A layer is two functions of tensors, around its attention. The weights are arguments, so each is compiled once and
-called for every layer. The length is a number on the device, so no length ever compiles anything: new keys are written
-where it points, and attention, which is not compiled, reads as far as it says. On CUDA the launches of a whole token
-are recorded once, in a CUDA graph, and replayed for each token; on a CPU the same functions run one by one.
+A layer is a function of tensors, or two, around an attention that is not compiled. The weights are arguments, so each
+is compiled once and called for every layer. The length is a number on the device, so no length ever compiles anything:
+new keys are written where it points, and attention reads as far as it says. On CUDA the launches of a whole token are
+recorded once, in a CUDA graph, and replayed for each token; on a CPU the same functions run one by one.
 
-Shapes: B batch, M positions in the cache, T slots of a layer's keys (B M), S slots of its keys and values (2 T),
-D model width, F feed-forward width, V vocabulary, C parts of it, H query heads, J key/value heads, E size of one head.
+Shapes: B batch, M positions in the cache, S slots of a layer's queries, keys and values, D model width, F feed-forward
+width, V vocabulary, C parts of it, H query heads, J key/value heads, E size of one head.
 """
 
 import copy
@@ -19,12 +19,25 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import embedding, pad, silu
+from torch import Tensor, nn
+from torch.nn.functional import embedding, silu
 
 from miniawq import forms
+from miniawq.attend import (
+    SUM_PARTS_WHERE_READ,
+    Blocks,
+    Look,
+    Spans,
+    block_attention,
+    blocks_of,
+    first_position,
+    first_seen,
+    flash_attention,
+    looking_on,
+    mask_of,
+)
 from miniawq.errors import InvalidInput
-from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask, rms_norm
+from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask
 from miniawq.products import (
     Product,
     is_int4,
@@ -53,8 +66,7 @@ class Layer(NamedTuple):
 
     input_norm_D: Tensor
     qkv: tuple[Product, ...]
-    q_norm_E: Tensor | None
-    k_norm_E: Tensor | None
+    qk_norm_KE: Tensor | None
     o: tuple[Product, ...]
     post_norm_D: Tensor
     gate_up: tuple[Product, ...]
@@ -64,12 +76,10 @@ class Layer(NamedTuple):
     def of(cls, block: Any, rows: int) -> "Layer":
         """The weights of a DecoderBlock, whose own are views of these from now on."""
         attn, mlp = block.self_attn, block.mlp
-        q_norm, k_norm = (getattr(norm, "weight", None) for norm in (attn.q_norm, attn.k_norm))
         return cls(
             input_norm_D=block.input_layernorm.weight.data,
             qkv=products_of((attn.q_proj, attn.k_proj, attn.v_proj), rows),
-            q_norm_E=None if q_norm is None else q_norm.data,
-            k_norm_E=None if k_norm is None else k_norm.data,
+            qk_norm_KE=_norms_of_heads(attn),
             o=products_of((attn.o_proj,), rows),
             post_norm_D=block.post_attention_layernorm.weight.data,
             gate_up=products_of((mlp.gate_proj, mlp.up_proj), rows),
@@ -77,24 +87,42 @@ class Layer(NamedTuple):
         )
 
 
+def _norms_of_heads(attn: Any) -> Tensor | None:
+    """The weights of a layer's norms of queries and keys, for each head."""
+    if isinstance(attn.q_norm, nn.Identity):
+        return None
+    pairs = ((attn.q_proj, attn.q_norm.weight.data), (attn.k_proj, attn.k_norm.weight.data))
+    return torch.cat([norm_E.expand(proj.out_features // attn.head_dim, -1) for proj, norm_E in pairs])
+
+
 def before_attention(
-    config: LlamaConfig,
-    layer: Layer,
-    h_BD: Tensor,
-    rope: Rope,
-    slots_2B: Tensor,
-    cache_SJE: Tensor,
-) -> Tensor:
-    """q_BHE of the residual stream; the new keys of all rows, then their values, go into their slots of the cache."""
-    heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-    qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, eps))
-    qkv_BHE = qkv_BO.unflatten(-1, (-1, config.head_dim))
-    q_BHE, k_BJE, v_BJE = qkv_BHE.split((heads, kv_heads, kv_heads), dim=1)
-    if layer.q_norm_E is not None and layer.k_norm_E is not None:
-        q_BHE, k_BJE = rms_norm(q_BHE, layer.q_norm_E, eps), rms_norm(k_BJE, layer.k_norm_E, eps)
-    # In one memory, because Inductor writes two tensors by two kernels.
-    cache_SJE.index_copy_(0, slots_2B, torch.cat((apply_rope(k_BJE, rope), v_BJE)))
-    return apply_rope(q_BHE, rope).contiguous()
+    config: LlamaConfig, layer: Layer, h_BD: Tensor, rope: Rope, position_1: Tensor, cache_SJE: Tensor
+) -> None:
+    """The queries, keys and values of the residual stream, into their slots of the layer's cache (`parts_of`).
+
+    In one memory, because Inductor writes two tensors by two kernels.
+    """
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps))
+    qk_BKE, v_BJE = qkv_BO.unflatten(-1, (-1, size)).split((heads + kv_heads, kv_heads), dim=1)
+    if layer.qk_norm_KE is not None:
+        # One weight for each head, which the library's norm does not take.
+        qk_BKE = written(layer.qk_norm_KE * torch.nn.functional.rms_norm(qk_BKE, (size,), eps=config.rms_norm_eps))
+    q_BHE, k_BJE = apply_rope(qk_BKE, rope).split((heads, kv_heads), dim=1)
+    new_NJE = torch.cat((q_BHE.reshape(-1, kv_heads, size), k_BJE, v_BJE))
+    rows, slot_N = len(h_BD), torch.arange(len(new_NJE), device=h_BD.device)
+    of_queries = len(new_NJE) - 2 * rows
+    room = (len(cache_SJE) - of_queries) // (2 * rows)
+    behind_N = of_queries + (slot_N - of_queries) * room + position_1
+    cache_SJE.index_copy_(0, torch.where(slot_N < of_queries, slot_N, behind_N), new_NJE)
+
+
+def parts_of(config: LlamaConfig, rows: int, cache_SJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q_BHE, keys_BMJE, values_BMJE of a layer's cache: first the last token's queries, J heads a slot."""
+    of_queries = rows * config.num_attention_heads // config.num_key_value_heads
+    q_BHE = cache_SJE[:of_queries].reshape(rows, config.num_attention_heads, config.head_dim)
+    keys_BMJE, values_BMJE = cache_SJE[of_queries:].unflatten(0, (2, rows, -1))
+    return q_BHE, keys_BMJE, values_BMJE
 
 
 def after_attention(config: LlamaConfig, layer: Layer, h_BD: Tensor, attended_BHE: Tensor) -> Tensor:
@@ -103,6 +131,14 @@ def after_attention(config: LlamaConfig, layer: Layer, h_BD: Tensor, attended_BH
     gate_up_BF = norm_and_multiply(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
     gate_BF, up_BF = written(gate_up_BF).chunk(2, dim=-1)
     return h_BD + multiply(layer.down, silu(gate_BF) * up_BF)
+
+
+def whole_layer(
+    config: LlamaConfig, layer: Layer, h_BD: Tensor, rope: Rope, cache_SJE: Tensor, blocks: Blocks
+) -> Tensor:
+    """`before_attention`, attention by blocks and `after_attention`."""
+    before_attention(config, layer, h_BD, rope, blocks.position_1, cache_SJE)
+    return after_attention(config, layer, h_BD, block_attention(*parts_of(config, len(h_BD), cache_SJE), blocks))
 
 
 def finish(
@@ -127,105 +163,34 @@ def most_probable(logits_BV: Tensor) -> Tensor:
     return ids_B.masked_fill(best_BC.amax(-1).isnan(), NOT_A_NUMBER)
 
 
-class Spans(NamedTuple):
-    """Which slots of a layer's cache [T, J, E] the new token of each row sees: int32, as flash attention takes them."""
-
-    rows_B1: Tensor  # 0, 1, .. B: the first query of each row, and an end
-    starts_B1: Tensor  # the first slot of each row, and an end
-    used_B: Tensor
-
-
-def spans_of(first_slot_B1: Tensor, position_1: Tensor, padding_B: Tensor, window: int | None) -> Spans:
-    """From behind the padding, or the last `window`, to the new token."""
-    end_1 = position_1 + 1
-    first_B = padding_B if window is None else torch.maximum(padding_B, end_1 - window)
-    rows_B1 = torch.arange(len(padding_B) + 1, device=padding_B.device, dtype=torch.int32)
-    return Spans(rows_B1, (first_slot_B1 + pad(first_B, (0, 1))).int(), (end_1 - first_B).int())
-
-
 class Entry(NamedTuple):
-    """What all layers share in one token."""
+    """What all layers share in one token; `seen` by their window."""
 
     h_BD: Tensor
     rope: Rope
-    slots_2B: Tensor
-    spans: dict[int | None, Spans]
+    seen: dict[int | None, Any]
 
 
 def enter(
-    config: LlamaConfig, embedding_VD: Tensor, tables_ME: Rope, ids_B: Tensor, position_1: Tensor, padding_B: Tensor
+    config: LlamaConfig,
+    look: Look,
+    embedding_VD: Tensor,
+    tables_ME: Rope,
+    ids_B: Tensor,
+    position_1: Tensor,
+    padding_B: Tensor,
 ) -> Entry:
-    """The embedding of each id, the rotary tables of the position, its slots, and what is seen through each window.
+    """The embedding of each id, the rotary tables of the position, and what `look` makes of what each window shows.
 
     The id of a row that has no number (-1) is taken for 0, since nobody looks at such rows.
     """
     cos_ME, sin_ME = tables_ME
-    rows, room = len(ids_B), cos_ME.shape[0]
-    first_slot_B1 = torch.arange(rows + 1, device=ids_B.device) * room
+    first = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
     return Entry(
         embedding(ids_B.clamp_min(0), embedding_VD),
         (cos_ME[position_1], sin_ME[position_1]),
-        torch.arange(2 * rows, device=ids_B.device) * room + position_1,
-        {
-            window: spans_of(first_slot_B1, position_1, padding_B, window)
-            for window in dict.fromkeys(config.layer_windows)
-        },
+        {window: look(position_1, first_B, len(cos_ME)) for window, first_B in first.items()},
     )
-
-
-def mask_of(position_1: Tensor, padding_B: Tensor, window: int | None, end: int) -> Tensor:
-    """The same as bool [B, 1, 1, M] over the first `end` positions of the cache."""
-    key_M = torch.arange(end, device=padding_B.device)
-    seen_BM = (key_M <= position_1) & (key_M >= padding_B[:, None])
-    if window is not None:
-        seen_BM = seen_BM & (key_M > position_1 - window)
-    return seen_BM[:, None, None]
-
-
-def flash_attention(q_BHE: Tensor, keys_TJE: Tensor, values_TJE: Tensor, spans: Spans) -> Tensor:
-    """[B, H, E]. The keys of a row are split among the processors, and each is read once for the heads that share it.
-
-    `aten::_flash_attention_forward` finds the lengths on the device; its launches depend on the size of the cache only.
-    """
-    longest = len(keys_TJE) // len(q_BHE)
-    return torch.ops.aten._flash_attention_forward(
-        q_BHE,
-        keys_TJE,
-        values_TJE,
-        spans.rows_B1,
-        spans.starts_B1,
-        1,
-        longest,
-        0.0,
-        False,
-        False,
-        seqused_k=spans.used_B,
-    )[0]
-
-
-def flash_attention_works(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device and this torch compute it, shown by an example with padding and an end before the cache's."""
-    if device.type != "cuda":
-        return False
-    heads, kv_heads, size, room, end = config.num_attention_heads, config.num_key_value_heads, config.head_dim, 512, 300
-    generator = torch.Generator(device).manual_seed(0)
-    q_BHE = torch.randn(2, heads, size, device=device, generator=generator).to(dtype)
-    keys_TJE, values_TJE = torch.randn(2, 2 * room, kv_heads, size, device=device, generator=generator).to(dtype)
-    padding_B, position_1 = torch.tensor([3, 290], device=device), torch.tensor([end - 1], device=device)
-    spans = spans_of(torch.arange(3, device=device) * room, position_1, padding_B, None)
-    mask = mask_of(position_1, padding_B, None, end)
-    keys_BJME, values_BJME = (
-        t.unflatten(0, (2, room))[:, :end].transpose(1, 2).float() for t in (keys_TJE, values_TJE)
-    )
-    expected = attention(q_BHE.unsqueeze(2).float(), keys_BJME, values_BJME, mask).squeeze(2)
-    try:
-        error = (flash_attention(q_BHE, keys_TJE, values_TJE, spans) - expected).abs().max()
-    except (RuntimeError, TypeError) as problem:
-        log.info("attention by masks, not by lengths: %s", str(problem).splitlines()[0])
-        return False
-    if not (works := bool(error < 0.02)):
-        log.warning("flash attention by lengths is wrong by %.3g on this device: attention by masks instead", error)
-    return works
 
 
 @cache
@@ -235,7 +200,18 @@ def compiled(function: Callable[..., Any], is_int4: bool, config: LlamaConfig, r
     Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
     code has a list of its own, which other shapes do not fill.
     """
-    return lower(FunctionType(function.__code__.replace(), function.__globals__, function.__name__), is_int4)
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return lower(own, is_int4, **(SUM_PARTS_WHERE_READ if function is whole_layer else {}))
+
+
+class Functions(NamedTuple):
+    """What a token is computed by, compiled or not. `layer` is `before`, attention by blocks and `after` in one."""
+
+    enter: Callable[..., Any]
+    before: Callable[..., Any]
+    after: Callable[..., Any]
+    layer: Callable[..., Any]
+    finish: Callable[..., Any]
 
 
 class DecodeStep:
@@ -256,8 +232,8 @@ class DecodeStep:
             self.layers = [Layer.of(block, batch) for block in model.model.layers]
             self.head = products_of((model.lm_head,), batch)
             self.norm_D, self.embedding_VD = model.model.norm.weight.data, like.data
-        self.reads_by_length = flash_attention_works(self.config, like.device, like.dtype)
-        self.functions: tuple[Callable[..., Any], ...] = (enter, before_attention, after_attention, finish)
+        self.look = looking_on(like.device, self.config, like.dtype, compile_)
+        self.functions = Functions(enter, before_attention, after_attention, whole_layer, finish)
         self.is_ready = not compile_
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.build_seconds = 0.0
@@ -270,15 +246,17 @@ class DecodeStep:
             positions_M = torch.arange(max_seq_len, device=like.device)
             self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, like.dtype)
             self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=like.dtype)
-            keys_NBMJE = self.cache.keys_NBMJE
-            shape = (len(keys_NBMJE), 2, *keys_NBMJE.shape[1:])
-            cache_N2BMJE = torch.zeros(shape, device=like.device, dtype=like.dtype)
-            self.cache.keys_NBMJE, self.cache.values_NBMJE = cache_N2BMJE.unbind(1)
+            layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
+            of_queries = batch * self.config.num_attention_heads // kv_heads
+            shape = (layers, of_queries + 2 * batch * max_seq_len, kv_heads, size)
+            cache_NSJE = torch.zeros(shape, device=like.device, dtype=like.dtype)
+            kept_N2BMJE = cache_NSJE[:, of_queries:].unflatten(1, (2, batch, max_seq_len))
+            self.cache.keys_NBMJE, self.cache.values_NBMJE = kept_N2BMJE.unbind(1)
             self.ids_B = torch.zeros(batch, dtype=torch.long, device=like.device)
             self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
             has_history = self.sampling.has_penalties
             self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
-        self.caches = cache_N2BMJE.flatten(1, 3).unbind()
+        self.caches = cache_NSJE.unbind()
         self.generator = torch.Generator(like.device)
 
     @torch.inference_mode()
@@ -292,15 +270,16 @@ class DecodeStep:
         products = (*first.qkv, *first.o, *first.gate_up, *first.down)
         if self.device.type == "cuda" and any(product.form is reduce_product for product in products):
             forms.prove(self.device)
-        kinds: dict[Callable[..., Any], bool] = {
+        has_int4 = {
             enter: False,
             before_attention: any(map(is_int4, first.qkv)),
             after_attention: any(map(is_int4, first.down)),
+            whole_layer: any(map(is_int4, (*first.qkv, *first.down))),
             finish: any(map(is_int4, self.head)),
         }
         spare = copy.copy(self)
         spare._make_room(batch, SPARE_ROOM)
-        spare.functions = tuple(compiled(function, kind, self.config, batch) for function, kind in kinds.items())
+        spare.functions = Functions(*(compiled(f, has_int4[f], self.config, batch) for f in self.functions))
         # Nothing compiled depends on how many positions there are.
         for tensor in (*self.tables_ME, *self.caches, *spare.tables_ME, *spare.caches):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -337,6 +316,11 @@ class DecodeStep:
         self.cache.length += 1
         return self.ids_B.clone()
 
+    @property
+    def reads_by_length(self) -> bool:
+        """Whether attention finds on the device how far to read."""
+        return self.look is not first_position
+
     def _end_of_reading(self, length: int) -> int:
         """How far a graph can read: everywhere if it goes by lengths, else to the next power of two."""
         room = self.cache.max_seq_len
@@ -344,36 +328,39 @@ class DecodeStep:
 
     def _token(self, end: int) -> None:
         """From `ids_B` to the next `ids_B`, by nothing that a CUDA graph cannot record."""
-        enter, before_attention, after_attention, finish = self.functions
-        entry = enter(self.config, self.embedding_VD, self.tables_ME, self.ids_B, self.position_1, self.padding_B)
-        masks = {} if self.reads_by_length else self._masks(end)
+        config, position_1 = self.config, self.position_1
+        entry = self.functions.enter(
+            config, self.look, self.embedding_VD, self.tables_ME, self.ids_B, position_1, self.padding_B
+        )
         h_BD = entry.h_BD
-        for layer, cache_SJE, window in zip(self.layers, self.caches, self.config.layer_windows, strict=True):
-            q_BHE = before_attention(self.config, layer, h_BD, entry.rope, entry.slots_2B, cache_SJE)
-            keys_TJE, values_TJE = cache_SJE.chunk(2)
-            if self.reads_by_length:
-                attended_BHE = flash_attention(q_BHE, keys_TJE, values_TJE, entry.spans[window])
-            else:
-                keys_BJME, values_BJME = self._first(end, keys_TJE), self._first(end, values_TJE)
-                attended_BHE = attention(q_BHE.unsqueeze(2), keys_BJME, values_BJME, masks[window]).squeeze(2)
-            h_BD = after_attention(self.config, layer, h_BD, attended_BHE)
+        seen: dict[int | None, Any] = entry.seen if self.reads_by_length else self._masks(end, entry.seen)
+        for layer, cache_SJE, window in zip(self.layers, self.caches, config.layer_windows, strict=True):
+            if self.look is blocks_of:
+                torch._dynamo.mark_dynamic(seen[window].index_B11N, 3)
+                h_BD = self.functions.layer(config, layer, h_BD, entry.rope, cache_SJE, seen[window])
+                continue
+            self.functions.before(config, layer, h_BD, entry.rope, position_1, cache_SJE)
+            h_BD = self.functions.after(config, layer, h_BD, self._attended(cache_SJE, seen[window], end))
         if self.history is not None:
             self.history.add(self.ids_B.clamp_min(0))
-        self.logits_BV, ids_B = finish(self.config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
+        self.logits_BV, ids_B = self.functions.finish(config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
         if ids_B is None:
             ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)
         self.ids_B.copy_(ids_B)
 
-    def _first(self, end: int, cache_TJE: Tensor) -> Tensor:
-        """The first `end` positions of each row, [B, J, M, E]."""
-        return cache_TJE.unflatten(0, (len(self.ids_B), -1))[:, :end].transpose(1, 2)
+    def _attended(self, cache_SJE: Tensor, seen: Spans | Tensor | None, end: int) -> Tensor:
+        """[B, H, E], by spans or a mask."""
+        q_BHE, keys_BMJE, values_BMJE = parts_of(self.config, len(self.ids_B), cache_SJE)
+        if isinstance(seen, Spans):
+            return flash_attention(q_BHE, keys_BMJE, values_BMJE, seen)
+        keys_BJME, values_BJME = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
+        return attention(q_BHE.unsqueeze(2), keys_BJME, values_BJME, seen).squeeze(2)
 
-    def _masks(self, end: int) -> dict[int | None, Tensor | None]:
-        windows = set(self.config.layer_windows)
+    def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
         if self.device.type == "cuda":
-            return {window: mask_of(self.position_1, self.padding_B, window, end) for window in windows}
+            return {window: mask_of(self.position_1, first_B, end) for window, first_B in first.items()}
         padding_B = self.cache.padding_B
-        return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in windows}
+        return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in first}
 
     def _graph(self, end: int) -> torch.cuda.CUDAGraph:
         """The recorded token that reads up to `end`. Recording it leaves history and random numbers as they were."""

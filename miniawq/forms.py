@@ -33,6 +33,7 @@ SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12),
 PRESCALE = 80
 keeps_subnormals = True
 SUMMANDS_OF_A_WARP = 128
+MOST_SUMMANDS_AT_ONCE = 1024
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
 # parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
@@ -202,7 +203,7 @@ def splits_for(outputs: int, planes: int, columns: int) -> int:
     return splits
 
 
-def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
+def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int] | None:
     """The tiles that were fastest on an H200 (`scripts/gpu_kernels.py`), or within 6 % of it.
 
     `reduce_planes`: a thread takes four neighbouring summands (one load) of a few outputs, for which it uses its
@@ -211,6 +212,8 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     because the assembler gives up and keeps 32 registers (`tests/test_kernel_counts.py`).
     `dot_planes`: 16 outputs a warp, and as many words as leave room in its registers.
     """
+    if kind == "sum":
+        return sum_at_once(sizes["r0_"]) if sizes["r0_"] <= MOST_SUMMANDS_AT_ONCE else None
     if kind == "planes":
         summands = min(1024, max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length()))
         default = 2 if sums > 2 or (sums == 1 and summands == SUMMANDS_OF_A_WARP) else 4
@@ -225,6 +228,16 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     outputs, words = DOT_TILES[columns]
     tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": 3}
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
+
+
+def sum_at_once(summands: int) -> dict[str, int]:
+    """One program for each short sum, and one summand for each thread: what a group's activations go through.
+
+    Such a kernel takes as long as its loads are on their way. Its fastest tile and one that leaves the GPU to a single
+    program differ by 12 microseconds, which a search by timing has been seen not to find (docs/log.md).
+    """
+    block = 1 << (summands - 1).bit_length()
+    return {"XBLOCK": 1, "R0_BLOCK": block, "num_warps": min(8, max(1, block // 32)), "num_stages": 1}
 
 
 OPTIONS: dict[str, Any] = {

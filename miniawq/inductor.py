@@ -34,6 +34,8 @@ class BlockSizes(InductorChoices):
             # A norm's sum of squares, in the same kernel, reads no words.
             of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
             blocks = self.choose("planes", sizes=sizes, sums=len(of_words))
+        elif sums and features.reduction_numel.is_number:
+            blocks = self.choose("sum", sizes={"r0_": int(features.reduction_numel)})
         else:
             blocks = None
         if blocks is None:

@@ -169,11 +169,11 @@ def is_int4(product: Product) -> bool:
     return product.form in (reduce_product, dot_product, words_product)
 
 
-def lower(function: Callable[..., Any], is_int4: bool) -> Callable[..., Any]:
-    """`function` compiled, with the options of the forms if it holds some."""
+def lower(function: Callable[..., Any], is_int4: bool, **options: Any) -> Callable[..., Any]:
+    """`function` compiled with Inductor's `options`, and those of the forms if it holds some."""
     if is_int4:
-        return forms.compiled(function, forms.block_sizes)
-    return torch.compile(function, fullgraph=True, dynamic=False)
+        return forms.compiled(function, forms.block_sizes, **options)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def _alone(layer: Any) -> Product:

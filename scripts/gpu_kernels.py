@@ -151,7 +151,7 @@ def compiled(function, blocks=None, **options):
 
     def choose(kind, **sizes):
         SEEN.append(f"{kind} {sizes}")
-        return blocks
+        return None if kind == "sum" else blocks
 
     return forms.compiled(function, choose, fx_graph_cache=False, **options)
 

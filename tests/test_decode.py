@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from miniawq import arrange, products
+from miniawq import arrange, attend, decode, products
+from miniawq.attend import block_attention, blocks_of, first_seen, mask_of, spans_of
 from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.completion import EagerStart, generate, last_logits
-from miniawq.decode import DecodeStep, mask_of, most_probable, spans_of
+from miniawq.decode import DecodeStep, most_probable
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
-from miniawq.model import KVCache, Llama, LlamaConfig, dense
+from miniawq.model import KVCache, Llama, LlamaConfig, attention, dense
 from miniawq.packing import quantize
 from miniawq.products import norm_and_multiply, products_of
 from miniawq.sampling import NOT_A_NUMBER, Sampling, sample
@@ -76,10 +77,13 @@ def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
         assert list(generate(model, tokens_BL, decoder=step, prefill_chunk=chunk, **options)) == expected
 
 
-def test_the_compiled_step_gives_the_same_and_never_compiles_again(device, monkeypatch, tmp_path):
+@pytest.mark.parametrize("look", [None, blocks_of])
+def test_the_compiled_step_gives_the_same_and_never_compiles_again(look, device, monkeypatch, tmp_path):
     """Compiled by a thread while the model writes, taken over in the middle of a text, used by this thread since."""
     monkeypatch.setenv("MINIAWQ_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    if look:
+        monkeypatch.setattr(decode, "looking_on", lambda *_: look)
     model = int4_model(device)
     first, second = EagerStart(model, DecodeStep(model, 2, 32)), DecodeStep(model, 2, 64)
     graphs = None
@@ -176,16 +180,35 @@ def test_matrices_of_one_input_lie_together_and_exist_once(device):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_spans_and_masks_say_the_same(window):
+def test_spans_blocks_and_masks_say_the_same(window, monkeypatch):
+    monkeypatch.setattr(attend, "BLOCK", 4)
     padding_B, room = torch.tensor([0, 2, 6]), 10
     for position in range(6, room):
         position_1 = torch.tensor([position])
-        spans = spans_of(torch.arange(4) * room, position_1, padding_B, window)
+        first_B = first_seen(position_1, padding_B, window)
+        spans, blocks = spans_of(position_1, first_B, room), blocks_of(position_1, first_B, room)
         slot_T = torch.arange(3 * room)
-        for row, mask_M in enumerate(mask_of(position_1, padding_B, window, room)[:, 0, 0]):
+        for row, mask_M in enumerate(mask_of(position_1, first_B, room)[:, 0, 0]):
+            seen_M = torch.arange(room)[mask_M]
+            assert seen_M.tolist() == list(range(max(padding_B[row], position + 1 - (window or room)), position + 1))
             start = spans.starts_B1[row]
             seen_T = (slot_T >= start) & (slot_T < start + spans.used_B[row])
-            assert torch.equal(slot_T[seen_T], torch.arange(room)[mask_M] + row * room)
+            assert torch.equal(slot_T[seen_T], seen_M + row * room)
+            table_N = blocks.index_B11N[row, 0, 0, : blocks.count_B11[row]]
+            assert table_N.tolist() == sorted({int(place) // 4 for place in seen_M})
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_attention_by_blocks_is_attention(heads):
+    rows, room, position_1 = 2, 150, torch.tensor([140])
+    first_B = torch.tensor([3, 129])
+    q_BHE = torch.randn(rows, heads, 16)
+    keys_BMJE, values_BMJE = torch.randn(2, rows, room, 4, 16)
+    expected = attention(
+        q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2), mask_of(position_1, first_B, room)
+    )
+    attended = block_attention(q_BHE, keys_BMJE, values_BMJE, blocks_of(position_1, first_B, room))
+    torch.testing.assert_close(attended, expected.squeeze(2), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("form", "rows"), [("words", 1), ("words", 5), ("reduce", 1), ("reduce", 3), ("dot", 20)])
