@@ -12,8 +12,8 @@ from miniawq.packing import CODES_PER_WORD
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Activations as `reduce_words` wants them: x_TGNP float32, nibbles 0..6 divided by 16^nibble; means_TG.
 
-    The activations of a group lie together. Nibble by nibble over all inputs they would lie a power of two apart,
-    which is the same few lines of the first cache for all of them: that is 4 times slower at 8 rows.
+    The activations of a group lie together. Nibble by nibble over all inputs, those of one word would often lie a power
+    of two apart, in the same few sets of the first cache: that order was 4 times slower at 8 rows (docs/log.md).
 
     A mean is the sum of a group's activations, divided by its words: what one word's zeros take away.
     """
