@@ -1,6 +1,7 @@
 """Time every form of the INT4 product with many block sizes on the shapes of Llama-3.1 8B and 70B.
 
     python scripts/gpu_kernels.py --out $OUT --seconds 190
+    python scripts/gpu_kernels.py --out $OUT --chosen
 
 Each worker process compiles (which takes the processor) and takes turns at the GPU (under a lock) to be timed: cold L2,
 several copies of the weight in rotation, one CUDA graph, the median of its replays. Every result is checked against
@@ -144,14 +145,14 @@ def exact_weight(words_OPG, scales_OG, zeros_OG):
 
 
 def compiled(function, blocks=None, **options):
-    """Compiled with exactly these block sizes; `SEEN` keeps what Inductor says that the kernels iterate over."""
+    """Compiled with exactly these block sizes, or those of `forms.block_sizes`; `SEEN` keeps what Inductor says that the kernels iterate over."""
     if not CUDA:
         return function
     torch._dynamo.reset()
 
     def choose(kind, **sizes):
         SEEN.append(f"{kind} {sizes}")
-        return None if kind == "sum" else blocks
+        return None if kind == "sum" else blocks or forms.block_sizes(kind, **sizes)
 
     return forms.compiled(function, choose, fx_graph_cache=False, **options)
 
@@ -166,7 +167,8 @@ def planes_job(case, rows, parts, blocks):
 
 
 def dot_job(case, rows, blocks, splits):
-    blocks = blocks | ({"ZBLOCK": 1} if splits > 1 else {})
+    if blocks and splits > 1:
+        blocks = blocks | {"ZBLOCK": 1}
 
     def function(words_OPG, grid_OG, x_NTJ, exponents_2O):
         return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, splits)
@@ -282,6 +284,22 @@ def sweep():
         yield from ({"shape": shape} | job for job in jobs)
 
 
+def chosen():
+    """One job for each shape and number of rows: the form and the tile that a decode step takes, and cuBLAS."""
+    for shape, (outputs, inputs) in SHAPES.items():
+        groups, small = inputs // GROUP, shape.startswith("8b")
+        for rows in (1, 2, 3, 4, 8, 16, 32, 64, 256, 2048):
+            if rows <= (2 if groups > 64 else 3):
+                parts = forms.parts_for(groups, GROUP // 8, rows)
+                yield {"shape": shape, "kind": "planes", "arguments": {"rows": rows, "parts": parts, "blocks": None}}
+            elif rows <= 64:
+                yield {"shape": shape, "kind": "dot", "arguments": {"rows": rows, "blocks": None, "splits": None}}
+            elif small:
+                yield {"shape": shape, "kind": "expand", "arguments": {"rows": rows, "slice_rows": outputs}}
+            if rows <= 64 or small:
+                yield {"shape": shape, "kind": "dense", "arguments": {"rows": rows}}
+
+
 def plane_tiles(rows, groups, outputs):
     """(parts, (outputs, -, summands, warps, stages)): a warp takes 128 summands, four neighbours a thread."""
     for parts in (1, 2, 4, 8, 16):
@@ -327,6 +345,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=190, help="stop starting jobs after this long")
     parser.add_argument("--workers", type=int, default=14 if CUDA else 1)
     parser.add_argument("--kinds", default="dense,planes,dot,expand")
+    parser.add_argument("--chosen", action="store_true", help="only what a decode step takes, for all numbers of rows")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -335,7 +354,8 @@ def main():
     if CUDA:
         print(f"copy {copy_bandwidth() / 1e12:.2f} TB/s", flush=True)
 
-    jobs = [job for job in sweep() if job["kind"] in arguments.kinds.split(",")]
+    jobs = list(chosen() if arguments.chosen else sweep())
+    jobs = [job for job in jobs if job["kind"] in arguments.kinds.split(",")]
     if not CUDA:
         jobs = [job for job in jobs if job["shape"] == "8b.o"]
     queues = [
