@@ -33,15 +33,15 @@ SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12),
 PRESCALE = 80
 keeps_subnormals = True
 SUMMANDS_OF_A_WARP = 128
-MOST_SUMMANDS_AT_ONCE = 1024
+MOST_SUMMANDS_AT_ONCE, MOST_SHORT_SUMS = 1024, 1 << 14
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
 # parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
 PARTS = {(64, 2): 2, (224, 1): 2, (112, 3): 8, (112, 4): 8}
 OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
 
-# Outputs and words of a program of `dot_planes`, for its rows.
-DOT_TILES = {8: (64, 32), 16: (32, 32), 32: (64, 16)}
+# Outputs and words of a program of `dot_planes`, and stages of its loads, for its rows.
+DOT_TILES = {8: (64, 64, 2), 16: (32, 32, 3), 32: (64, 16, 3)}
 
 # Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
 MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
@@ -198,7 +198,7 @@ def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
 def splits_for(outputs: int, planes: int, columns: int) -> int:
     """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
     splits = 1
-    while splits * outputs < 64 * 192 and planes % (2 * splits) == 0:
+    while splits * outputs < 64 * (256 if columns == 8 else 192) and planes % (2 * splits) == 0:
         splits *= 2
     return splits
 
@@ -213,7 +213,8 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
     `dot_planes`: 16 outputs a warp, and as many words as leave room in its registers.
     """
     if kind == "sum":
-        return sum_at_once(sizes["r0_"]) if sizes["r0_"] <= MOST_SUMMANDS_AT_ONCE else None
+        is_short = sizes["r0_"] <= MOST_SUMMANDS_AT_ONCE and sizes["x"] <= MOST_SHORT_SUMS
+        return sum_at_once(sizes["r0_"]) if is_short else None
     if kind == "planes":
         summands = min(1024, max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length()))
         default = 2 if sums > 2 or (sums == 1 and summands == SUMMANDS_OF_A_WARP) else 4
@@ -225,8 +226,8 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
             "num_stages": 1,
         }
     columns = min(sizes["x"], 32)
-    outputs, words = DOT_TILES[columns]
-    tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": 3}
+    outputs, words, stages = DOT_TILES[columns]
+    tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": stages}
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 

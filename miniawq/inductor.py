@@ -35,7 +35,7 @@ class BlockSizes(InductorChoices):
             of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
             blocks = self.choose("planes", sizes=sizes, sums=len(of_words))
         elif sums and features.reduction_numel.is_number:
-            blocks = self.choose("sum", sizes={"r0_": int(features.reduction_numel)})
+            blocks = self.choose("sum", sizes={"x": int(features.numel), "r0_": int(features.reduction_numel)})
         else:
             blocks = None
         if blocks is None:

@@ -63,9 +63,13 @@ def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor,
     h_TI = h_TI.float()
     x_QNTVG, sums_TVG = prescaled(h_TI * norm_I.float(), planes_OVG, places_N)
     squares_TG = written(by_part(h_TI, planes_OVG).square().sum((2, 3, 4)))
-    # Of one row, summed for each output again as the product sums its V and G, this is no kernel of its own either.
-    squares_TOVG = shared_out(squares_TG, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
-    squares_TO = squares_TOVG.sum((2, 3))
+    if len(h_TI) == 1:
+        # Summed for each output again, as the product sums its V and G, this is no kernel of its own either.
+        squares_TOVG = shared_out(squares_TG, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
+        squares_TO = squares_TOVG.sum((2, 3))
+    else:
+        # Inductor sums those of several rows apart from the products, for each output: one small kernel is less.
+        squares_TO = written(squares_TG.sum(1, keepdim=True))
     y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
     y_TO = y_TO * torch.rsqrt(squares_TO / h_TI.shape[1] + eps)
     return with_bias(y_TO, bias_O, norm_I.dtype)

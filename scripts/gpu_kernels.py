@@ -145,7 +145,10 @@ def exact_weight(words_OPG, scales_OG, zeros_OG):
 
 
 def compiled(function, blocks=None, **options):
-    """Compiled with exactly these block sizes, or those of `forms.block_sizes`; `SEEN` keeps what Inductor says that the kernels iterate over."""
+    """Compiled with exactly these block sizes, or those of `forms.block_sizes`.
+
+    `SEEN` keeps what Inductor says that the kernels iterate over.
+    """
     if not CUDA:
         return function
     torch._dynamo.reset()
