@@ -68,7 +68,7 @@ class EagerStart(PlainStep):
     def __init__(self, model: Llama, compiled: DecodeStep, streams: bool = True) -> None:
         self.model, self.compiled, self.sampling, self.streams = model, compiled, compiled.sampling, streams
         self.cache, self.history, self.generator = compiled.cache, compiled.history, compiled.generator
-        self.ahead = 0
+        self.ahead, self.is_warm = 0, False
         # Compiled code is for a number of threads, and a new thread would begin with the default one.
         self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
         if not compiled.is_ready:
@@ -78,11 +78,18 @@ class EagerStart(PlainStep):
         """As `DecodeStep.begin`."""
         self.ahead = 0
         self.compiled.begin(tokens_BL, padding_B, seed)
+        if self._has_to_start:
+            # Said before the first token, in whose line it would stand otherwise.
+            self.is_warm = artifacts.are_here(self.compiled)
+            meanwhile = "until then the text comes slowly" if self.streams else "the text goes on then"
+            log.info("loading the compiled step" if self.is_warm else f"compiling, this once; {meanwhile}")
 
     def step(self, ids_B: Tensor) -> Tensor:
         """As `DecodeStep.step`."""
-        if self._thread.ident is None and not self.compiled.is_ready:
-            self._start()
+        if self._has_to_start:
+            self._thread.start()
+            if self.is_warm or not self.streams:
+                self.wait()
         # A CUDA graph is recorded in the first step, and meanwhile no other thread may use the device.
         if self.compiled.is_ready and not self.is_compiling:
             return self.compiled.step(ids_B)
@@ -98,13 +105,9 @@ class EagerStart(PlainStep):
         """Until it is not."""
         self._thread.join()
 
-    def _start(self) -> None:
-        is_warm = artifacts.are_here(self.compiled)
-        meanwhile = "until then the text comes slowly" if self.streams else "the text goes on then"
-        log.info("loading the compiled step" if is_warm else f"compiling, this once; {meanwhile}")
-        self._thread.start()
-        if is_warm or not self.streams:
-            self.wait()
+    @property
+    def _has_to_start(self) -> bool:
+        return self._thread.ident is None and not self.compiled.is_ready
 
     def _compile(self, threads: int) -> None:
         torch.set_num_threads(threads)

@@ -169,8 +169,8 @@ FAULTS = [
     Fault("artifacts.py", 'if not changed and seal["decides"] == decides:', "if True:", "test_artifacts"),
     Fault("artifacts.py", '"rows": str(len(step.ids_B)),', "", "test_artifacts"),
     Fault("decode.py", "spare._make_room(batch, SPARE_ROOM)", "", "test_artifacts"),
-    Fault("completion.py", "if is_warm or not self.streams:", "if not self.streams:", "test_artifacts"),
-    Fault("completion.py", "if is_warm or not self.streams:", "if is_warm:", "test_artifacts"),
+    Fault("completion.py", "if self.is_warm or not self.streams:", "if not self.streams:", "test_artifacts"),
+    Fault("completion.py", "if self.is_warm or not self.streams:", "if self.is_warm:", "test_artifacts"),
     Fault("completion.py", "kernel.compiler = self._thread", "pass", "test_artifacts"),
     Fault("plan.py", 'if name == "lm_head.weight" and model_config.tie_word_embeddings:', "if False:", "test_plan"),
 ]  # fmt: skip
