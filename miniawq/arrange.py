@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, unpack
+from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, unpack, words_of
 
 LARGEST_GROUP = 128
 
@@ -38,12 +38,8 @@ class Arranged(NamedTuple):
 
 
 def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
-    """The words [O, G, P] of codes 0..15. Nothing is checked, since a GPU would have to be waited for."""
-    codes_OWN = codes_OI.unflatten(1, (-1, CODES_PER_WORD))
-    words_OW = torch.zeros(codes_OWN.shape[:2], dtype=torch.int32, device=codes_OI.device)
-    for nibble in range(CODES_PER_WORD):
-        words_OW |= codes_OWN[..., nibble].int() << 4 * nibble
-    return words_OW.unflatten(1, (groups, -1))
+    """The words [O, G, P] of codes 0..15, which are not checked."""
+    return words_of(codes_OI, SEQUENTIAL).unflatten(1, (groups, -1))
 
 
 def codes_of_words(words_OGP: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """One more token for every row: what `model.py` computes for one position, by few compiled functions in fixed buffers.
 
-A layer is a function of tensors, or two, around an attention that is not compiled. The weights are arguments, so each
-is compiled once and called for every layer. The length is a number on the device, so no length ever compiles anything:
-new keys are written where it points, and attention reads as far as it says. On CUDA the launches of a whole token are
-recorded once, in a CUDA graph, and replayed for each token; on a CPU the same functions run one by one.
+A layer is a function of tensors, attention included, or two around an attention that is not compiled (`attend.py`).
+The weights are arguments, so each is compiled once and called for every layer. The length is a number on the device, so
+no length ever compiles anything: new keys are written where it points, and attention reads as far as it says. On CUDA
+the launches of a whole token are recorded once, in a CUDA graph, and replayed for each token; on a CPU the same
+functions run one by one.
 
 Shapes: B batch, M positions in the cache, S slots of a layer's queries, keys and values, D model width, F feed-forward
 width, V vocabulary, C parts of it, H query heads, J key/value heads, E size of one head.

@@ -141,7 +141,7 @@ def spread(x_TI: Tensor, groups: int) -> Tensor:
     tile before is multiplied, and never arranged anew.
     """
     rows = x_TI.shape[0]
-    tile = next((tile for tile in (8, 16, 32) if rows <= tile), 64)
+    tile = next((tile for tile in DOT_TILES if rows <= tile), max(DOT_TILES))
     x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
     return x_TGPN.permute(3, 0, 2, 1).flatten(2).contiguous()
 
@@ -225,7 +225,7 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
             "num_warps": summands // SUMMANDS_OF_A_WARP,
             "num_stages": 1,
         }
-    columns = min(sizes["x"], 32)
+    columns = min(sizes["x"], max(DOT_TILES))
     outputs, words, stages = DOT_TILES[columns]
     tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": stages}
     return tile | ({"ZBLOCK": 1} if "z" in sizes else {})

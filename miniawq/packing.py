@@ -192,6 +192,11 @@ def pack(codes_RC: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
         )
     if codes_RC.numel() and (codes_RC.amax() > TOP_CODE or codes_RC.amin() < 0):
         raise InvalidInput("a code is outside 0..15", f"the codes reach from {codes_RC.min()} to {codes_RC.max()}")
+    return words_of(codes_RC, order)
+
+
+def words_of(codes_RC: Tensor, order: tuple[int, ...]) -> Tensor:
+    """`pack` of codes known to be 0..15: nothing is checked, since a GPU would have to be waited for."""
     codes_RW8 = codes_RC.to(torch.uint8).unflatten(-1, (-1, CODES_PER_WORD))
     # Byte by byte, the lowest first, as an int32 lies in memory: a quarter of the traffic of whole words.
     bytes_RW4 = torch.empty(*codes_RW8.shape[:-1], 4, dtype=torch.uint8, device=codes_RC.device)
