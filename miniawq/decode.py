@@ -38,6 +38,7 @@ from miniawq.attend import (
     mask_of,
 )
 from miniawq.errors import InvalidInput
+from miniawq.forms import written
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask
 from miniawq.products import (
     Product,
@@ -47,7 +48,6 @@ from miniawq.products import (
     norm_and_multiply,
     products_of,
     reduce_product,
-    written,
 )
 from miniawq.rope import Rope, apply_rope, rope_tables
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample

@@ -2,7 +2,7 @@
 
     rows      form                                                       where
     1..3      `reduce_planes`: multiply and sum, float32                 CUDA
-    4..64     `dot_planes`: eight tensor-core products, one a nibble     CUDA
+    4..128    `dot_planes`: eight tensor-core products, one a nibble     CUDA
     more      `arrange.expand`, then the library's matmul                CUDA
 
 Those of a CPU are in `cpu_forms.py`.
@@ -10,7 +10,8 @@ Those of a CPU are in `cpu_forms.py`.
 A form is a pure function of tensors, arranged as in `arrange.py`, to be called inside a larger compiled function;
 `compiled` compiles it alone.
 
-Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, K splits.
+Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, Q pieces of
+a word, K programs that share a sum (splits of the planes times pieces).
 """
 
 import logging
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from miniawq.arrange import pack_grid, sequential_words, unpack_grid
 from miniawq.packing import CODES_PER_WORD
+from miniawq.tiles import block_sizes, columns_for, splits_for
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +34,9 @@ log = logging.getLogger(__name__)
 SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
 PRESCALE = 80
 keeps_subnormals = True
-SUMMANDS_OF_A_WARP = 128
-MOST_SUMMANDS_AT_ONCE, MOST_SHORT_SUMS = 1024, 1 << 14
-
-# What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
-# parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
-PARTS = {(64, 2): 2, (224, 1): 2, (112, 3): 8, (112, 4): 8}
-OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
-
-# Outputs and words of a program of `dot_planes`, and stages of its loads, for its rows.
-DOT_TILES = {8: (64, 64, 2), 16: (32, 32, 3), 32: (64, 16, 3)}
 
 # Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
-MAGIC_PLACES = ((16, 16), (8, 12), (8, 16), (0, 12), (0, 16), (-8, 12), (-8, 16), (-12, 16))
+MAGIC_PLACES = ((12, 12), (12, 16), (4, 12), (4, 16), (-4, 12), (-4, 16), (-12, 12), (-12, 16))
 
 
 def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -141,8 +133,8 @@ def spread(x_TI: Tensor, groups: int) -> Tensor:
     tile before is multiplied, and never arranged anew.
     """
     rows = x_TI.shape[0]
-    tile = next((tile for tile in DOT_TILES if rows <= tile), max(DOT_TILES))
-    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
+    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % columns_for(rows)))
+    x_TGPN = x_TGPN.unflatten(-1, (groups, -1, CODES_PER_WORD))
     return x_TGPN.permute(3, 0, 2, 1).flatten(2).contiguous()
 
 
@@ -152,93 +144,51 @@ def dot_planes(
     scale_dtype: torch.dtype,
     x_NTJ: Tensor,
     exponents_2O: Tensor,
+    shifts_QO: Tensor,
     splits: int | None = None,
 ) -> Tensor:
-    """y [O, T] for 4 to 64 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
+    """y [T, O] for 4 to 128 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
 
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
+    Every product has sums of its own, and those of many rows fill a thread's registers. So Q programs then share the
+    nibbles of a word: each shifts its own to the lowest bits (`shifts_QO`) and multiplies 8 / Q of them.
     """
-    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
+    pieces = len(shifts_QO)
+    splits = splits or splits_for(pieces * words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
     exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
+    if pieces > 1:
+        words_KOPG = (words_KOPG.unsqueeze(1) >> shifts_QO.unsqueeze(-1).unsqueeze(-1)).flatten(0, 1)
+    nibbles = CODES_PER_WORD // pieces
+    x_NSQTJ = x_NTJ.unflatten(2, (splits, -1)).unflatten(0, (pieces, nibbles)).permute(1, 3, 0, 2, 4)
     scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
     offsets_16 = offsets_O1G * scales_O1G
     offsets_12 = offsets_16 - scales_O1G * (2.0**11 - 2.0**7)
     y_KOT: Any = 0.0
-    for (shift, place), x_TJ in zip(MAGIC_PLACES, x_NTJ.unbind(), strict=True):
+    for (shift, place), x_SQTJ in zip(MAGIC_PLACES, x_NSQTJ.unbind(), strict=False):
         exponents, offsets = (exponents_12, offsets_12) if place == 12 else (exponents_16, offsets_16)
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
         magic_KOPG = (shifted_KOPG & (15 << place)) | exponents
         weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + offsets
         weight_KOJ = weight_KOPG.to(x_NTJ.dtype).flatten(2)
-        if splits == 1:
-            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_TJ.t()).unsqueeze(0)
+        x_KTJ = x_SQTJ.flatten(0, 1)
+        if splits * pieces == 1:
+            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_KTJ.squeeze(0).t()).unsqueeze(0)
         else:
-            product_KOT = torch.bmm(weight_KOJ, x_TJ.unflatten(1, (splits, -1)).permute(1, 2, 0))
+            product_KOT = torch.bmm(weight_KOJ, x_KTJ.mT)
         y_KOT = y_KOT + product_KOT
-    return y_KOT.squeeze(0) if splits == 1 else in_float32(y_KOT).sum(0).to(x_NTJ.dtype)
+    if splits * pieces == 1:
+        return written(y_KOT.squeeze(0)).t()
+    # In float32, as they are in registers; and summed into rows, which is how they are read.
+    y_TO = written(y_KOT.float()).sum(0).to(x_NTJ.dtype).t()
+    return written(y_TO.flatten().unflatten(0, y_TO.shape))
 
 
-def in_float32(sums: Tensor) -> Tensor:
-    """Sums that Inductor writes, or keeps, in float32, as they are in registers: `as_strided` makes it stop there."""
-    return sums.float().as_strided(sums.shape, sums.stride())
-
-
-def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
-    """In how many parts `reduce_planes` sums a group: so many that a warp has 128 summands of an output."""
-    wanted = PARTS.get((groups, rows or 0), max(4, SUMMANDS_OF_A_WARP // groups))
-    parts = 1
-    while parts < wanted and planes % (2 * parts) == 0:
-        parts *= 2
-    return parts
-
-
-def splits_for(outputs: int, planes: int, columns: int) -> int:
-    """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
-    splits = 1
-    while splits * outputs < 64 * (256 if columns == 8 else 192) and planes % (2 * splits) == 0:
-        splits *= 2
-    return splits
-
-
-def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int] | None:
-    """The tiles that were fastest on an H200 (`scripts/gpu_kernels.py`), or within 6 % of it.
-
-    `reduce_planes`: a thread takes four neighbouring summands (one load) of a few outputs, for which it uses its
-    activations, and a program all summands of those outputs. All words of a tile are loaded before the first is used,
-    and 64 of them fit a thread's registers: four outputs, four planes. With 128 a kernel may be twenty times slower,
-    because the assembler gives up and keeps 32 registers (`tests/test_kernel_counts.py`).
-    `dot_planes`: 16 outputs a warp, and as many words as leave room in its registers.
-    """
-    if kind == "sum":
-        is_short = sizes["r0_"] <= MOST_SUMMANDS_AT_ONCE and sizes["x"] <= MOST_SHORT_SUMS
-        return sum_at_once(sizes["r0_"]) if is_short else None
-    if kind == "planes":
-        summands = min(1024, max(SUMMANDS_OF_A_WARP, 1 << (sizes["r0_"] - 1).bit_length()))
-        default = 2 if sums > 2 or (sums == 1 and summands == SUMMANDS_OF_A_WARP) else 4
-        outputs = OUTPUTS.get((sizes["x"], sizes["r0_"], sums), default)
-        return {
-            "XBLOCK": outputs,
-            "R0_BLOCK": summands,
-            "num_warps": summands // SUMMANDS_OF_A_WARP,
-            "num_stages": 1,
-        }
-    columns = min(sizes["x"], max(DOT_TILES))
-    outputs, words, stages = DOT_TILES[columns]
-    tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": stages}
-    return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
-
-
-def sum_at_once(summands: int) -> dict[str, int]:
-    """One program for each short sum, and one summand for each thread: what a group's activations go through.
-
-    Such a kernel takes as long as its loads are on their way. Its fastest tile and one that leaves the GPU to a single
-    program differ by 12 microseconds, which a search by timing has been seen not to find (docs/log.md).
-    """
-    block = 1 << (summands - 1).bit_length()
-    return {"XBLOCK": 1, "R0_BLOCK": block, "num_warps": min(8, max(1, block // 32)), "num_stages": 1}
+def written(x: Tensor) -> Tensor:
+    """x, which Inductor writes to memory as it is: without this it would compute it again for each who reads it."""
+    return x.as_strided(x.shape, x.stride())
 
 
 OPTIONS: dict[str, Any] = {
@@ -251,9 +201,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(
-    function: Callable[..., Any], choose: Callable[..., dict[str, int] | None], **options: Any
-) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], choose: Callable[..., dict[str, int]], **options: Any) -> Callable[..., Any]:
     """`function` compiled for the shapes it meets, with the block sizes that `choose` knows."""
     lowered = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS | options)
     # Importing Inductor takes seconds, which those who do not compile need not wait.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from miniawq.arrange import (
     Arranged,
@@ -132,24 +131,25 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
     """y_TO for many rows on CUDA: a slice of the weight at a time, rounded to the dtype of x, and the library's matmul.
 
     The weight is written in the order of its words, and the activations, which are few, are brought into that order.
+    One slice after the other is written to the same memory, because nobody holds the one before.
     """
     stored_TI = in_storage_order(x_TI, arranged.grid.shape[1])
-    parts_TO = []
+    y_TO = x_TI.new_empty(len(x_TI), len(arranged.words))
     form, codes = expansion()
     for some_O, part in slices(arranged, codes):
         exponents_2O = magic_exponents(x_TI.device, len(part.words))
-        bits_OW = form(part.words, part.grid, scale_dtype, exponents_2O, x_TI.dtype)
-        some_bias_O = None if bias_O is None else bias_O[some_O].to(x_TI.dtype)
-        parts_TO.append(linear(stored_TI, bits_OW.view(x_TI.dtype), some_bias_O))
-    return parts_TO[0] if len(parts_TO) == 1 else torch.cat(parts_TO, -1)
+        weight_IO = form(part.words, part.grid, scale_dtype, exponents_2O, x_TI.dtype).view(x_TI.dtype).t()
+        if bias_O is None:
+            torch.mm(stored_TI, weight_IO, out=y_TO[:, some_O])
+        else:
+            torch.addmm(bias_O[some_O].to(x_TI.dtype), stored_TI, weight_IO, out=y_TO[:, some_O])
+    return y_TO
 
 
 def expansion() -> tuple[Callable[..., Tensor], int]:
     """`expand`, compiled if this thread may, and the codes for one call. The results are the same: nothing is rounded
     before the last step. Uncompiled it has ten temporary tensors, so the calls are smaller.
     """
-    if torch.compiler.is_compiling():
-        return expand, CODES_PER_EXPANDED_SLICE
     if compiler in (None, current_thread()):
         return expand_by_one_kernel, CODES_PER_EXPANDED_SLICE
     return expand, CODES_PER_EXPANDED_SLICE // 8

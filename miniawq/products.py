@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from miniawq import cpu_forms, forms
-from miniawq.arrange import Arranged, lay_together, magic_exponents
+from miniawq import cpu_forms, forms, tiles
+from miniawq.arrange import Arranged, expand, in_storage_order, lay_together, magic_exponents, piece_shifts
+from miniawq.forms import written
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
 from miniawq.model import rms_norm
 from miniawq.packing import CODES_PER_WORD
@@ -21,7 +22,7 @@ Form = Callable[..., Tensor]
 
 # Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log.md).
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
-MOST_ROWS_DOTTED = 64
+MOST_ROWS_DOTTED = 128
 MOST_ROWS_ON_CPU = 8
 
 
@@ -80,11 +81,6 @@ def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor
     return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
 
 
-def written(x: Tensor) -> Tensor:
-    """x, which Inductor writes to memory: without this it would compute it again for each output that reads it."""
-    return x.as_strided(x.shape, x.stride())
-
-
 def by_part(x_TI: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
     """x_TGQVN: the inputs as the words of `planes_OVG` hold them."""
     parts, groups = planes_OVG[0].shape[1:]
@@ -124,13 +120,18 @@ def reduce_product(
 
 
 def dot_product(
-    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents_2O: Tensor, bias_O: Tensor | None
+    x_TI: Tensor,
+    words_OPG: Tensor,
+    grid_OG: Tensor,
+    scale_like: Tensor,
+    exponents_2O: Tensor,
+    shifts_QO: Tensor,
+    bias_O: Tensor | None,
 ) -> Tensor:
     """`forms.dot_planes`."""
     x_NTJ = written(forms.spread(x_TI, grid_OG.shape[1]))
-    y_OT = written(forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O))
-    y_TO = y_OT.t().narrow(0, 0, len(x_TI))
-    return with_bias(y_TO, bias_O, x_TI.dtype)
+    y_TO = forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O, shifts_QO)
+    return with_bias(y_TO.narrow(0, 0, len(x_TI)), bias_O, x_TI.dtype)
 
 
 def words_product(
@@ -140,6 +141,17 @@ def words_product(
     x_TGNP, means_TG = cpu_forms.prescale_words(x_TI, scales_OG.shape[1])
     y_TO = cpu_forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_TGNP), written(means_TG))
     return with_bias(y_TO, bias_O, x_TI.dtype)
+
+
+def expand_product(
+    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents_2O: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """`arrange.expand` and the library's matmul, for activations of 16 bits."""
+    if x_TI.dtype.itemsize != 2:
+        return many_rows_product(x_TI, words_OPG, grid_OG, scale_like, bias_O)
+    bits_OW = expand(words_OPG, grid_OG, scale_like.dtype, exponents_2O, x_TI.dtype)
+    stored_TI = in_storage_order(x_TI, grid_OG.shape[1])
+    return linear(stored_TI, bits_OW.view(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
 
 
 def many_rows_product(x_TI: Tensor, words: Tensor, grid: Tensor, scale_like: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -163,20 +175,20 @@ def _form_for(device: torch.device, rows: int, groups: int) -> Form:
     if device.type != "cuda":
         return words_product if rows <= MOST_ROWS_ON_CPU else many_rows_product
     if rows > MOST_ROWS_DOTTED:
-        return many_rows_product
+        return expand_product
     most_reduced = MOST_ROWS_REDUCED_MANY_GROUPS if groups > MANY_GROUPS else MOST_ROWS_REDUCED
     return reduce_product if rows <= most_reduced else dot_product
 
 
 def is_int4(product: Product) -> bool:
     """Whether it is compiled with the options of the forms."""
-    return product.form in (reduce_product, dot_product, words_product)
+    return product.form in (reduce_product, dot_product, expand_product, words_product)
 
 
 def lower(function: Callable[..., Any], is_int4: bool, **options: Any) -> Callable[..., Any]:
     """`function` compiled with Inductor's `options`, and those of the forms if it holds some."""
     if is_int4:
-        return forms.compiled(function, forms.block_sizes, **options)
+        return forms.compiled(function, tiles.block_sizes, **options)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
@@ -203,9 +215,13 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
         return Product(form, (words, grid, scale_like, bias_O))
     if form is words_product:
         return Product(form, (words.view(torch.float32), *grid.unbind(-1), bias_O))
-    if form is dot_product:
+    if form is expand_product:
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
+    if form is dot_product:
+        exponents_2O = magic_exponents(words.device, len(words))
+        shifts_QO = piece_shifts(words.device, len(words), tiles.DOT_TILES[tiles.columns_for(rows)].pieces)
+        return Product(form, (words, grid, scale_like, exponents_2O, shifts_QO, bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)
-    planes_OVG = forms.planes(words, forms.parts_for(words.shape[2], words.shape[1], rows))
+    planes_OVG = forms.planes(words, tiles.parts_for(words.shape[2], words.shape[1], rows))
     return Product(form, (planes_OVG, grid, scale_like, places_N, bias_O))

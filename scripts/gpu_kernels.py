@@ -1,7 +1,8 @@
 """Time every form of the INT4 product with many block sizes on the shapes of Llama-3.1 8B and 70B.
 
-    python scripts/gpu_kernels.py --out $OUT --seconds 190
-    python scripts/gpu_kernels.py --out $OUT --chosen
+    python scripts/gpu_kernels.py --out $OUT --seconds 190      # a sweep of tiles
+    python scripts/gpu_kernels.py --out $OUT --jobs chosen      # what a decode step takes, and cuBLAS
+    python scripts/gpu_kernels.py --out $OUT --jobs ways        # one row: what searches and launches of Inductor give
 
 Each worker process compiles (which takes the processor) and takes turns at the GPU (under a lock) to be timed: cold L2,
 several copies of the weight in rotation, one CUDA graph, the median of its replays. Every result is checked against
@@ -25,7 +26,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from miniawq import arrange, forms
+from miniawq import arrange, forms, kernel, products, tiles
 
 SHAPES = {
     "8b.qkv": (6144, 4096),
@@ -144,63 +145,73 @@ def exact_weight(words_OPG, scales_OG, zeros_OG):
     return (steps_OGPN * scales_OG[..., None, None].double()).flatten(1)
 
 
-def compiled(function, blocks=None, **options):
-    """Compiled with exactly these block sizes, or those of `forms.block_sizes`.
+# Other options than those of `forms.compiled`, and whether Inductor looks for its own block sizes.
+WAYS = {
+    "chosen": ({}, False),
+    "pdl": ({"triton.enable_pdl": True}, False),
+    "search": ({}, True),
+    "search, looped": ({"triton.persistent_reductions": False}, True),
+    "coordinate descent": ({"coordinate_descent_tuning": True}, True),
+}
+
+
+def compiled(function, blocks=None, way="chosen"):
+    """Compiled with exactly these block sizes, or those of `tiles.block_sizes`, or those that Inductor finds.
 
     `SEEN` keeps what Inductor says that the kernels iterate over.
     """
     if not CUDA:
         return function
     torch._dynamo.reset()
+    options, searches = WAYS[way]
+    # Inductor's key does not see tiles: only those that are always the same may be found again.
+    options = options | {"fx_graph_cache": blocks is None and way == "chosen"}
+    if searches:
+        return torch.compile(function, fullgraph=True, dynamic=False, options=forms.OPTIONS | options)
 
     def choose(kind, **sizes):
         SEEN.append(f"{kind} {sizes}")
-        return None if kind == "sum" else blocks or forms.block_sizes(kind, **sizes)
+        return blocks if blocks and kind in ("planes", "dot") else tiles.block_sizes(kind, **sizes)
 
-    return forms.compiled(function, choose, fx_graph_cache=False, **options)
+    return forms.compiled(function, choose, **options)
 
 
-def planes_job(case, rows, parts, blocks):
+def planes_job(case, rows, parts, blocks, way="chosen"):
     def function(grid_OG, x_QNTVG, sums_TVG, *planes_OVG):
         return forms.reduce_planes(planes_OVG, grid_OG, SCALE_DTYPE, x_QNTVG, sums_TVG)
 
     x = forms.prescale(case.x_TI[:rows], case.weights[0][1].shape[1], parts)
     sets = [(grid, *x, *forms.planes(words, parts)) for words, grid in case.weights]
-    return compiled(function, blocks), sets, lambda y_TO: y_TO
+    return compiled(function, blocks, way), sets, lambda y_TO: y_TO
 
 
-def dot_job(case, rows, blocks, splits):
-    if blocks and splits > 1:
+def dot_job(case, rows, blocks, splits, pieces):
+    pieces = pieces or tiles.DOT_TILES[tiles.columns_for(rows)].pieces
+    if blocks and (splits > 1 or pieces > 1):
         blocks = blocks | {"ZBLOCK": 1}
 
-    def function(words_OPG, grid_OG, x_NTJ, exponents_2O):
-        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, splits)
+    def function(words_OPG, grid_OG, x_NTJ, exponents_2O, shifts_QO):
+        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, shifts_QO, splits)
 
     x_TI = repeated(case.x_TI, rows)
     outputs, groups = case.weights[0][1].shape
-    x = forms.spread(x_TI, groups), arrange.magic_exponents(DEVICE, outputs)
-    return compiled(function, blocks), [(*weight, *x) for weight in case.weights], lambda y_OT: y_OT.t()[:rows]
+    exponents_2O, shifts_QO = arrange.magic_exponents(DEVICE, outputs), arrange.piece_shifts(DEVICE, outputs, pieces)
+    x = forms.spread(x_TI, groups), exponents_2O, shifts_QO
+    return compiled(function, blocks), [(*weight, *x) for weight in case.weights], lambda y_TO: y_TO[:rows]
 
 
-def expand_job(case, rows, slice_rows):
-    """Expand `slice_rows` outputs into a scratch, multiply, and so on; with no rows only expand."""
+def expand_job(case, rows):
+    """`kernel.expanded_product`, or `expand` alone with no rows."""
+    x_TI, exponents_2O = repeated(case.x_TI, max(rows, 1)), arrange.magic_exponents(DEVICE, len(case.weights[0][0]))
+    kernel.compiled_expand.cache_clear()
 
-    def one(words_OPG, grid_OG, exponents_2O):
-        return arrange.expand(words_OPG, grid_OG, SCALE_DTYPE, exponents_2O, torch.bfloat16)
+    def function(words_OPG, grid_OG):
+        if rows and CUDA:
+            return kernel.expanded_product(x_TI, arrange.Arranged(words_OPG, grid_OG), SCALE_DTYPE, None)
+        expand = kernel.expand_by_one_kernel if CUDA else arrange.expand
+        return expand(words_OPG, grid_OG, SCALE_DTYPE, exponents_2O, torch.bfloat16)
 
-    expand = compiled(one)
-    x_TI = repeated(case.x_TI, max(rows, 1))
-
-    def sliced(words_OPG, grid_OG):
-        stored_TI, parts_TO = arrange.in_storage_order(x_TI, grid_OG.shape[1]), []
-        for first in range(0, len(words_OPG), slice_rows):
-            some = slice(first, first + slice_rows)
-            exponents_2O = arrange.magic_exponents(DEVICE, len(words_OPG[some]))
-            weight_OI = expand(words_OPG[some], grid_OG[some], exponents_2O).view(torch.bfloat16)
-            parts_TO += [torch.nn.functional.linear(stored_TI, weight_OI)] if rows else []
-        return torch.cat(parts_TO, -1) if len(parts_TO) > 1 else (parts_TO or [stored_TI])[0]
-
-    return sliced, case.weights, (lambda y: y) if rows else None
+    return function, case.weights, (lambda y: y) if rows and CUDA else None
 
 
 def dense_job(case, rows):
@@ -221,15 +232,17 @@ JOBS = {"planes": planes_job, "dot": dot_job, "expand": expand_job, "dense": den
 
 
 def run_job(job, case):
-    start = time.perf_counter()
+    """Compiled twice: the second time Inductor finds what the first has left in its directory."""
     SEEN.clear()
-    kind, arguments = job["kind"], job["arguments"]
-    with gpu_turn():
-        function, sets, finish = JOBS[kind](case, **arguments)
-    y = function(*sets[0])
-    if CUDA:
-        torch.cuda.synchronize()
-    compile_seconds = time.perf_counter() - start
+    kind, arguments, build_seconds = job["kind"], job["arguments"], []
+    for _ in range(2):
+        with gpu_turn():
+            function, sets, finish = JOBS[kind](case, **arguments)
+        start = time.perf_counter()
+        y = function(*sets[0])
+        if CUDA:
+            torch.cuda.synchronize()
+        build_seconds.append(round(time.perf_counter() - start, 2))
     with gpu_turn():
         error = case.error(finish(y)) if finish else 0.0
         seconds = seconds_per_call(function, sets)
@@ -239,7 +252,8 @@ def run_job(job, case):
         "TB/s": round(case.bytes / seconds / 1e12, 3),
         "error": f"{error:.1e}",
         "right": error <= bound,
-        "compile_s": round(compile_seconds, 1),
+        "cold_s": build_seconds[0],
+        "warm_s": build_seconds[1],
         "seen": list(SEEN),
     }
 
@@ -272,35 +286,55 @@ def blocks(x, y, r, warps, stages):
 
 
 def sweep():
-    """All jobs, those of the 8B shapes first."""
+    """Tiles for all forms, those of the 8B shapes first."""
     for shape, (outputs, inputs) in SHAPES.items():
         groups, small = inputs // GROUP, shape.startswith("8b")
-        jobs = [{"kind": "dense", "arguments": {"rows": rows}} for rows in ((1, 16, 256, 2048) if small else (1,))]
+        yield from (dense(shape, rows) for rows in ((1, 16, 256, 2048) if small else (1,)))
         for rows in (1, 2, 3, 4, 8) if small else (1, 2):
             for parts, tile in plane_tiles(rows, groups, outputs):
-                jobs.append({"kind": "planes", "arguments": {"rows": rows, "parts": parts, "blocks": blocks(*tile)}})
-        for rows, tiles in DOT_TILES.items() if shape in DOTTED else ():
-            for tile, splits in itertools.product(tiles, DOTTED[shape]):
-                jobs.append({"kind": "dot", "arguments": {"rows": rows, "blocks": blocks(*tile), "splits": splits}})
+                yield planes(shape, rows, parts, blocks=blocks(*tile))
+        for rows, several in DOT_TILES.items() if shape in DOTTED else ():
+            for (*tile, pieces), splits in itertools.product(several, DOTTED[shape]):
+                yield dot(shape, rows, blocks(*tile), splits, pieces)
         for rows in (0, 256, 2048) if shape in ("8b.o", "8b.down", "8b.gate_up", "70b.down") else ():
-            jobs.append({"kind": "expand", "arguments": {"rows": rows, "slice_rows": outputs}})
-        yield from ({"shape": shape} | job for job in jobs)
+            yield {"shape": shape, "kind": "expand", "arguments": {"rows": rows}}
 
 
 def chosen():
     """One job for each shape and number of rows: the form and the tile that a decode step takes, and cuBLAS."""
-    for shape, (outputs, inputs) in SHAPES.items():
+    for shape, (_, inputs) in SHAPES.items():
         groups, small = inputs // GROUP, shape.startswith("8b")
-        for rows in (1, 2, 3, 4, 8, 16, 32, 64, 256, 2048):
-            if rows <= (2 if groups > 64 else 3):
-                parts = forms.parts_for(groups, GROUP // 8, rows)
-                yield {"shape": shape, "kind": "planes", "arguments": {"rows": rows, "parts": parts, "blocks": None}}
-            elif rows <= 64:
-                yield {"shape": shape, "kind": "dot", "arguments": {"rows": rows, "blocks": None, "splits": None}}
+        for rows in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 2048):
+            form = products._form_for(torch.device("cuda"), rows, groups)
+            if form is products.reduce_product:
+                yield planes(shape, rows, tiles.parts_for(groups, GROUP // 8, rows))
+            elif form is products.dot_product:
+                yield dot(shape, rows)
             elif small:
-                yield {"shape": shape, "kind": "expand", "arguments": {"rows": rows, "slice_rows": outputs}}
-            if rows <= 64 or small:
-                yield {"shape": shape, "kind": "dense", "arguments": {"rows": rows}}
+                yield {"shape": shape, "kind": "expand", "arguments": {"rows": rows}}
+            if form is not products.expand_product or small:
+                yield dense(shape, rows)
+
+
+def ways():
+    """One row, as a decode step takes it and in the other `WAYS`."""
+    for (shape, (_, inputs)), way in itertools.product(SHAPES.items(), WAYS):
+        groups = inputs // GROUP
+        yield planes(shape, 1, tiles.parts_for(groups, GROUP // 8, 1), way=way)
+
+
+def dense(shape, rows):
+    return {"shape": shape, "kind": "dense", "arguments": {"rows": rows}}
+
+
+def planes(shape, rows, parts, blocks=None, way="chosen"):
+    arguments = {"rows": rows, "parts": parts, "blocks": blocks, "way": way}
+    return {"shape": shape, "kind": "planes", "arguments": arguments}
+
+
+def dot(shape, rows, blocks=None, splits=None, pieces=None):
+    arguments = {"rows": rows, "blocks": blocks, "splits": splits, "pieces": pieces}
+    return {"shape": shape, "kind": "dot", "arguments": arguments}
 
 
 def plane_tiles(rows, groups, outputs):
@@ -325,12 +359,13 @@ def plane_tiles(rows, groups, outputs):
                 yield parts, (tile[0], 0, parts * groups, *tile[3:])
 
 
-# XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages; and in how many parts the sum is cut.
+# XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages, and the pieces of a word; DOTTED: splits of the sum.
 DOT_TILES = {
-    8: [(8, 32, 32, 2, 3), (8, 32, 32, 2, 2), (8, 32, 64, 2, 2), (8, 16, 64, 1, 2), (8, 16, 32, 1, 3)],
-    16: [(16, 32, 32, 2, 3), (16, 32, 32, 2, 2), (16, 32, 16, 2, 3), (16, 16, 32, 1, 3), (16, 64, 32, 4, 3)],
-    32: [(32, 32, 16, 2, 3), (32, 32, 16, 2, 2), (32, 64, 16, 4, 3), (32, 16, 16, 1, 3), (16, 32, 32, 2, 3)],
-    64: [(32, 32, 16, 2, 3), (64, 64, 32, 8, 3), (32, 64, 16, 4, 3)],
+    8: [(8, 32, 32, 2, 3, 1), (8, 64, 64, 4, 2, 1), (8, 32, 64, 2, 2, 1), (8, 16, 64, 1, 2, 1)],
+    16: [(16, 32, 32, 2, 3, 1), (16, 32, 32, 2, 2, 1), (16, 64, 32, 4, 3, 1), (16, 32, 32, 2, 3, 2)],
+    32: [(32, 32, 16, 2, 3, 1), (32, 64, 16, 4, 3, 1), (32, 64, 16, 4, 3, 2), (32, 32, 32, 2, 3, 2)],
+    64: [(32, 64, 16, 4, 3, 1), (64, 64, 32, 4, 3, 2), (64, 64, 16, 4, 3, 2), (64, 64, 32, 4, 3, 4)],
+    128: [(64, 64, 32, 4, 3, 2), (128, 64, 32, 4, 3, 4), (128, 64, 16, 4, 3, 4)],
 }
 DOTTED = {
     "8b.qkv": (2, 4, 8),
@@ -342,13 +377,16 @@ DOTTED = {
 }
 
 
+JOB_LISTS = {"sweep": sweep, "chosen": chosen, "ways": ways}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--seconds", type=float, default=190, help="stop starting jobs after this long")
     parser.add_argument("--workers", type=int, default=14 if CUDA else 1)
     parser.add_argument("--kinds", default="dense,planes,dot,expand")
-    parser.add_argument("--chosen", action="store_true", help="only what a decode step takes, for all numbers of rows")
+    parser.add_argument("--jobs", choices=JOB_LISTS, default="sweep")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -357,7 +395,7 @@ def main():
     if CUDA:
         print(f"copy {copy_bandwidth() / 1e12:.2f} TB/s", flush=True)
 
-    jobs = list(chosen() if arguments.chosen else sweep())
+    jobs = list(JOB_LISTS[arguments.jobs]())
     jobs = [job for job in jobs if job["kind"] in arguments.kinds.split(",")]
     if not CUDA:
         jobs = [job for job in jobs if job["shape"] == "8b.o"]
@@ -369,6 +407,7 @@ def main():
         "GPU_LOCK": os.environ.get("GPU_LOCK") or tempfile.mkstemp(prefix="gpu-lock")[1],
         "DEADLINE": str(time.time() + arguments.seconds),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -420,7 +459,7 @@ def show(result):
         wrong = "" if result["right"] else "  WRONG"
         print(
             f"{result['shape']:12s} {result['kind']:7s} {result['us']:8.2f} us {result['TB/s']:6.3f} TB/s "
-            f"err {result['error']} compile {result['compile_s']:5.1f} s  {what}{wrong}",
+            f"err {result['error']} cold {result['cold_s']:5.1f} warm {result['warm_s']:5.1f} s  {what}{wrong}",
             flush=True,
         )
 

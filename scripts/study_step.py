@@ -26,7 +26,7 @@ from bench import SHAPES, float32_of, random_model
 from gpu_kernels import CUDA, DEVICE, gpu_turn, seconds_per_call
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from miniawq import decode, forms
+from miniawq import decode, forms, tiles
 from miniawq.attend import BLOCK, blocks_of, flash_attention, mask_of, spans_of
 from miniawq.decode import Layer, parts_of
 from miniawq.inductor import BlockSizes, V
@@ -91,7 +91,7 @@ class Choices(BlockSizes):
     """The project's block sizes; with pdl "small", the products are compiled without."""
 
     def __init__(self, pdl):
-        super().__init__(forms.block_sizes)
+        super().__init__(tiles.block_sizes)
         self.pdl = pdl
 
     def uuid(self):

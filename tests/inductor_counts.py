@@ -1,9 +1,10 @@
 """What the compiled forms become on an H100, counted without one: kernels, instructions a weight, registers, stack.
 
-    python tests/inductor_counts.py '[["reduce", 28672, 4096, 1], ["dot", 4096, 4096, 16]]'
+    python tests/inductor_counts.py '[["reduce", 28672, 4096, 1], ["dot", 4096, 4096, 16], ["layer", 4096, 14336, 16]]'
 
-prints a JSON object for each [form, outputs, inputs, rows]. Inductor is told that there is a GPU and generates Triton
-code for tensors that do not exist; Triton and the assembler in its package compile for compute capability 9.0.
+prints a JSON object for each [form, outputs, inputs, rows], or [layer, width, feed-forward width, rows]. Inductor is
+told that there is a GPU and generates Triton code for tensors that do not exist; Triton and the assembler in its
+package compile for compute capability 9.0.
 """
 
 import ast
@@ -40,8 +41,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from miniawq import forms
+from miniawq import forms, tiles
+from miniawq.decode import Layer, after_attention
 from miniawq.inductor import BlockSizes
+from miniawq.model import LlamaConfig
+from miniawq.products import Product, dot_product
 
 GROUP = 128
 TARGET = GPUTarget("cuda", 90, 32)
@@ -141,23 +145,53 @@ def instructions_of_a_step(text):
     return sum(first <= place <= last for place in places)
 
 
+def count_layer(width, inner, rows):
+    """Kernels of `decode.after_attention`, and how many of them Inductor would search block sizes for."""
+    heads = width // 128
+    names = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+    common = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "vocab_size": 256, "num_hidden_layers": 1}
+    config = LlamaConfig.from_dict(common | names)
+    pieces = tiles.DOT_TILES[tiles.columns_for(rows)].pieces
+    shapes = [((rows, width), torch.bfloat16), ((rows, heads, 128), torch.bfloat16), ((width,), torch.bfloat16)]
+    for outputs, inputs in ((width, width), (2 * inner, width), (width, inner)):
+        groups = inputs // GROUP
+        words = [((outputs, GROUP // 8, groups), torch.int32), ((outputs, groups), torch.int32)]
+        shapes += [*words, ((0,), torch.float16), ((2, outputs), torch.int32), ((pieces, outputs), torch.int32)]
+
+    def after(h_BD, attended_BHE, norm_D, *tensors):
+        o, gate_up, down = ((Product(dot_product, (*tensors[i : i + 5], None)),) for i in (0, 5, 10))
+        return after_attention(config, Layer(norm_D, (), None, o, norm_D, gate_up, down), h_BD, attended_BHE)
+
+    with V.set_choices_handler(BlockSizes(tiles.block_sizes)):
+        kernels = triton_sources(after, shapes)
+    return {"kernels": len(kernels), "searched": sum("fixed_config(" not in source for _, source in kernels)}
+
+
 def count(form, outputs, inputs, rows):
+    if form == "layer":
+        return count_layer(outputs, inputs, rows)
     groups, planes, half = inputs // GROUP, GROUP // 8, torch.float16
     grid, chosen = ((outputs, groups), torch.int32), []
     if form == "reduce":
-        parts = forms.parts_for(groups, planes, rows)
+        parts = tiles.parts_for(groups, planes, rows)
         steps = planes // parts
         x = [((steps, 8, rows, parts, groups), torch.float32), ((rows, parts, groups), torch.float32)]
         shapes = [grid, *x, *[((outputs, parts, groups), torch.int32)] * steps]
         sources = lambda: triton_sources(lambda g, x, s, *w: forms.reduce_planes(w, g, half, x, s), shapes)  # noqa: E731
     else:
-        x = [((8, rows, planes * groups), half), ((2, outputs), torch.int32)]
+        pieces = tiles.DOT_TILES[tiles.columns_for(rows)].pieces
+        x = [((8, rows, planes * groups), half), ((2, outputs), torch.int32), ((pieces, outputs), torch.int32)]
         shapes = [((outputs, planes, groups), torch.int32), grid, *x]
-        sources = lambda: triton_sources(lambda w, g, x, e: forms.dot_planes(w, g, half, x, e), shapes)  # noqa: E731
+        sources = lambda: triton_sources(lambda w, g, *x: forms.dot_planes(w, g, half, *x), shapes)  # noqa: E731
 
     def choose(kind, **sizes):
-        blocks = forms.block_sizes(kind, **sizes)
-        if kind != "sum":
+        blocks = tiles.block_sizes(kind, **sizes)
+        if kind in ("planes", "dot"):
             chosen.append(blocks)
         return blocks
 
@@ -167,7 +201,8 @@ def count(form, outputs, inputs, rows):
     name, source = max(kernels, key=lambda kernel: len(kernel[1]))
     instructions, registers, stack = assembled(name, source, blocks)
     words = blocks["R0_BLOCK"] * (blocks["XBLOCK"] * steps if form == "reduce" else blocks["YBLOCK"])
-    per_weight = instructions * 32 * blocks["num_warps"] / (8 * words)
+    weights = 8 * words if form == "reduce" else 8 * words // pieces
+    per_weight = instructions * 32 * blocks["num_warps"] / weights
     return {"kernels": len(kernels), "per_weight": round(per_weight, 2), "registers": registers, "stack": stack}
 
 

@@ -43,11 +43,12 @@ def words_product(x_TI, quantized):
     return cpu_forms.reduce_words(words_OGP, quantized.scales_OG, quantized.zeros_OG, *x)
 
 
-def dot_product(x_TI, quantized, splits=1):
+def dot_product(x_TI, quantized, splits=1, pieces=1):
     words_OPG, grid_OG = arranged(quantized)
     x_NTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
-    y_OT = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, splits)
-    return y_OT[:, : x_TI.shape[0]].t()
+    shifts_QO = arrange.piece_shifts(x_TI.device, len(words_OPG), pieces)
+    y_TO = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, shifts_QO, splits)
+    return y_TO[: x_TI.shape[0]]
 
 
 def exact(x_TI, quantized):
@@ -97,6 +98,8 @@ PRODUCTS = {
     "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
     "words": (words_product, reduction_bound),
     "dot": (dot_product, dot_bound),
+    "dot in 2 pieces": (lambda x_TI, quantized: dot_product(x_TI, quantized, pieces=2), dot_bound),
+    "dot in 4 pieces and 2 splits": (lambda x_TI, quantized: dot_product(x_TI, quantized, 2, 4), dot_bound),
     "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
 }
 

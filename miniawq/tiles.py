@@ -1,0 +1,121 @@
+"""How the forms of `forms.py` are cut into programs: the tiles that were fastest on an H100 or H200, or near it.
+
+`scripts/gpu_kernels.py` measures them. Nothing is searched: a search times each tile a few times beside other work, and
+has been seen to take one that is three times slower than the best (docs/log.md). It also takes most of the compiling.
+"""
+
+from math import log2, prod
+from typing import NamedTuple
+
+SUMMANDS_OF_A_WARP = 128
+MOST_SUMMANDS_AT_ONCE = 4096
+PROGRAMS, FEWEST_ELEMENTS, MOST_ELEMENTS = 264, 128, 1024
+
+# What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
+# parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
+PARTS = {(64, 2): 2, (224, 1): 2, (112, 3): 8, (112, 4): 8}
+OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
+
+
+class DotTile(NamedTuple):
+    """What a program of `dot_planes` takes: outputs, words, stages of its loads, and one of `pieces` of every word."""
+
+    outputs: int
+    words: int
+    stages: int
+    pieces: int = 1
+
+
+# For the rows of a program.
+DOT_TILES = {
+    8: DotTile(64, 64, 2),
+    16: DotTile(32, 32, 3),
+    32: DotTile(64, 16, 3),
+    64: DotTile(64, 32, 3, pieces=2),
+    128: DotTile(64, 32, 3, pieces=4),
+}
+
+
+def columns_for(rows: int) -> int:
+    """The rows that a program of `dot_planes` takes, of so many."""
+    return next((columns for columns in DOT_TILES if rows <= columns), max(DOT_TILES))
+
+
+def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
+    """In how many parts `reduce_planes` sums a group: so many that a warp has 128 summands of an output."""
+    wanted = PARTS.get((groups, rows or 0), max(4, SUMMANDS_OF_A_WARP // groups))
+    parts = 1
+    while parts < wanted and planes % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def splits_for(outputs: int, planes: int, columns: int) -> int:
+    """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
+    splits = 1
+    while splits * outputs < 64 * (256 if columns == 8 else 192) and planes % (2 * splits) == 0:
+        splits *= 2
+    return splits
+
+
+def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
+    """The tile of one of Inductor's kernels, by what it computes and the sizes that it iterates over."""
+    if kind == "planes":
+        return planes_tile(sizes["x"], sizes["r0_"], sums)
+    if kind == "dot":
+        return dot_tile(sizes)
+    return sum_tile(sizes["r0_"]) if kind == "sum" else pointwise_tile(sizes)
+
+
+def planes_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
+    """For `reduce_planes`: a thread takes four neighbouring summands (one load) of a few outputs.
+
+    It uses its activations for all of these, and a program takes all summands of its outputs. All words of a tile are
+    loaded before the first is used, and 64 of them fit a thread's registers: four outputs, four planes. With 128 a
+    kernel may be twenty times slower, because the assembler gives up and keeps 32 registers
+    (`tests/test_kernel_counts.py`).
+    """
+    block = min(1024, max(SUMMANDS_OF_A_WARP, power_of_two(summands)))
+    default = 2 if sums > 2 or (sums == 1 and block == SUMMANDS_OF_A_WARP) else 4
+    outputs = OUTPUTS.get((outputs, summands, sums), default)
+    return {"XBLOCK": outputs, "R0_BLOCK": block, "num_warps": block // SUMMANDS_OF_A_WARP, "num_stages": 1}
+
+
+def dot_tile(sizes: dict[str, int]) -> dict[str, int]:
+    """For `dot_planes`: 16 outputs a warp, and as many words as leave room in its registers."""
+    columns = min(sizes["x"], max(DOT_TILES))
+    outputs, words, stages, _ = DOT_TILES[columns]
+    tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": stages}
+    return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
+
+
+def sum_tile(summands: int) -> dict[str, int]:
+    """One program for each sum, with one summand for a thread, or eight if it is as long as a row.
+
+    Such a kernel takes as long as its loads are on their way. A warp takes several sums of less than a warp's summands.
+    """
+    block = min(MOST_SUMMANDS_AT_ONCE, power_of_two(summands))
+    return {
+        "XBLOCK": max(1, 32 // block),
+        "R0_BLOCK": block,
+        "num_warps": min(16, max(1, block // 32)),
+        "num_stages": 1,
+    }
+
+
+def pointwise_tile(sizes: dict[str, int]) -> dict[str, int]:
+    """About two programs for each multiprocessor, of one to four warps; in two dimensions as square as they allow."""
+    wanted = power_of_two(prod(sizes.values()) // PROGRAMS)
+    elements = min(MOST_ELEMENTS, max(FEWEST_ELEMENTS, wanted))
+    tile: dict[str, int] = {}
+    # The smallest dimension first, because what it does not use is left to the others.
+    for name in sorted(sizes, key=sizes.__getitem__):
+        share = 1 << round(log2(elements) / (len(sizes) - len(tile)))
+        tile[f"{name.upper()}BLOCK"] = block = min(power_of_two(sizes[name]), share)
+        elements //= block
+    return tile | {"num_warps": max(1, min(4, prod(tile.values()) // 128)), "num_stages": 1}
+
+
+def power_of_two(number: int) -> int:
+    """The next, or the number itself."""
+    return 1 << max(0, number - 1).bit_length()
