@@ -2,7 +2,8 @@
 
 Inductor finds what it compiled before by the content of the graph. Here it is given a directory that outlives a reboot,
 and that is named after what else decides the result; `torch.compiler.save_cache_artifacts` would keep the graphs, but
-not the objects of a C++ compiler. Every file appears complete or not at all, and a seal, written last, lists them.
+not the objects of a C++ compiler. Traced functions lie there too (`compiling.py`). Every file appears complete or not
+at all, and a seal, written last, lists them.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 
 INDUCTOR_DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
 SEAL = "seal.json"
-# Whoever changes the tiles of a kernel changes these, and Inductor does not see it.
-TILES = ("tiles.py", "inductor.py")
+# What is traced depends on all of this package, and Inductor does not see when a tile changes.
+SOURCES = Path(__file__).parent
 
 
 def cache_directory() -> Path:
@@ -44,9 +45,9 @@ def what_decides(step: DecodeStep) -> dict[str, str]:
         device = f"{properties.name}, {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
     else:
         device = f"{step.device.type}, {platform.machine()}, {torch.get_num_threads()} threads, {_cpu_features()}"
-    tiles = b"".join(Path(__file__).with_name(name).read_bytes() for name in TILES)
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.py")))
     return {
-        "miniawq": f"{__version__}, tiles {_digest(tiles)}",
+        "miniawq": f"{__version__}, {_digest(sources)}",
         "torch": torch.__version__,
         "triton": _version_of("triton"),
         "python": f"{sys.implementation.cache_tag}, {platform.system()}",
@@ -69,19 +70,20 @@ def are_here(step: DecodeStep) -> bool:
 
 
 @contextmanager
-def kept(step: DecodeStep) -> Iterator[None]:
-    """Compile in here what `step` needs: what is there already is found, and what is new is sealed at the end.
+def kept(step: DecodeStep) -> Iterator[Path | None]:
+    """Compile in here what `step` needs: what is in the directory already is found, and what is new sealed at the end.
 
-    A directory in which something cannot be compiled is given up. A user's own TORCHINDUCTOR_CACHE_DIR is left alone.
+    A directory in which something cannot be compiled is given up. A user's own TORCHINDUCTOR_CACHE_DIR is left alone:
+    then there is no directory.
     """
     decides = what_decides(step)
     directory = directory_of(decides)
     if os.environ.get(INDUCTOR_DIRECTORY, str(directory)) != str(directory):
-        yield
+        yield None
         return
     os.environ[INDUCTOR_DIRECTORY] = str(directory)
     try:
-        yield
+        yield directory
         _seal(directory, decides)
     except OSError as error:
         log.warning("what was compiled is not kept: %s", error)

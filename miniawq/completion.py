@@ -112,8 +112,8 @@ class EagerStart(PlainStep):
     def _compile(self, threads: int) -> None:
         torch.set_num_threads(threads)
         try:
-            with torch.inference_mode(), artifacts.kept(self.compiled):
-                self.compiled.compile()
+            with torch.inference_mode(), artifacts.kept(self.compiled) as directory:
+                self.compiled.compile(directory)
                 if self.compiled.device.type == "cuda":
                     # The prompts of later texts go through a compiled function too.
                     self.model(self.compiled.ids_B[:, None])

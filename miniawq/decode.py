@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from math import gcd
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from miniawq.attend import (
     looking_on,
     mask_of,
 )
+from miniawq.compiling import Arguments, Kept, any_length
 from miniawq.errors import InvalidInput
 from miniawq.forms import written
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask
@@ -194,15 +196,31 @@ def enter(
     )
 
 
+# Nothing compiled depends on how many positions there are.
+OF_ANY_LENGTH: dict[Callable[..., Any], Callable[..., Arguments]] = {
+    enter: lambda config, look, embedding_VD, tables_ME, *others: (
+        config, look, embedding_VD, tuple(map(any_length, tables_ME)), *others
+    ),
+    before_attention: lambda *others_and_cache: (*others_and_cache[:-1], any_length(others_and_cache[-1])),
+    whole_layer: lambda config, layer, h_BD, rope, cache_SJE, blocks: (
+        config, layer, h_BD, rope, any_length(cache_SJE), blocks._replace(index_B11N=any_length(blocks.index_B11N, 3))
+    ),
+}  # fmt: skip
+
+
 @cache
-def compiled(function: Callable[..., Any], is_int4: bool, config: LlamaConfig, rows: int) -> Callable[..., Any]:
-    """`function` compiled for models of one shape and a number of rows, once in a process.
+def compiled(
+    function: Callable[..., Any], is_int4: bool, config: LlamaConfig, rows: int, path: Path | None
+) -> Callable[..., Any]:
+    """`function` compiled for models of one shape and a number of rows, once in a process, and kept at `path`.
 
     Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
     code has a list of its own, which other shapes do not fill.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return lower(own, is_int4, **(SUM_PARTS_WHERE_READ if function is whole_layer else {}))
+    options: dict[str, Any] = SUM_PARTS_WHERE_READ if function is whole_layer else {}
+    lowered = lower(own, is_int4, OF_ANY_LENGTH.get(function), **options)
+    return lowered if path is None else Kept(lowered, path)
 
 
 class Functions(NamedTuple):
@@ -261,10 +279,11 @@ class DecodeStep:
         self.generator = torch.Generator(like.device)
 
     @torch.inference_mode()
-    def compile(self) -> None:
+    def compile(self, directory: Path | None = None) -> None:
         """Compile what a token needs by computing one for a text that nobody reads.
 
-        This step's own buffers are left alone: another thread may let the model write a text into them meanwhile.
+        This step's own buffers are left alone: another thread may let the model write a text into them meanwhile. With
+        a directory, which must be of steps like this one, what is there is taken, and the rest is left there.
         """
         started = time.perf_counter()
         first, batch = self.layers[0], len(self.ids_B)
@@ -280,10 +299,9 @@ class DecodeStep:
         }
         spare = copy.copy(self)
         spare._make_room(batch, SPARE_ROOM)
-        spare.functions = Functions(*(compiled(f, has_int4[f], self.config, batch) for f in self.functions))
-        # Nothing compiled depends on how many positions there are.
-        for tensor in (*self.tables_ME, *self.caches, *spare.tables_ME, *spare.caches):
-            torch._dynamo.mark_dynamic(tensor, 0)
+        choice = "greedy" if self.sampling == GREEDY else "any"
+        paths = {f: directory and directory / f"{f.__name__}-{choice}.aot" for f in self.functions}
+        spare.functions = Functions(*(compiled(f, has_int4[f], self.config, batch, paths[f]) for f in self.functions))
         spare._token(1)
         self.functions, self.is_ready = spare.functions, True
         self.build_seconds += time.perf_counter() - started
@@ -337,7 +355,6 @@ class DecodeStep:
         seen: dict[int | None, Any] = entry.seen if self.reads_by_length else self._masks(end, entry.seen)
         for layer, cache_SJE, window in zip(self.layers, self.caches, config.layer_windows, strict=True):
             if self.look is blocks_of:
-                torch._dynamo.mark_dynamic(seen[window].index_B11N, 3)
                 h_BD = self.functions.layer(config, layer, h_BD, entry.rope, cache_SJE, seen[window])
                 continue
             self.functions.before(config, layer, h_BD, entry.rope, position_1, cache_SJE)

@@ -17,13 +17,13 @@ a word, K programs that share a sum (splits of the planes times pieces).
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miniawq.arrange import pack_grid, sequential_words, unpack_grid
+from miniawq.compiling import Arguments, Choose, Compiled
 from miniawq.packing import CODES_PER_WORD
 from miniawq.tiles import block_sizes, columns_for, splits_for
 
@@ -201,15 +201,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: Callable[..., Any], choose: Callable[..., dict[str, int]], **options: Any) -> Callable[..., Any]:
-    """`function` compiled for the shapes it meets, with the block sizes that `choose` knows."""
-    lowered = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS | options)
-    # Importing Inductor takes seconds, which those who do not compile need not wait.
-    inductor = import_module("miniawq.inductor")
-    choices = inductor.BlockSizes(choose)
-
-    def call(*arguments: Any) -> Any:
-        with inductor.V.set_choices_handler(choices):
-            return lowered(*arguments)
-
-    return call
+def compiled(
+    function: Callable[..., Any], choose: Choose, traced: Callable[..., Arguments] | None = None, **options: Any
+) -> Compiled:
+    """`function`, with forms in it, compiled."""
+    return Compiled(function, OPTIONS | options, choose, traced)

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from miniawq import cpu_forms, forms, tiles
 from miniawq.arrange import Arranged, expand, in_storage_order, lay_together, magic_exponents, piece_shifts
+from miniawq.compiling import Arguments, Compiled
 from miniawq.forms import written
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
 from miniawq.model import rms_norm
@@ -185,11 +186,13 @@ def is_int4(product: Product) -> bool:
     return product.form in (reduce_product, dot_product, expand_product, words_product)
 
 
-def lower(function: Callable[..., Any], is_int4: bool, **options: Any) -> Callable[..., Any]:
+def lower(
+    function: Callable[..., Any], is_int4: bool, traced: Callable[..., Arguments] | None = None, **options: Any
+) -> Compiled:
     """`function` compiled with Inductor's `options`, and those of the forms if it holds some."""
     if is_int4:
-        return forms.compiled(function, tiles.block_sizes, **options)
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+        return forms.compiled(function, tiles.block_sizes, traced, **options)
+    return Compiled(function, options, traced=traced)
 
 
 def _alone(layer: Any) -> Product:
