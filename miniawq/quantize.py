@@ -40,7 +40,7 @@ from miniawq.packing import CODES_PER_WORD, GRIDS, LAYOUTS
 from miniawq.quant_config import awq_block, compressed_tensors_block
 from miniawq.report import Report, write_report
 from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, serialize, write_json
-from miniawq.stream import BlockStream, micro_batches
+from miniawq.stream import BlockStream, fetched, micro_batches
 from miniawq.tokenizer import Tokenizer
 from miniawq.verify import verify
 
@@ -179,9 +179,9 @@ class Quantizer:
             if module in self.packed:
                 quantized = result.layers[module.removeprefix(f"model.layers.{layer}.")].quantized
                 for part, tensor in LAYOUTS[self.settings.layout].encode(quantized).items():
-                    yield f"{module}.{part}", tensor.cpu()
+                    yield f"{module}.{part}", fetched(tensor)
             else:
-                yield name, self.stored(name, parameter.data).cpu()
+                yield name, fetched(self.stored(name, parameter.data))
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A dense tensor in the dtype of the result; InvalidInput when that cannot hold it."""
