@@ -18,8 +18,8 @@ class Fused:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.compiled = function, None
-        self.__doc__ = function.__doc__
+        self.function = function
+        self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *tensors: Tensor) -> Any:
         """What the function gives."""
@@ -36,10 +36,9 @@ class Fused:
             return self.function(*tensors)
 
     def lowered(self, *tensors: Tensor) -> Any:
-        """The compiled function."""
+        """What the compiled function gives."""
         # Looking for a compiler takes seconds, which those who do not search need not wait.
-        if self.compiled is None:
-            self.compiled = torch.compile(self.function, fullgraph=True, dynamic=True)
+        self.compiled = self.compiled or torch.compile(self.function, fullgraph=True, dynamic=True)
         for tensor in tensors:
             torch._dynamo.mark_static(tensor, -1)
         return self.compiled(*tensors)

@@ -20,7 +20,7 @@ from miniawq.packing import GRIDS, TOP_CODE, Quantized
 
 CLIP_LIMITS = [1 - index / 20 for index in range(10)]
 COARSE, FINE = (0.0, 0.1, -0.1, -0.2, -0.3), (0.0, 0.05, -0.05)
-CANDIDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+CANDIDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 BLOCK = 2048
 TRUST = 0.7
 DAMPING = 0.01
@@ -68,7 +68,6 @@ class Rounding:
         return scaled_nearest(weight_OGS, *steps, columns_GS, columns_GS.reciprocal()).flatten(1)
 
 
-@Fused
 def nearest(weight_RS: Tensor, scales_R1: Tensor, reciprocals_R1: Tensor, zeros_R1: Tensor) -> Tensor:
     """Weights [..., R, S] at the nearest values of the grids of their groups."""
     # code - zero lies in -zero..15 - zero: small whole numbers, so clamping first is exact and passes once.
@@ -93,25 +92,30 @@ def scaled_nearest(
 ) -> Tensor:
     """W diag(s) at the nearest values of its ranges, times diag(1 / s)."""
     scaled_OGS = weight_OGS * columns_GS
-    return nearest.function(scaled_OGS, scales_OG1, reciprocals_OG1, zeros_OG1).mul_(column_reciprocals_GS)
+    return nearest(scaled_OGS, scales_OG1, reciprocals_OG1, zeros_OG1).mul_(column_reciprocals_GS)
 
 
 @Fused
-def candidate_losses(
+def best_candidate(
     weight_RS: Tensor,
+    ends_KR2: Tensor,
     scales_KR1: Tensor,
     reciprocals_KR1: Tensor,
     zeros_KR1: Tensor,
     pull_RS: Tensor,
     moments_SS: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The error E [K, R, S] of each candidate's range, and E C E^T + 2 E P^T [K, R]."""
-    error_KRS = nearest.function(weight_RS, scales_KR1, reciprocals_KR1, zeros_KR1).sub_(weight_RS)
-    return error_KRS, (error_KRS @ moments_SS).add_(2 * pull_RS).mul_(error_KRS).sum(-1)
+    """The ends [R, 2] and the error E [R, S] with the lowest E C E^T + 2 E P^T; the first candidate's in a tie."""
+    error_KRS = nearest(weight_RS, scales_KR1, reciprocals_KR1, zeros_KR1).sub_(weight_RS)
+    loss_KR = (error_KRS @ moments_SS).add_(2 * pull_RS).mul_(error_KRS).sum(-1)
+    lowest_R, best_R = loss_KR.min(0)
+    best_R = best_R.where(lowest_R < loss_KR[0], 0)
+    every_R = torch.arange(len(best_R), device=best_R.device)
+    return ends_KR2[best_R, every_R], error_KRS[best_R, every_R]
 
 
 def triangle(inputs: int) -> Iterator[slice]:
-    """Blocks of rows of a symmetric matrix: with the columns before each and its own they cover the lower triangle."""
+    """Blocks of the rows of a symmetric matrix: each with the columns up to its end, they cover the lower triangle."""
     return (slice(start, min(start + BLOCK, inputs)) for start in range(0, inputs, BLOCK))
 
 
@@ -123,9 +127,7 @@ def row_losses(error_OI: Tensor, moments_II: Tensor) -> Tensor:
     losses_O = error_OI.new_zeros(len(error_OI))
     for here in triangle(len(moments_II)):
         own_OB, before = error_OI[:, here], slice(0, here.start)
-        # Transposed, since a GPU multiplies TF32 at its full rate where the summed dimension is contiguous in both.
-        product_OB = own_OB @ moments_II[here, here].t()
-        product_OB.addmm_(error_OI[:, before], moments_II[here, before].t(), alpha=2)
+        product_OB = (own_OB @ moments_II[here, here]).addmm_(error_OI[:, before], moments_II[before, here], alpha=2)
         losses_O += product_OB.mul_(own_OB).sum(1)
     return losses_O
 
@@ -192,21 +194,19 @@ def _search(
 ) -> Tensor:
     ends_RG2 = rounding.ends(weight_RI)
     error_RI = rounding.plain(weight_RI).sub_(weight_RI)
-    every_R = torch.arange(len(weight_RI), device=weight_RI.device)
     group_size = rounding.grouped(weight_RI).shape[-1]
     for group, plain_R2 in enumerate(ends_RG2.clone().unbind(1)):
         here = slice(group * group_size, (group + 1) * group_size)
         weight_RS, moments_SS = weight_RI[:, here].contiguous(), moments_II[here, here]
         pull_RS = torch.zeros_like(weight_RS)
         if pulled:
-            pull_RS = TRUST * (error_RI @ moments_II[here].t() - error_RI[:, here] @ moments_SS)
+            pull_RS = TRUST * (error_RI @ moments_II[:, here] - error_RI[:, here] @ moments_SS)
             moments_SS = shrunk(moments_SS)
         for candidates in stages:
             ends_KR2 = candidates(plain_R2, ends_RG2[:, group])
-            error_KRS, loss_KR = candidate_losses(weight_RS, *rounding.steps(ends_KR2), pull_RS, moments_SS)
-            lowest_R, best_R = loss_KR.min(0)
-            best_R = best_R.where(lowest_R < loss_KR[0], 0)
-            ends_RG2[:, group], error_RI[:, here] = ends_KR2[best_R, every_R], error_KRS[best_R, every_R]
+            ends_RG2[:, group], error_RI[:, here] = best_candidate(
+                weight_RS, ends_KR2, *rounding.steps(ends_KR2), pull_RS, moments_SS
+            )
     return ends_RG2
 
 
