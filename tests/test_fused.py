@@ -1,6 +1,5 @@
 """Chains of operations become kernels that give the same bits, once for all sizes, and do without a compiler."""
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from miniawq.fused import Fused
+from miniawq.fused import Fused, compiled_chains
 from miniawq.rounding import COARSE, Rounding, best_candidate, moves, scaled_ends, scaled_nearest, shrunk
 
 
@@ -36,17 +35,26 @@ def test_compiled_chains_give_the_same_bits_at_any_size(device: torch.device) ->
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
-def test_without_a_compiler_a_chain_runs_as_it_stands(
+def test_a_gpu_compiles_chains_where_that_pays_and_does_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(*_: Any, **__: Any) -> Any:
+    asked = []
+
+    def refused(function: Any, **_: Any) -> Any:
+        asked.append(function)
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", refused)
     double: Any = Fused(lambda tensor: tensor.value * 2)
-    on_gpu = SimpleNamespace(is_cuda=True, value=4)
-    with caplog.at_level(logging.WARNING):
-        assert [double(on_gpu), double(SimpleNamespace(is_cuda=False, value=5))] == [8, 10]
+    on_gpu, elsewhere = (SimpleNamespace(is_cuda=is_cuda, value=4) for is_cuda in (True, False))
+    with compiled_chains(10**9):
+        assert double(on_gpu) == 8
+    with compiled_chains(10**12):
+        assert double(elsewhere) == 8
+        assert not asked, "8B: compiling takes longer than it saves"
+        assert double(on_gpu) == 8
+    assert asked
+    assert double(on_gpu) == 8
     assert [record.getMessage() for record in caplog.records] == [
         "no compiled kernels, so searches take longer: no compiler"
     ]
