@@ -47,7 +47,7 @@ class Rounding:
         """Scales and zeros [O, G] of given ranges: a grid depends on the ends alone."""
         return GRIDS[self.grid](ends_OG2, self.scale_dtype)
 
-    def steps(self, ends_R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def levels(self, ends_R2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scales, their reciprocals and zeros of ranges [..., R, 2] in float32, each [..., R, 1]."""
         scales_R, zeros_R = self.scales_and_zeros(ends_R2)
         scales_R1 = scales_R.float().unsqueeze(-1)
@@ -55,7 +55,7 @@ class Rounding:
 
     def snap(self, weight_RS: Tensor, ends_R2: Tensor) -> Tensor:
         """Weights [..., R, S] at the nearest values of ranges [..., R, 2], in float32."""
-        return nearest(weight_RS, *self.steps(ends_R2))
+        return nearest(weight_RS, *self.levels(ends_R2))
 
     def plain(self, weight_OI: Tensor) -> Tensor:
         """Q(W): plain rounding."""
@@ -64,8 +64,8 @@ class Rounding:
     def scaled(self, weight_OI: Tensor, columns_I: Tensor) -> Tensor:
         """Q(W diag(s)) diag(1 / s): plain rounding of a weight whose columns are multiplied by s meanwhile."""
         weight_OGS, columns_GS = self.grouped(weight_OI), self.grouped(columns_I[None])[0]
-        steps = self.steps(torch.stack(scaled_ends(weight_OGS, columns_GS), dim=-1))
-        return scaled_nearest(weight_OGS, *steps, columns_GS, columns_GS.reciprocal()).flatten(1)
+        levels = self.levels(torch.stack(scaled_ends(weight_OGS, columns_GS), dim=-1))
+        return scaled_nearest(weight_OGS, *levels, columns_GS, columns_GS.reciprocal()).flatten(1)
 
 
 def nearest(weight_RS: Tensor, scales_R1: Tensor, reciprocals_R1: Tensor, zeros_R1: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _search(
         for candidates in stages:
             ends_KR2 = candidates(plain_R2, ends_RG2[:, group])
             ends_RG2[:, group], error_RI[:, here] = best_candidate(
-                weight_RS, ends_KR2, *rounding.steps(ends_KR2), pull_RS, moments_SS
+                weight_RS, ends_KR2, *rounding.levels(ends_KR2), pull_RS, moments_SS
             )
     return ends_RG2
 

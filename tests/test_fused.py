@@ -25,12 +25,12 @@ def test_compiled_chains_give_the_same_bits_at_any_size(device: torch.device) ->
         weight_OGS, columns_GS = recipe.grouped(weight_OI), torch.rand(inputs // 64, 64, device=device) + 0.5
         ends = scaled_ends.lowered(weight_OGS, columns_GS)
         assert all(map(torch.equal, ends, scaled_ends.function(weight_OGS, columns_GS)))
-        scaling = (weight_OGS, *recipe.steps(torch.stack(ends, -1)), columns_GS, columns_GS.reciprocal())
+        scaling = (weight_OGS, *recipe.levels(torch.stack(ends, -1)), columns_GS, columns_GS.reciprocal())
         assert torch.equal(scaled_nearest.lowered(*scaling), scaled_nearest.function(*scaling))
         plain_R2 = recipe.ends(weight_OI)[:, 1]
         ends_KR2 = moves(COARSE, device)(plain_R2, plain_R2)
         pull_RS, moments_SS = torch.randn(outputs, 64, device=device), shrunk(moments_II[:64, :64])
-        search = weight_OGS[:, 1].contiguous(), ends_KR2, *recipe.steps(ends_KR2), pull_RS, moments_SS
+        search = weight_OGS[:, 1].contiguous(), ends_KR2, *recipe.levels(ends_KR2), pull_RS, moments_SS
         assert all(map(torch.equal, best_candidate.lowered(*search), best_candidate.function(*search)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
