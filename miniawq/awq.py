@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.packing import Quantized, dequantize, round_to_grid
-from miniawq.rounding import Rounding, compensated, layer_loss, limit_search, range_search, row_losses
+from miniawq.rounding import Rounding, compensated, layer_loss, limit_search, range_search, row_losses, triangle
 
 Formula = Literal["activations", "duo"]
 Step = tuple[Formula, int]
@@ -138,6 +138,8 @@ def observe(block: nn.Module, folds: Sequence[Fold], kept_calls: Collection[int]
     for statistics in found.values():
         statistics.magnitude_I = (statistics.magnitude_I / max(1, statistics.tokens)).float()
         statistics.moments_II /= max(1, statistics.tokens)
+        for here in triangle(len(statistics.moments_II)):
+            statistics.moments_II[: here.start, here] = statistics.moments_II[here, : here.start].t()
 
 
 def _inputs_hook(statistics: Statistics) -> Callable[..., None]:
@@ -145,7 +147,10 @@ def _inputs_hook(statistics: Statistics) -> Callable[..., None]:
         x_TI = arguments[0].detach().flatten(0, -2).float()
         statistics.tokens += len(x_TI)
         statistics.magnitude_I += x_TI.abs().sum(0)
-        statistics.moments_II.addmm_(x_TI.t(), x_TI)
+        # Contiguous along the tokens, over which is summed: so a GPU multiplies TF32 at its full rate.
+        x_IT = x_TI.t().contiguous()
+        for here in triangle(len(x_IT)):
+            statistics.moments_II[here, : here.stop].addmm_(x_IT[here], x_IT[: here.stop].t())
 
     return hook
 
@@ -187,8 +192,7 @@ def loss_function(
     weights = [parameter.data for parameter in parameters]
 
     def rounded(weight_OI: Tensor, scales_P: Tensor) -> Tensor:
-        scales_I = fold.spread(scales_P)
-        return rounding.plain(weight_OI * scales_I).div_(scales_I)
+        return rounding.scaled(weight_OI, fold.spread(scales_P))
 
     def loss_of_layer(scales_P: Tensor) -> Tensor:
         return layer_loss(rounded(weights[0], scales_P).sub_(weights[0]), statistics.moments_II)

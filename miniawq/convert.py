@@ -23,12 +23,15 @@ from miniawq.checkpoint import Checkpoint, open_checkpoint, skeleton
 from miniawq.errors import InvalidInput
 from miniawq.hub import add_hub_flags, hub_options
 from miniawq.layouts import part_shapes
+from miniawq.memory import home
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize
 from miniawq.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
 from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, published, write_json
 from miniawq.stream import place, read
 
 FORMATS = ("awq", "compressed-tensors", "dense")
+# What unpacking and packing a layer take at most, in bytes a weight.
+BYTES_A_WEIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -191,15 +194,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="directory or Hub id of an INT4 checkpoint (AutoAWQ or compressed-tensors)")
     parser.add_argument("destination", help="directory to make")
     parser.add_argument("--format", required=True, choices=FORMATS, help="layout to write")
-    parser.add_argument("--device", default="cpu", help="where to unpack and pack (default: cpu)")
+    parser.add_argument("--device", help="where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_hub_flags(parser)
     return parser
 
 
+def pick_device(checkpoint: Checkpoint, wanted: str | None) -> torch.device:
+    """The device asked for; without a wish a GPU with room for the largest layer, else the CPU."""
+    if wanted or not torch.cuda.is_available():
+        return torch.device(wanted or "cpu")
+    largest = max((layer.in_features * layer.out_features for layer in checkpoint.quantized.values()), default=0)
+    return home(BYTES_A_WEIGHT * largest, torch.device("cuda"))
+
+
 def _main(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
-    report = convert_checkpoint(checkpoint, arguments.destination, arguments.format, device=arguments.device)
+    device = pick_device(checkpoint, arguments.device)
+    report = convert_checkpoint(checkpoint, arguments.destination, arguments.format, device=device)
     if arguments.json:
         print(json.dumps(asdict(report)))
         return

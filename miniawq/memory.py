@@ -22,7 +22,7 @@ from miniawq.stream import TOKENS_PER_BATCH
 
 FLOAT = 4
 # Copies of the largest layer in float32 while it is rounded, compared and packed, and of a candidate's elements.
-LAYER_COPIES, CANDIDATE_COPIES = 4, 4
+LAYER_COPIES, CANDIDATE_COPIES = 4, 2
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from miniawq.background import Behind
 from miniawq.calibration import Calibration, read_calibration, sample_calibration
 from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint, skeleton
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
+from miniawq.fused import compiled_chains, tensor_cores
 from miniawq.hub import add_hub_flags, hub_options
 from miniawq.journal import Journal, fingerprint, interruptible
 from miniawq.layouts import part_shapes
@@ -40,7 +40,7 @@ from miniawq.packing import CODES_PER_WORD, GRIDS, LAYOUTS
 from miniawq.quant_config import awq_block, compressed_tensors_block
 from miniawq.report import Report, write_report
 from miniawq.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, serialize, write_json
-from miniawq.stream import BlockStream, micro_batches
+from miniawq.stream import BlockStream, fetched, micro_batches
 from miniawq.tokenizer import Tokenizer
 from miniawq.verify import verify
 
@@ -179,9 +179,9 @@ class Quantizer:
             if module in self.packed:
                 quantized = result.layers[module.removeprefix(f"model.layers.{layer}.")].quantized
                 for part, tensor in LAYOUTS[self.settings.layout].encode(quantized).items():
-                    yield f"{module}.{part}", tensor.cpu()
+                    yield f"{module}.{part}", fetched(tensor)
             else:
-                yield name, self.stored(name, parameter.data).cpu()
+                yield name, fetched(self.stored(name, parameter.data))
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A dense tensor in the dtype of the result; InvalidInput when that cannot hold it."""
@@ -236,17 +236,6 @@ def _encode(tensors: dict[str, Tensor]) -> str:
 
 def _decode(text: str) -> dict[str, Tensor]:
     return safetensors.torch.load(base64.b64decode(text))
-
-
-@contextmanager
-def tensor_cores() -> Iterator[None]:
-    """Let a GPU multiply float32 matrices in TF32, which keeps as many digits as float16 and more range."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @torch.inference_mode()
@@ -331,7 +320,8 @@ def quantize_checkpoint(
     home = device if plan.hidden_on_device else torch.device("cpu")
     hidden_BLD = hidden_states((samples, length, checkpoint.model_config.hidden_size), home, offload_directory)
     specs = job.specs()
-    with ShardWriter(destination, specs, settings.shard_bytes) as writer, tensor_cores():
+    weights = sum(math.prod(checkpoint.linears[name]) for name in job.packed)
+    with ShardWriter(destination, specs, settings.shard_bytes) as writer, tensor_cores(), compiled_chains(weights):
         writer.resume(journal.blocks[-1]["tensors"] if journal.blocks else 0)
         check_disk(destination, sum(spec.nbytes for spec in specs[writer.done :]))
         _write_model(job, writer, journal, calibration.tokens_BL, hidden_BLD)

@@ -114,6 +114,11 @@ def _staged(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
+def fetched(tensor: Tensor) -> Tensor:
+    """A tensor on the host. Out of a GPU it comes into pinned memory, which is not new to the system each time."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) if tensor.is_cuda else tensor
+
+
 def place(checkpoint: Checkpoint, module: str, stored: Stored, device: torch.device) -> Quantized | Tensor:
     """What `read` gave, on the device: the tensor, or a packed weight's codes, scales and zeros."""
     if isinstance(stored, Tensor):

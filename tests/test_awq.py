@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_checkpoints import FAMILIES, config_of, dense_model
 from torch import Tensor, nn
 
-from miniawq import awq
+from miniawq import awq, rounding
 from miniawq.awq import DEFAULT, PAPER, Fold, Recipe, Statistics
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.model import DecoderBlock, LlamaConfig
@@ -131,6 +131,25 @@ def test_the_block_holds_what_the_codes_stand_for() -> None:
     result = awq.quantize_block(text.block, text.observed(), SMALL)
     for name, layer in result.layers.items():
         assert torch.equal(text.block.get_parameter(f"{name}.weight"), dequantize(layer.quantized, torch.float32))
+
+
+def test_symmetry_halves_products_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "BLOCK", 24)
+    weight_OI, x_TI, moments_II = layer_and_inputs(2)
+    error_OI = Rounding(32).plain(weight_OI) - weight_OI
+    torch.testing.assert_close(row_losses(error_OI, moments_II), (error_OI @ moments_II @ error_OI.t()).diagonal())
+    _, _, statistics = awq._one_layer(weight_OI, x_TI)
+    torch.testing.assert_close(statistics.moments_II, moments_II)
+
+
+@pytest.mark.parametrize("grid", ["asymmetric", "symmetric"])
+def test_scaled_is_plain_rounding_between_multiplying_and_dividing(grid: str) -> None:
+    weight_OI, recipe = layer_and_inputs(6)[0], Rounding(32, grid)
+    scales_I = torch.rand(64) * 4 + 0.1
+    assert torch.equal(recipe.scaled(weight_OI, torch.ones(64)), recipe.plain(weight_OI))
+    torch.testing.assert_close(
+        recipe.scaled(weight_OI, scales_I), recipe.plain(weight_OI * scales_I) / scales_I, rtol=1e-6, atol=0
+    )
 
 
 @given(st.integers(0, 10**6))

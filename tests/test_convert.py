@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_checkpoints as tiny
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import PACKINGS, TOKENS
+from test_quantize_costs import Allocations
 
-from miniawq import convert
+from miniawq import convert, packing
 from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.convert import convert_checkpoint
 from miniawq.errors import DoesNotFit, InvalidInput, UsageError
@@ -18,6 +20,7 @@ from miniawq.layouts import part_shapes
 from miniawq.packing import LAYOUTS, Quantized, dequantize
 
 INT4 = ("awq", "compressed-tensors")
+CPU = torch.device("cpu")
 SIDE = {
     "tokenizer.json": b'{"a": 1}\n\n',
     "tokenizer_config.json": b"{}",
@@ -218,3 +221,26 @@ def test_command_line(tmp_path, capsys):
     assert convert.main([str(source), str(tmp_path / "there"), "--format", "awq"]) == 2
     assert convert.main([str(tmp_path / "nowhere/x/y"), str(tmp_path / "z"), "--format", "awq"]) == 5
     assert "convert: there is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(1 << 30, "cuda"), (1 << 17, "cpu")])
+def test_a_gpu_with_room_converts(tmp_path, monkeypatch, free, chosen):
+    checkpoint = open_checkpoint(tiny.make(tmp_path / "source")[0])
+    assert convert.pick_device(checkpoint, None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("miniawq.memory.device_memory", lambda device: SimpleNamespace(free=free))
+    assert convert.pick_device(checkpoint, None).type == chosen
+    assert convert.pick_device(checkpoint, "cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("format", convert.FORMATS)
+def test_a_layer_takes_the_memory_that_the_choice_of_device_counts_on(tmp_path, monkeypatch, format):
+    monkeypatch.setattr(packing, "WEIGHTS_PER_SLICE", 1 << 14)
+    directory, _ = tiny.make(tmp_path / "source", changes={"hidden_size": 512, "intermediate_size": 1024})
+    checkpoint = open_checkpoint(directory)
+    name = "model.layers.0.mlp.down_proj"
+    packed = set() if format == "dense" else {name}
+    with Allocations() as allocations:
+        list(convert._tensors(checkpoint, name, "packed", format, packed, CPU))
+    per_weight = allocations.peak / (512 * 1024)
+    assert convert.BYTES_A_WEIGHT / 2 < per_weight < convert.BYTES_A_WEIGHT

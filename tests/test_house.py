@@ -26,7 +26,7 @@ LADDER = """
     errors cli
     packing arrange inductor tiles compiling forms cpu_forms kernel
     rope model
-    rounding awq
+    fused rounding awq
     hub quant_config shards reading layouts checkpoint footprint
     chat tokenizer
     sampling products attend decode artifacts completion prompts repl generate
