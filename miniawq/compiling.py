@@ -33,7 +33,9 @@ class Compiled:
         choose: Choose | None = None,
         traced: Callable[..., Arguments] | None = None,
     ) -> None:
-        self.lowered: Any = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+        # Before torch 2.13 only what is compiled under this option can be kept.
+        with torch._dynamo.config.patch(enable_aot_compile=True):
+            self.lowered: Any = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         self.choose, self.traced = choose, traced or (lambda *arguments: arguments)
 
     def __call__(self, *arguments: Any) -> Any:

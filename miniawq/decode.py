@@ -300,7 +300,9 @@ class DecodeStep:
         spare = copy.copy(self)
         spare._make_room(batch, SPARE_ROOM)
         choice = "greedy" if self.sampling == GREEDY else "any"
-        paths = {f: directory and directory / f"{f.__name__}-{choice}.aot" for f in self.functions}
+        # On CUDA what is kept has not been tried yet: there Inductor's own directory has to do.
+        keeps = directory if self.device.type == "cpu" else None
+        paths = {f: keeps and keeps / f"{f.__name__}-{choice}.aot" for f in self.functions}
         spare.functions = Functions(*(compiled(f, has_int4[f], self.config, batch, paths[f]) for f in self.functions))
         spare._token(1)
         self.functions, self.is_ready = spare.functions, True

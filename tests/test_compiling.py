@@ -1,0 +1,64 @@
+"""Functions that are kept in a file: found by the next one, right for other arguments, and no reason to fail."""
+
+import pytest
+import torch
+
+from miniawq.compiling import Compiled, Kept, any_length
+
+
+def doubled(x_M, summand):
+    return x_M * 2 + summand
+
+
+def kept(path):
+    return Kept(Compiled(doubled, {}, traced=lambda x_M, summand: (any_length(x_M), summand)), path)
+
+
+def traced():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A file that a first call has left."""
+    path = tmp_path_factory.mktemp("kept") / "new" / "doubled.aot"
+    assert torch.equal(kept(path)(torch.ones(5), 1.0), torch.full((5,), 3.0))
+    return path
+
+
+def test_a_kept_function_is_not_traced_for_any_length(path):
+    before, function = traced(), kept(path)
+    for length in (5, 9, 300):
+        assert torch.equal(function(torch.ones(length), 1.0), torch.full((length,), 3.0))
+    assert traced() == before
+
+
+def test_other_arguments_are_compiled_as_usual(path):
+    function = kept(path)
+    assert torch.equal(function(torch.ones(5), 1.0), torch.full((5,), 3.0))
+    assert torch.equal(function(torch.ones(5), 2.0), torch.full((5,), 4.0))
+    assert function(torch.ones(5, dtype=torch.float64), 1.0).dtype == torch.float64
+    assert torch.equal(function(torch.ones(5), 1.0), torch.full((5,), 3.0))
+
+
+def test_a_damaged_file_is_made_again(path, tmp_path):
+    damaged = tmp_path / "doubled.aot"
+    damaged.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(kept(damaged)(torch.ones(5), 1.0), torch.full((5,), 3.0))
+    before = traced()
+    assert torch.equal(kept(damaged)(torch.ones(7), 1.0), torch.full((7,), 3.0))
+    assert traced() == before
+
+
+def test_what_cannot_be_kept_is_compiled_as_usual(tmp_path, monkeypatch):
+    monkeypatch.delattr(Compiled, "ahead")
+    assert torch.equal(kept(tmp_path / "doubled.aot")(torch.ones(5), 1.0), torch.full((5,), 3.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_alias_is_marked_and_the_tensor_is_not():
+    x_MD = torch.ones(3, 4)
+    alias = any_length(x_MD, 1)
+    assert alias.data_ptr() == x_MD.data_ptr()
+    assert alias._dynamo_dynamic_indices == {1}
+    assert not hasattr(x_MD, "_dynamo_dynamic_indices")
