@@ -58,6 +58,8 @@ def memory_table(lines: Lines) -> Iterator[str]:
     yield "| shape | context | rows | INT4 GB | planned | off | bfloat16 GB | planned | off |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for (shape, rows, context), kinds in lines.items():
+        if not any("peak_GB" in result or result.get("fits") is False for result in kinds.values()):
+            continue
         cells = [cell for kind in ("int4", "bfloat16") for cell in memory_cells(kinds.get(kind, {}))]
         yield f"| {shape} | {context:,} | {rows} | {' | '.join(cells)} |"
 
@@ -65,7 +67,7 @@ def memory_table(lines: Lines) -> Iterator[str]:
 def memory_cells(result: dict[str, Any]) -> tuple[str, str, str]:
     """Three cells of `memory_table`."""
     if "peak_GB" not in result:
-        return rate(result), "", ""
+        return "does not fit" if result.get("fits") is False else "", "", ""
     peak, planned = result["peak_GB"], result["planned_GB"]
     return f"{peak:.1f}", f"{planned:.1f}", f"{planned / peak - 1:+.1%}"
 

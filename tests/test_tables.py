@@ -51,6 +51,7 @@ def test_memory_beside_its_plan():
     text = "\n".join(tables.memory_table(tables.lines_of(RESULTS)))
     assert "| 8b | 512 | 1 | 6.0 | 6.3 | +5.0% | 16.0 | 15.2 | -5.0% |" in text
     assert "| 8b | 512 | 256 |  |  |  | does not fit |  |  |" in text
+    assert "| 64 |" not in text, "nothing is known of its memory"
 
 
 def test_the_price_of_a_million_tokens():
