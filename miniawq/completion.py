@@ -16,6 +16,7 @@ from torch import Tensor
 from miniawq import artifacts, kernel
 from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
+from miniawq.footprint import PREFILL_CHUNK
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample
@@ -134,15 +135,16 @@ def generate(
     seed: int | None = None,
     stop_ids: frozenset[int] = frozenset(),
     padding_B: Tensor | None = None,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = PREFILL_CHUNK,
     decoder: DecodeStep | PlainStep | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
 
     A row ends with the first of `stop_ids`, which is still yielded; the iterator ends with the last row, or after
-    `max_tokens` steps. `padding_B` counts the padding at the start of each row. The prompt runs in pieces of
-    `prefill_chunk` positions to bound the memory it takes. `sampling` defaults to greedy, `seed` to torch's global
-    generator. A `decoder` computes the steps behind the prompt in place of the model; it must have the same `sampling`.
+    `max_tokens` steps. `padding_B` counts the padding at the start of each row. The prompts run in pieces of
+    `prefill_chunk` tokens, those of all rows together, to bound the memory they take. `sampling` defaults to greedy,
+    `seed` to torch's global generator. A `decoder` computes the steps behind the prompt in place of the model; it must
+    have the same `sampling`.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens)
@@ -153,7 +155,7 @@ def generate(
         why = f"wanted: {batch} rows, {needed} positions, {sampling}"
         raise InvalidInput("the decoder was made for another text", why, "make one for this text, or give none")
     decoder.begin(tokens_BL, padding_B, seed)
-    for chunk_BL in tokens_BL.split(prefill_chunk, dim=1):
+    for chunk_BL in tokens_BL.split(max(1, prefill_chunk // batch), dim=1):
         logits_BV = last_logits(model, chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * len(tokens_BL)

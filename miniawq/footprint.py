@@ -14,13 +14,14 @@ import torch
 from miniawq.arrange import group_as_arranged
 from miniawq.checkpoint import Checkpoint, skeleton
 from miniawq.errors import DoesNotFit
-from miniawq.kernel import QuantLinear
+from miniawq.kernel import CODES_PER_EXPANDED_SLICE, QuantLinear
 from miniawq.model import Llama, LlamaConfig
 
+# Tokens of a prompt that run at once, of all rows together.
 PREFILL_CHUNK = 2048
 # Outside torch's own counters: CUDA context, allocator, graphs; on a CPU the interpreter and the libraries.
 OVERHEAD = {"cuda": 1 << 30, "cpu": 1 << 29}
-# Unpacking a slice of a layer makes temporaries of this many bytes at most (kernel.WEIGHTS_PER_SLICE, in float32).
+# Where packed weights are not expanded by a kernel, a slice of a layer makes temporaries of this many bytes at most.
 SLICE_BYTES = 64 << 20
 # A group's scale and zero as `miniawq.arrange` keeps them.
 GRID_BYTES = {"cuda": 4, "cpu": 8}
@@ -37,8 +38,9 @@ class DeviceMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes needed to run `batch` sequences of `max_seq_len` tokens."""
+    """Bytes needed to run `batch` sequences of `max_seq_len` tokens on a kind of device, "cuda" or "cpu"."""
 
+    device: str
     batch: int
     max_seq_len: int
     weights: int
@@ -79,7 +81,6 @@ def footprint(
     device: str,
     batch: int = 1,
     max_seq_len: int,
-    prefill_chunk: int = PREFILL_CHUNK,
     overhead: int | None = None,
 ) -> Footprint:
     """The memory of a checkpoint as `load_model` and `generate` use it, activations and kv cache in `dtype`.
@@ -87,13 +88,14 @@ def footprint(
     `device` is "cuda" or "cpu": packed words are arranged for it. `overhead` defaults to the device's in OVERHEAD.
     """
     device = "cuda" if device == "cuda" else "cpu"
-    config = checkpoint.model_config
+    model = skeleton(checkpoint)
     return Footprint(
+        device=device,
         batch=batch,
         max_seq_len=max_seq_len,
-        weights=weight_bytes(skeleton(checkpoint), dtype, device),
-        kv_cache=batch * max_seq_len * kv_bytes_per_token(config, dtype),
-        prefill=prefill_bytes(config, dtype, batch, min(prefill_chunk, max_seq_len), max_seq_len),
+        weights=weight_bytes(model, dtype, device),
+        kv_cache=batch * max_seq_len * kv_bytes_per_token(model.config, dtype),
+        prefill=prefill_bytes(model, dtype, device, batch, max_seq_len),
         overhead=OVERHEAD[device] if overhead is None else overhead,
     )
 
@@ -120,30 +122,47 @@ def kv_bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-def prefill_bytes(config: LlamaConfig, dtype: torch.dtype, batch: int, chunk: int, max_seq_len: int) -> int:
-    """Activations of one layer while a prompt runs, with the logits of its last position.
+def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max_seq_len: int) -> int:
+    """The most that is alive beside weights and cache while a piece of the prompts runs, with the logits behind it.
 
-    Alive at once in the MLP: the residual, its normed copy in float32 and `dtype`, gate, up and their product. With a
-    longer prompt than one chunk, attention needs a mask for each pair of a new and an old position.
+    That is in attention, in what gate and up make together, or at the end of the MLP. A prompt longer than its piece
+    needs a mask, and so do rows of different lengths, which begin with padding.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    activations = batch * chunk * ((2 * width + 3 * inner) * dtype.itemsize + 4 * width)
-    shared = config.num_attention_heads // config.num_key_value_heads
-    mask = (1 + dtype.itemsize) * shared * chunk * max_seq_len if max_seq_len > chunk else 0
+    config = model.config
+    is_packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    is_expanded = is_packed and device == "cuda" and dtype.itemsize == 2
+    # Where it is not expanded, a packed weight is multiplied in float32.
+    itemsize = torch.float32.itemsize if is_packed and not is_expanded else dtype.itemsize
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    tokens = min(PREFILL_CHUNK, batch * max_seq_len)
+    has_mask = batch > 1 or max_seq_len > PREFILL_CHUNK
+    seen = tokens * max_seq_len if has_mask else 0
+    masks = (1 + dtype.itemsize) * (heads // config.num_key_value_heads) * seen
+    attention = (2 * width + 4 * (heads + config.num_key_value_heads) * config.head_dim) * tokens * itemsize + masks
+    gate_up = (4 * width + 2 * inner) * tokens * itemsize
+    down = 4 * (width + inner) * tokens * itemsize
+    if is_packed:
+        gate_up += expanded_bytes(2 * width * inner, dtype) if is_expanded else SLICE_BYTES
+        down += expanded_bytes(width * inner, dtype) if is_expanded else SLICE_BYTES
     logits = 2 * 4 * batch * config.vocab_size
-    return activations + mask + logits + SLICE_BYTES
+    return max(attention, gate_up, down) + seen + logits
+
+
+def expanded_bytes(codes: int, dtype: torch.dtype) -> int:
+    """What packed weights take while many rows are multiplied with them: a slice."""
+    return min(codes, CODES_PER_EXPANDED_SLICE) * dtype.itemsize
 
 
 def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.dtype, free: int) -> int:
     """The longest context that fits beside the same weights and batch, in steps of 64 tokens; 0 if none does."""
-    limit = checkpoint.model_config.max_position_embeddings
-    low, high = 0, limit // 64
+    model, batch = skeleton(checkpoint), needed.batch
+    low, high = 0, model.config.max_position_embeddings // 64
     while low < high:
         middle = (low + high + 1) // 2
         length = middle * 64
-        per_token = kv_bytes_per_token(checkpoint.model_config, dtype)
-        prefill = prefill_bytes(checkpoint.model_config, dtype, needed.batch, min(PREFILL_CHUNK, length), length)
-        total = needed.weights + needed.overhead + prefill + needed.batch * length * per_token
+        cache = batch * length * kv_bytes_per_token(model.config, dtype)
+        prefill = prefill_bytes(model, dtype, needed.device, batch, length)
+        total = needed.weights + cache + prefill + needed.overhead
         low, high = (middle, high) if total <= free else (low, middle - 1)
     return low * 64
 

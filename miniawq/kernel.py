@@ -143,6 +143,7 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
             torch.mm(stored_TI, weight_IO, out=y_TO[:, some_O])
         else:
             torch.addmm(bias_O[some_O].to(x_TI.dtype), stored_TI, weight_IO, out=y_TO[:, some_O])
+        del weight_IO
     return y_TO
 
 

@@ -213,7 +213,7 @@ def render(plan: Plan, show_tensors: bool) -> str:
     told = {
         "weights": f"{packed}; {plan.stored_bytes / 1e9:.3f} GB on disk",
         "kv cache": f"{needed.batch} x {needed.max_seq_len} tokens x {size(plan.kv_bytes_per_token)} ({plan.dtype})",
-        "prefill": f"{min(PREFILL_CHUNK, needed.max_seq_len)} tokens at a time",
+        "prefill": f"{min(PREFILL_CHUNK, needed.batch * needed.max_seq_len)} tokens at a time",
         "overhead": "what the device's runtime takes for itself (--memory-margin)",
     }
     lines = [

@@ -6,11 +6,14 @@
 
 Weights are made on the device, so no checkpoint is needed; `--shape` also takes a config.json. Before anything is
 timed, a model of two layers is compared with the same model in float32, run by `model.py`. The first run on a machine
-compiles (cold), a second one finds the artifacts (warm). Prints as it goes; `--json` appends one line a measurement.
+compiles (cold), a second one finds the artifacts (warm). Prints as it goes, what does not fit too; `--json` appends one
+line a measurement, for `scripts/tables.py`. Of a trace that `--profile` leaves, `scripts/picture.py` makes a picture.
 """
 
 import argparse
 import dataclasses
+import gc
+import itertools
 import json
 import sys
 import time
@@ -25,9 +28,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq.completion import bytes_per_token, last_logits, peak_memory
 from miniawq.decode import DecodeStep
-from miniawq.footprint import PREFILL_CHUNK, kv_bytes_per_token, prefill_bytes, weight_bytes
+from miniawq.footprint import (
+    OVERHEAD,
+    PREFILL_CHUNK,
+    device_memory,
+    kv_bytes_per_token,
+    prefill_bytes,
+    weight_bytes,
+)
 from miniawq.kernel import QuantLinear
-from miniawq.model import KVCache, Llama, LlamaConfig
+from miniawq.model import KVCache, Llama, LlamaConfig, dense
 from miniawq.packing import Quantized, dequantize
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -83,14 +93,21 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def random_model(config: LlamaConfig, kind: str, group_size: int, device: torch.device, dtype: torch.dtype) -> Llama:
-    """A model of independent random weights, INT4 but for its head, or dense."""
+def empty_model(config: LlamaConfig, kind: str, group_size: int) -> Llama:
+    """The model without memory, INT4 but for its head, or dense."""
+
+    def packed(name: str, *shape: int) -> nn.Module:
+        return dense(name, *shape) if name == "lm_head" else QuantLinear(*shape, group_size)
 
     with torch.device("meta"):
-        model = Llama(config)
+        return Llama(config, packed if kind == "int4" else dense)
+
+
+def random_model(model: Llama, device: torch.device, dtype: torch.dtype) -> Llama:
+    """Independent random weights for an `empty_model`, in place."""
     for name, module in list(model.named_modules()):
-        if kind == "int4" and isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, random_int4(module, group_size, device))
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, random_int4(module, device))
             continue
         for key, meta in module.named_parameters(recurse=False):
             tensor = torch.empty(meta.shape, device=device, dtype=dtype)
@@ -100,21 +117,21 @@ def random_model(config: LlamaConfig, kind: str, group_size: int, device: torch.
     return model
 
 
-def random_int4(linear: nn.Linear, group_size: int, device: torch.device) -> QuantLinear:
+def random_int4(layer: QuantLinear, device: torch.device) -> QuantLinear:
     """Random codes, zeros of 7 and 8, and scales that keep the size of what goes through."""
-    outputs, inputs = linear.out_features, linear.in_features
+    outputs, inputs = layer.out_features, layer.in_features
     codes_OI = torch.randint(16, (outputs, inputs), dtype=torch.uint8, device=device)
-    scales_OG = torch.empty(outputs, inputs // group_size, dtype=torch.float16, device=device)
+    scales_OG = torch.empty(outputs, inputs // layer.group_size, dtype=torch.float16, device=device)
     scales_OG.uniform_(0.5, 1.5).mul_(0.2 * inputs**-0.5)
     zeros_OG = torch.randint(7, 9, scales_OG.shape, dtype=torch.uint8, device=device)
-    bias_O = None if linear.bias is None else torch.zeros(outputs, dtype=torch.float16, device=device)
+    bias_O = None if layer.bias is None else torch.zeros(outputs, dtype=torch.float16, device=device)
     return QuantLinear.from_quantized(Quantized(codes_OI, scales_OG, zeros_OG), bias_O)
 
 
 def check(config: LlamaConfig, kind: str, rows: int, arguments: argparse.Namespace) -> float:
     """Largest relative error of a step's logits on two layers of the model, against `model.py` in float32."""
     config = dataclasses.replace(config, num_hidden_layers=2, layer_windows=config.layer_windows[:2])
-    model = random_model(config, kind, arguments.group_size, arguments.device, arguments.activations)
+    model = random_model(empty_model(config, kind, arguments.group_size), arguments.device, arguments.activations)
     exact = float32_of(model)
     step = DecodeStep(model, rows, 64, compile_=arguments.compile)
     exact_cache = KVCache(config, rows, 64, device=arguments.device)
@@ -162,7 +179,7 @@ def measured_bandwidth(device: torch.device) -> float:
 def decode_rate(
     model: Llama, rows: int, context: int, arguments: argparse.Namespace
 ) -> tuple[DecodeStep, dict[str, Any]]:
-    """Time `new_tokens` steps behind `context` positions of random keys and values."""
+    """Time `new_tokens` steps behind `context` positions: random keys and values, and a last piece of the prompts."""
     device, steps = arguments.device, arguments.new_tokens
     room = context + steps + 2
     step, clock = DecodeStep(model, rows, room, compile_=arguments.compile), Clock(device)
@@ -170,7 +187,9 @@ def decode_rate(
     step.begin(ids_B[:, None])
     step.cache.keys_NBMJE.normal_()
     step.cache.values_NBMJE.normal_()
-    step.cache.length = context
+    piece = min(context, max(1, PREFILL_CHUNK // rows))
+    step.cache.length = context - piece
+    last_logits(model, torch.randint(model.config.vocab_size, (rows, piece), device=device), step.cache)
     with clock():
         ids_B = step.step(ids_B)
     first = clock.seconds
@@ -181,8 +200,6 @@ def decode_rate(
     kv_bytes = rows * (context + steps // 2) * kv_bytes_per_token(model.config, arguments.activations)
     read = bytes_per_token(model) + kv_bytes
     return step, {
-        "rows": rows,
-        "context": context,
         "ms_per_step": seconds * 1e3,
         "tokens_per_s": rows / seconds,
         "GB_per_s": read / seconds / 1e9,
@@ -207,12 +224,38 @@ def first_token(model: Llama, prompt: int, arguments: argparse.Namespace) -> dic
     return {"prompt": prompt, "prefill_s": best, "prefill_tokens_per_s": prompt / best}
 
 
-def planned(model: Llama, rows: int, room: int, dtype: torch.dtype) -> int:
+def planned(model: Llama, rows: int, room: int, arguments: argparse.Namespace) -> int:
     """What `miniawq plan` says, without the overhead of the runtime, which torch does not count."""
+    dtype, device = arguments.activations, arguments.device.type
     cache = rows * room * kv_bytes_per_token(model.config, dtype)
-    chunk = min(PREFILL_CHUNK, room)
-    device = model.model.embed_tokens.weight.device.type
-    return weight_bytes(model, dtype, device) + cache + prefill_bytes(model.config, dtype, rows, chunk, room)
+    return weight_bytes(model, dtype, device) + cache + prefill_bytes(model, dtype, device, rows, room)
+
+
+def fits(nbytes: int, what: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """Whether so much more fits on the device beside the overhead of the runtime; says so if it does not."""
+    free = device_memory(arguments.device).free - OVERHEAD[arguments.device.type]
+    if nbytes > free:
+        show(what | {"more_GB": nbytes / 1e9, "free_GB": free / 1e9, "fits": False}, arguments)
+    return nbytes <= free
+
+
+def forget(device: torch.device) -> None:
+    """Free what earlier measurements have left, and begin to count the peak of memory again."""
+    gc.collect()
+    if device.type == "cuda":
+        # A library's workspace stays for each stream that it was ever called on.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory_of(model: Llama, rows: int, room: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The most that torch has allocated, what was planned for it, and all that is in use on a GPU."""
+    found = {"peak_GB": peak_memory(model) / 1e9, "planned_GB": planned(model, rows, room, arguments) / 1e9}
+    if arguments.device.type == "cuda":
+        memory = device_memory(arguments.device)
+        found["in_use_GB"] = (memory.total - memory.free) / 1e9
+    return found
 
 
 def kernels_of(step: DecodeStep, trace: Path | None, tokens: int = 3) -> dict[str, Any]:
@@ -243,8 +286,6 @@ def kernels_of(step: DecodeStep, trace: Path | None, tokens: int = 3) -> dict[st
 
 def show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """One line for people, one for machines."""
-    if arguments.price and "tokens_per_s" in result:
-        result["dollars_per_million"] = arguments.price / 3600 / result["tokens_per_s"] * 1e6
     parts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()]
     print("  ".join(parts), flush=True)
     if arguments.json:
@@ -262,26 +303,26 @@ def bench(kind: str, config: LlamaConfig, arguments: argparse.Namespace) -> None
             show({"kind": kind, "check_rows": rows, "error": error, "right": right}, arguments)
             if not right:
                 raise SystemExit("the step does not compute the model: nothing was timed")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    forget(device)
+    model = empty_model(config, kind, arguments.group_size)
+    weights = weight_bytes(model, arguments.activations, device.type)
+    if not fits(weights, {"kind": kind}, arguments):
+        return
     with clock():
-        model = random_model(config, kind, arguments.group_size, device, arguments.activations)
-    gigabytes = weight_bytes(model, arguments.activations, device.type) / 1e9
-    show({"kind": kind, "make_s": clock.seconds, "weights_GB": gigabytes}, arguments)
-    for rows in arguments.rows:
-        for context in arguments.context:
-            step, result = decode_rate(model, rows, context, arguments)
-            room = step.cache.max_seq_len
-            memory = {
-                "peak_GB": peak_memory(model) / 1e9,
-                "planned_GB": planned(model, rows, room, arguments.activations) / 1e9,
-            }
-            show({"kind": kind} | result | memory, arguments)
-            if arguments.profile and device.type == "cuda":
-                trace = arguments.profile / f"{arguments.shape}-{kind}-{rows}-{context}.json"
-                show({"kind": kind, "rows": rows, "context": context} | kernels_of(step, trace), arguments)
-            del step
+        random_model(model, device, arguments.activations)
+    show({"kind": kind, "make_s": clock.seconds, "weights_GB": weights / 1e9}, arguments)
+    for rows, context in itertools.product(arguments.rows, arguments.context):
+        what = {"kind": kind, "rows": rows, "context": context}
+        forget(device)
+        needed = planned(model, rows, context + arguments.new_tokens + 2, arguments)
+        if not fits(needed - weights, what, arguments):
+            continue
+        step, result = decode_rate(model, rows, context, arguments)
+        show(what | result | memory_of(model, rows, step.cache.max_seq_len, arguments), arguments)
+        if arguments.profile and device.type == "cuda":
+            trace = arguments.profile / f"{arguments.shape}-{kind}-{rows}-{context}.json"
+            show(what | kernels_of(step, trace), arguments)
+        del step
     for prompt in arguments.prompt_tokens:
         show({"kind": kind} | first_token(model, prompt, arguments), arguments)
 
@@ -305,7 +346,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--new-tokens", type=int, default=256, help="steps to time (256)")
     add("--layers", type=int, help="fewer layers than the shape has")
     add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    add("--price", type=float, help="of an hour of this machine, for the cost of a million tokens")
     add("--json", type=Path, help="file to append to")
     add("--profile", type=Path, help="folder for traces of three tokens each; prints the kernels")
     add("--no-check", dest="check", action="store_false", help="time at once")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import SHAPES, float32_of, random_model
+from bench import SHAPES, empty_model, float32_of, random_model
 from gpu_kernels import CUDA, DEVICE, gpu_turn, seconds_per_call
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -255,7 +255,7 @@ def work(shape, rows, contexts, seconds, out):
     config = dataclasses.replace(config, num_hidden_layers=copies, layer_windows=(None,) * copies, vocab_size=256)
     torch.manual_seed(rows)
     torch._dynamo.config.recompile_limit = 64
-    model = random_model(config, "int4", 128 if CUDA else 32, DEVICE, DTYPE)
+    model = random_model(empty_model(config, "int4", 128 if CUDA else 32), DEVICE, DTYPE)
     blocks = list(float32_of(model).model.layers[:1])
     layers = [Layer.of(block, rows) for block in model.model.layers]
     cases = {context: Case(config, rows, context, layers, blocks) for context in contexts}

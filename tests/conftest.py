@@ -12,7 +12,18 @@ settings.load_profile("miniawq")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="device that the tests marked with the fixture `device` run on")
+    parser.addoption("--device", default="cpu", help="run the tests with the fixture `device`, and no others, on this")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device than the CPU, only what depends on it."""
+    if config.getoption("--device") != "cpu":
+        config.hook.pytest_deselected(items=[item for item in items if not takes_device(item)])
+        items[:] = [item for item in items if takes_device(item)]
+
+
+def takes_device(item: pytest.Item) -> bool:
+    return "device" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +32,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def the_same_on_every_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that does not take the device must not find a GPU, where the command line would compile."""
+    if not takes_device(request.node):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)

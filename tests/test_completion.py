@@ -57,6 +57,16 @@ def test_the_prompt_may_run_in_pieces(model, device, chunk):
     assert continued(model, tokens(7, device), 10, prefill_chunk=chunk) == continued(model, tokens(7, device), 10)
 
 
+@pytest.mark.parametrize(("rows", "pieces"), [(1, [6, 1]), (2, [3, 3, 1]), (5, [1] * 7), (9, [1] * 7)])
+def test_a_piece_is_so_many_tokens_of_all_rows_together(model, device, monkeypatch, rows, pieces):
+    seen = []
+    monkeypatch.setattr(
+        "miniawq.completion.last_logits", lambda *given: seen.append(given[1].shape) or last_logits(*given)
+    )
+    continued(model, tokens(7, device, rows), 1, prefill_chunk=6)
+    assert seen == [(rows, length) for length in pieces]
+
+
 def test_text_goes_on_the_same_from_wherever_it_is_split(model, device):
     prompt_BL = tokens(5, device)
     whole = continued(model, prompt_BL, 12)

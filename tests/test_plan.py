@@ -136,7 +136,7 @@ def test_does_not_fit_says_what_would(tmp_path):
     changes = {"max_position_embeddings": 8192}
     checkpoint = open_checkpoint(tiny.make(tmp_path, changes=changes)[0])
     needed = footprint(checkpoint, torch.float16, device="cuda", batch=64, max_seq_len=8192, overhead=1 << 20)
-    memory = DeviceMemory("cuda:0 (NVIDIA)", 600 << 20, 500 << 20)
+    memory = DeviceMemory("cuda:0 (NVIDIA)", 400 << 20, 300 << 20)
     with pytest.raises(DoesNotFit) as caught:
         check_fit(needed, memory, checkpoint, torch.float16)
     assert caught.value.exit_code == 4
