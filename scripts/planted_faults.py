@@ -155,7 +155,7 @@ FAULTS = [
           'yield name, "packed"\n        for leaf in ("weight",):', "test_convert"),
     Fault("convert.py", 'if key != "compression_config"}', "if key not in CONFIG_KEYS}", "test_convert"),
     Fault("convert.py", "if len(sizes) == 1:", "if sizes:", "test_convert"),
-    Fault("footprint.py", "2 * CODES_PER_EXPANDED_SLICE", "CODES_PER_EXPANDED_SLICE", "test_footprint"),
+    Fault("footprint.py", "min(codes, CODES_PER_EXPANDED_SLICE)", "codes", "test_footprint"),
     Fault("footprint.py", "masks = (1 + dtype.itemsize)", "masks = dtype.itemsize", "test_footprint"),
     Fault("footprint.py", "down = 4 * (width + inner)", "down = 3 * (width + inner)", "test_footprint"),
     Fault("completion.py", "max(1, prefill_chunk // batch)", "prefill_chunk", "test_completion"),
