@@ -182,8 +182,8 @@ def _form_for(device: torch.device, rows: int, groups: int) -> Form:
 
 
 def is_int4(product: Product) -> bool:
-    """Whether it is compiled with the options of the forms."""
-    return product.form in (reduce_product, dot_product, expand_product, words_product)
+    """Whether it is compiled with the options of the forms, by which Inductor would write a library's matmul itself."""
+    return product.form in (reduce_product, dot_product, words_product)
 
 
 def lower(

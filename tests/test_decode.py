@@ -165,6 +165,13 @@ def test_the_form_on_cuda_goes_by_rows_and_groups(rows, groups, form):
     assert products._form_for(torch.device("cuda"), rows, groups) is getattr(products, f"{form}_product")
 
 
+def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
+    """With them Inductor would write it itself, by the tiles of `dot_planes`."""
+    forms_of = {"reduce_product": True, "dot_product": True, "expand_product": False, "many_rows_product": False}
+    for name, expected in forms_of.items():
+        assert products.is_int4(products.Product(getattr(products, name), ())) is expected
+
+
 def test_matrices_of_one_input_lie_together_and_exist_once(device):
     model = load("qwen2", device)
     tokens_BL = random_prompt(model, 1)
