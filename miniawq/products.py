@@ -22,7 +22,7 @@ Form = Callable[..., Tensor]
 # Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log.md).
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
 MOST_ROWS_DOTTED = 64
-MOST_ROWS_ON_CPU = 8
+MOST_ROWS_ON_CPU = 32
 
 
 class Product(NamedTuple):
@@ -40,7 +40,8 @@ def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
     if all(type(layer) is nn.Linear for layer in layers):
         return (_join_dense(layers),)
     packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.prepare().arranged]
-    if len(packed) == len(layers) and len({(layer.group_size, layer.scale_dtype) for layer in packed}) == 1:
+    alike = {(layer.arranged.words.shape[1:], layer.scale_dtype) for layer in packed if layer.arranged}
+    if len(packed) == len(layers) and len(alike) == 1:
         return (_join_int4(packed, rows),)
     return tuple(_join_int4([layer], rows) if layer in packed else _alone(layer) for layer in layers)
 
@@ -133,12 +134,10 @@ def dot_product(
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
-def words_product(
-    x_TI: Tensor, words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias_O: Tensor | None
-) -> Tensor:
+def words_product(x_TI: Tensor, words_KGSW: Tensor, grid_KG2NW: Tensor, bias_O: Tensor | None) -> Tensor:
     """`cpu_forms.reduce_words`."""
-    x_TGNP, means_TG = cpu_forms.prescale_words(x_TI, scales_OG.shape[1])
-    y_TO = cpu_forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_TGNP), written(means_TG))
+    x_CGSR, sums_CGR = cpu_forms.tiles(x_TI, grid_KG2NW.shape[1])
+    y_TO = cpu_forms.reduce_words(words_KGSW, grid_KG2NW, written(x_CGSR), written(sums_CGR)).narrow(0, 0, len(x_TI))
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
@@ -202,7 +201,7 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     if form is many_rows_product:
         return Product(form, (words, grid, scale_like, bias_O))
     if form is words_product:
-        return Product(form, (words.view(torch.float32), *grid.unbind(-1), bias_O))
+        return Product(form, (words.view(torch.float32), grid, bias_O))
     if form is dot_product:
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
