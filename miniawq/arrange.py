@@ -1,19 +1,16 @@
 """How a layer's words lie in memory while it runs, and the way back.
 
-One load should bring eight weights, and no arithmetic should be needed to find out which.
+One load should bring eight weights, and no arithmetic should be needed to find out which. So a group of S inputs of one
+output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs g S + 8 p + 0..7.
 
-On CUDA a word holds eight neighbouring inputs of one output. A group of S inputs becomes P = S / 8 words, and word p of
-group g holds, sequentially, the codes of inputs g S + 8 p + 0..7. Neighbouring threads take neighbouring groups, so the
-words of the same p lie together as a *plane* [O, G] of [O, P, G]: the *storage order* of inputs is (p, g, nibble).
-
-On a CPU a word holds eight neighbouring outputs of one input, as in AutoAWQ's files, and eight words are one vector. The
-words of a *block* of 64 outputs, [I, W], lie together, so that a loop over the inputs reads memory from front to back.
-Where the outputs are no multiple of 64, all blocks have one word an input.
+On CUDA, where neighbouring threads take neighbouring groups, the words of the same p lie together as a *plane* [O, G] of
+[O, P, G]: the *storage order* of inputs is (p, g, nibble). A CPU takes the same word of W = 8 neighbouring outputs as one
+vector, [K, G, P, W]: a *block* of outputs is read from front to back, and each lane of the vector sums one output.
 
 A group of more than 128 inputs is arranged as groups of 128 that have the same scale and zero.
 
 Shapes: O outputs, I inputs, G groups as arranged, S inputs of one, P words of one (S / 8), N nibbles of a word (8); K
-blocks of W words.
+blocks of W outputs (8).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +23,11 @@ from torch import Tensor
 from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, unpack, words_of
 
 LARGEST_GROUP = 128
-WORDS_OF_A_VECTOR = 8
+OUTPUTS_OF_A_BLOCK = 8  # AWQ's words hold eight outputs, so a layer has whole blocks.
 
 
 class Arranged(NamedTuple):
-    """A layer's weight, in planes: words_OPG and grid_OG; or blocks: words_KGSW and grid_KG2NW, scales, then zeros.
+    """A layer's weight, in planes: words_OPG and grid_OG; or in blocks: words_KGPW and grid_KG2W, scales and zeros.
 
     The words are int32, a grid in planes too, a grid in blocks float32. Several layers lie behind one another along the
     first dimension.
@@ -47,7 +44,7 @@ class Arranged(NamedTuple):
     @property
     def outputs(self) -> int:
         """All outputs of all layers."""
-        return len(self.words) * (1 if self.in_planes else CODES_PER_WORD * self.words.shape[-1])
+        return len(self.words) * (1 if self.in_planes else OUTPUTS_OF_A_BLOCK)
 
 
 def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
@@ -58,17 +55,6 @@ def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
 def codes_of_words(words_OGP: Tensor) -> Tensor:
     """The inverse of `sequential_words`."""
     return unpack(words_OGP.flatten(1), SEQUENTIAL)
-
-
-def blocks_of_words(codes_OI: Tensor, groups: int, block: int) -> Tensor:
-    """The words [K, G, S, W] of codes 0..15, which are not checked; `block` is W."""
-    words_IKW = words_of(codes_OI.t().contiguous(), SEQUENTIAL).unflatten(1, (-1, block))
-    return words_IKW.transpose(0, 1).unflatten(1, (groups, -1))
-
-
-def codes_of_blocks(words_KGSW: Tensor) -> Tensor:
-    """The inverse of `blocks_of_words`."""
-    return unpack(words_KGSW.flatten(1, 2).transpose(0, 1).flatten(1), SEQUENTIAL).t().contiguous()
 
 
 def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
@@ -110,32 +96,39 @@ def empty(outputs: int, inputs: int, group_size: int, device: torch.device) -> A
     if wants_planes(device):
         grid_OG = torch.empty(outputs, groups, dtype=torch.int32, device=device)
         return Arranged(torch.empty(outputs, words, groups, dtype=torch.int32, device=device), grid_OG)
-    block = 1 if outputs % (CODES_PER_WORD * WORDS_OF_A_VECTOR) else WORDS_OF_A_VECTOR
-    blocks = outputs // (CODES_PER_WORD * block)
-    grid_KG2NW = torch.empty(blocks, groups, 2, CODES_PER_WORD, block, device=device)
-    return Arranged(torch.empty(blocks, groups, size, block, dtype=torch.int32, device=device), grid_KG2NW)
+    blocks = outputs // OUTPUTS_OF_A_BLOCK
+    grid_KG2W = torch.empty(blocks, groups, 2, OUTPUTS_OF_A_BLOCK, device=device)
+    words_KGPW = torch.empty(blocks, groups, words, OUTPUTS_OF_A_BLOCK, dtype=torch.int32, device=device)
+    return Arranged(words_KGPW, grid_KG2W)
 
 
 def arrange(quantized: Quantized, target: Arranged) -> None:
     """Write codes, scales and zeros, of some outputs, into `target`."""
     repeats = target.grid.shape[1] // quantized.scales_OG.shape[1]
     scales_OG, zeros_OG = (t.repeat_interleave(repeats, 1) for t in (quantized.scales_OG, quantized.zeros_OG))
+    words_OGP = sequential_words(quantized.codes_OI, scales_OG.shape[1])
     if target.in_planes:
-        target.words.copy_(sequential_words(quantized.codes_OI, scales_OG.shape[1]).transpose(1, 2))
+        target.words.copy_(words_OGP.transpose(1, 2))
         target.grid.copy_(pack_grid(scales_OG, zeros_OG))
     else:
-        target.words.copy_(blocks_of_words(quantized.codes_OI, scales_OG.shape[1], target.words.shape[-1]))
-        for grid_KGNW, of_OG in zip(target.grid.unbind(2), (scales_OG, zeros_OG), strict=True):
-            grid_KGNW.copy_(of_OG.unflatten(0, (-1, target.words.shape[-1], CODES_PER_WORD)).permute(0, 3, 2, 1))
+        target.words.copy_(in_blocks(words_OGP))
+        target.grid.copy_(in_blocks(torch.stack([scales_OG.float(), zeros_OG.float()], -1)))
+
+
+def in_blocks(t: Tensor) -> Tensor:
+    """[O, ..] to [K, .., W]: neighbouring outputs side by side."""
+    return t.unflatten(0, (-1, OUTPUTS_OF_A_BLOCK)).movedim(1, -1)
+
+
+def out_of_blocks(t: Tensor) -> Tensor:
+    """The inverse of `in_blocks`."""
+    return t.movedim(-1, 1).flatten(0, 1)
 
 
 def restore(arranged: Arranged, group_size: int, scale_dtype: torch.dtype) -> Quantized:
     """The inverse of `arrange`."""
-    if arranged.in_planes:
-        codes_OI = codes_of_words(arranged.words.transpose(1, 2))
-    else:
-        codes_OI = codes_of_blocks(arranged.words)
-    scales_OG, zeros_OG = scales_and_zeros(arranged, scale_dtype)
+    words = arranged.words.transpose(1, 2) if arranged.in_planes else out_of_blocks(arranged.words)
+    codes_OI, (scales_OG, zeros_OG) = codes_of_words(words), scales_and_zeros(arranged, scale_dtype)
     repeats = scales_OG.shape[1] * group_size // codes_OI.shape[1]
     return Quantized(codes_OI, scales_OG[:, ::repeats].to(scale_dtype), zeros_OG[:, ::repeats].to(torch.uint8))
 
@@ -145,17 +138,17 @@ def scales_and_zeros(arranged: Arranged, scale_dtype: torch.dtype) -> tuple[Tens
     if arranged.in_planes:
         scales_OG, offsets_OG = unpack_grid(arranged.grid, scale_dtype)
         return scales_OG, -(2.0**7) - offsets_OG
-    scales_OG, zeros_OG = arranged.grid.permute(2, 0, 4, 3, 1).flatten(1, 3)
+    scales_OG, zeros_OG = out_of_blocks(arranged.grid).unbind(-1)
     return scales_OG, zeros_OG
 
 
 def slices(arranged: Arranged, codes: int) -> Iterator[tuple[slice, Arranged]]:
     """Views of some outputs at a time, as many as have about so many codes; and which outputs."""
-    size = arranged.outputs // len(arranged.words)
-    least = max(size, CODES_PER_WORD)
-    step = max(1, codes * arranged.outputs // (arranged.words.numel() * CODES_PER_WORD) // least) * least
-    for first in range(0, arranged.outputs, step):
-        some_O = slice(first, min(first + step, arranged.outputs))
+    outputs, size = arranged.outputs, arranged.outputs // len(arranged.words)
+    inputs = arranged.words.numel() * CODES_PER_WORD // outputs
+    step = max(1, codes // inputs // CODES_PER_WORD) * CODES_PER_WORD
+    for first in range(0, outputs, step):
+        some_O = slice(first, min(first + step, outputs))
         some = slice(some_O.start // size, some_O.stop // size)
         yield some_O, Arranged(arranged.words[some], arranged.grid[some])
 

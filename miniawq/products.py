@@ -40,8 +40,7 @@ def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
     if all(type(layer) is nn.Linear for layer in layers):
         return (_join_dense(layers),)
     packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.prepare().arranged]
-    alike = {(layer.arranged.words.shape[1:], layer.scale_dtype) for layer in packed if layer.arranged}
-    if len(packed) == len(layers) and len(alike) == 1:
+    if len(packed) == len(layers) and len({(layer.group_size, layer.scale_dtype) for layer in packed}) == 1:
         return (_join_int4(packed, rows),)
     return tuple(_join_int4([layer], rows) if layer in packed else _alone(layer) for layer in layers)
 
@@ -134,10 +133,10 @@ def dot_product(
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
-def words_product(x_TI: Tensor, words_KGSW: Tensor, grid_KG2NW: Tensor, bias_O: Tensor | None) -> Tensor:
+def words_product(x_TI: Tensor, words_KGPW: Tensor, grid_KG2W: Tensor, bias_O: Tensor | None) -> Tensor:
     """`cpu_forms.reduce_words`."""
-    x_CGSR, sums_CGR = cpu_forms.tiles(x_TI, grid_KG2NW.shape[1])
-    y_TO = cpu_forms.reduce_words(words_KGSW, grid_KG2NW, written(x_CGSR), written(sums_CGR)).narrow(0, 0, len(x_TI))
+    x_CGPRN, means_CGR = cpu_forms.prescale_words(x_TI, grid_KG2W.shape[1])
+    y_TO = cpu_forms.reduce_words(words_KGPW, grid_KG2W, written(x_CGPRN), written(means_CGR)).narrow(0, 0, len(x_TI))
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
 

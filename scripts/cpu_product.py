@@ -5,7 +5,7 @@
 
 Groups of 128, random weights, activations in memory in the dtype that each takes. Everything of one shape and number of
 rows is timed in turn, so a busy machine is busy for all; medians, of processor time for one thread and of wall time for
-more. "ours" is compiled as a decode step has it, called alone. Each result is first compared with float64.
+more. "ours" is compiled as a decode step has it, called alone.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from miniawq.packing import Quantized, dequantize
 GROUP = 128
 SHAPES = ("2048x2048", "8192x2048", "2048x8192", "4096x4096", "28672x4096", "4096x14336")
 ROWS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
-Product = tuple[Callable[[Tensor], Tensor], torch.dtype]
+Form = Callable[[Tensor], Tensor]
+Made = tuple[torch.dtype, Callable[[int], Form | None]]
 
 
 def random_quantized(outputs: int, inputs: int) -> Quantized:
@@ -38,32 +40,39 @@ def random_quantized(outputs: int, inputs: int) -> Quantized:
     return Quantized(codes_OI, scales_OG, zeros_OG)
 
 
-def ours(quantized: Quantized, rows: int) -> Product | None:
+def ours(quantized: Quantized) -> Made:
     """The product of a decode step, if it has so many rows."""
-    if rows > products.MOST_ROWS_ON_CPU:
-        return None
-    (product,) = products.products_of([QuantLinear.from_quantized(quantized)], rows)
-    return products.lower(lambda x_TI: products.multiply([product], x_TI), is_int4=True), torch.float32
+    layer = QuantLinear.from_quantized(quantized)
+
+    def of(rows: int) -> Form | None:
+        if rows > products.MOST_ROWS_ON_CPU:
+            return None
+        (product,) = products.products_of([layer], rows)
+        return products.lower(lambda x_TI: products.multiply([product], x_TI), is_int4=True)
+
+    return torch.float32, of
 
 
-def eager(quantized: Quantized, rows: int) -> Product:
+def eager(quantized: Quantized) -> Made:
     """The prepared layer without a compiler."""
-    return QuantLinear.from_quantized(quantized).prepare(), torch.float32
+    layer = QuantLinear.from_quantized(quantized).prepare()
+    return torch.float32, lambda rows: layer
 
 
-def bfloat16(quantized: Quantized, rows: int) -> Product:
+def bfloat16(quantized: Quantized) -> Made:
     """`torch.nn.functional.linear` with the dequantized weight."""
     weight_OI = dequantize(quantized, torch.bfloat16)
-    return lambda x_TI: linear(x_TI, weight_OI), torch.bfloat16
+    return torch.bfloat16, lambda rows: lambda x_TI: linear(x_TI, weight_OI)
 
 
-def int4pack(quantized: Quantized, rows: int) -> Product:
+def int4pack(quantized: Quantized) -> Made:
     """torch's INT4 kernel for processors, whose weight is (code - 8) * scale + offset."""
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.codes_OI.int(), 1)
     scales_OG = quantized.scales_OG.float()
     offsets_OG = (8 - quantized.zeros_OG.float()) * scales_OG
     grid_GO2 = torch.stack([scales_OG, offsets_OG], -1).transpose(0, 1).contiguous().bfloat16()
-    return lambda x_TI: torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, words, GROUP, grid_GO2), torch.bfloat16
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return torch.bfloat16, lambda rows: lambda x_TI: multiply(x_TI, words, GROUP, grid_GO2)
 
 
 PEERS = {make.__name__: make for make in (ours, eager, bfloat16, int4pack)}
@@ -81,27 +90,26 @@ def medians(calls: dict[str, Callable[[], Tensor]], seconds: float, clock: Calla
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-@torch.inference_mode()
-def measure(quantized: Quantized, rows: int, names: list[str], seconds: float) -> dict[str, float]:
-    """The medians of those of `names` that have this number of rows."""
-    x_TI = torch.randn(rows, quantized.codes_OI.shape[1])
-    exact_TO = x_TI.double() @ dequantize(quantized, torch.float32).double().t()
+def measure(made: dict[str, Made], weight_OI: Tensor, rows: int, seconds: float) -> dict[str, float]:
+    """The medians of those that have this number of rows; each result is first compared with the weight's."""
+    x_TI = torch.randn(rows, weight_OI.shape[1])
+    expected_TO = x_TI @ weight_OI.t()
     calls = {}
-    for name in names:
-        made = PEERS[name](quantized, rows)
-        if made is not None:
-            function, dtype = made
-            calls[name] = lambda function=function, x_TI=x_TI.to(dtype): function(x_TI)
-            error = (calls[name]() - exact_TO).abs().max() / exact_TO.abs().max()
+    for name, (dtype, of) in made.items():
+        form = of(rows)
+        if form is not None:
+            calls[name] = partial(form, x_TI.to(dtype))
+            error = (calls[name]() - expected_TO).abs().max() / expected_TO.abs().max()
             assert error < (1e-5 if dtype == torch.float32 else 0.03), (name, rows, error)
     return medians(calls, seconds, time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns)
 
 
+@torch.inference_mode()
 def main() -> None:
     """Print a table, row by row, and write all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="outputs x inputs (those of Llama 1B and 8B)")
-    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help=f"{','.join(map(str, ROWS))}")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help=",".join(map(str, ROWS)))
     parser.add_argument("--peers", default=",".join(PEERS), help=f"which of {','.join(PEERS)}")
     parser.add_argument("--threads", type=int, help="threads (torch's default)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line (1)")
@@ -113,15 +121,17 @@ def main() -> None:
     names = arguments.peers.split(",")
     lines = []
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, microseconds")
-    print("| shape | rows |", *(f"{name} |" for name in names), *(f"{name} / ours |" for name in names if name != "ours"))
+    peers = [name for name in names if name != "ours"]
+    print("| shape | rows |", *(f"{name} |" for name in names), *(f"{name} / ours |" for name in peers))
     for shape in arguments.shapes.split(","):
         outputs, inputs = map(int, shape.split("x"))
         quantized = random_quantized(outputs, inputs)
+        made, weight_OI = {name: PEERS[name](quantized) for name in names}, dequantize(quantized, torch.float32)
         for rows in map(int, arguments.rows.split(",")):
-            taken = measure(quantized, rows, names, arguments.seconds)
+            taken = measure(made, weight_OI, rows, arguments.seconds)
             lines.append({"shape": shape, "rows": rows, "threads": torch.get_num_threads(), "microseconds": taken})
             times = [f"{taken[name]:.0f} |" if name in taken else "|" for name in names]
-            ratios = [f"{taken[n] / taken['ours']:.2f} |" if "ours" in taken else "|" for n in names if n != "ours"]
+            ratios = [f"{taken[name] / taken['ours']:.2f} |" if "ours" in taken else "|" for name in peers]
             print(f"| {shape} | {rows} |", *times, *ratios, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(lines, indent=1))
