@@ -3,9 +3,9 @@
 One load should bring eight weights, and no arithmetic should be needed to find out which. So a group of S inputs of one
 output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs g S + 8 p + 0..7.
 
-On CUDA, where neighbouring threads take neighbouring groups, the words of the same p lie together as a *plane* [O, G] of
-[O, P, G]: the *storage order* of inputs is (p, g, nibble). A CPU takes the same word of W = 8 neighbouring outputs as one
-vector, [K, G, P, W]: a *block* of outputs is read from front to back, and each lane of the vector sums one output.
+On CUDA, where neighbouring threads take neighbouring groups, the words of the same p lie together as a *plane* [O, G]
+of [O, P, G]: the *storage order* of inputs is (p, g, nibble). A CPU takes the same word of W = 8 neighbouring outputs
+as one vector, [K, G, P, W]: a *block* of outputs is read from front to back, and a lane of the vector sums one output.
 
 A group of more than 128 inputs is arranged as groups of 128 that have the same scale and zero.
 

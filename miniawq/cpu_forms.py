@@ -1,7 +1,7 @@
 """The INT4 product of few rows on a CPU, as an expression that `torch.compile` turns into one loop of vectors.
 
-Shapes: O outputs, in K blocks of W (8); I inputs, G groups, P words of a group (S / 8), N nibbles (8); T rows, in C tiles
-of R.
+Shapes: O outputs, in K blocks of W (8); I inputs, G groups, P words of a group (S / 8), N nibbles (8); T rows, in C
+tiles of R.
 """
 
 from functools import reduce
@@ -26,7 +26,9 @@ def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     x_TI = torch.nn.functional.pad(x_TI.float(), (0, 0, 0, tiles * tile - len(x_TI)))
     x_CRGPN = x_TI.unflatten(0, (tiles, tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
     powers_N = torch.tensor([256.0 ** -(nibble // 2) for nibble in range(CODES_PER_WORD)], device=x_TI.device)
-    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), x_CRGPN.sum(-1).mean(-1).transpose(1, 2).contiguous()
+    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), x_CRGPN.sum(-1).mean(-1).transpose(
+        1, 2
+    ).contiguous()
 
 
 def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_CGR: Tensor) -> Tensor:
@@ -41,16 +43,16 @@ def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_C
     ones stand, so the highest is never read beside the sign, and four masks do for eight. Even and odd nibbles are
     summed apart: a multiply-add waits four cycles for the sum before it.
     """
-    words_KGPW = words_KGPW.view(torch.int32)
-    codes_NKGPW = [
-        ((words_KGPW >> 4 if nibble % 2 else words_KGPW) & (15 << 8 * (nibble // 2))).float()
+    words_K1GPW = words_KGPW.view(torch.int32).unsqueeze(1)
+    codes_NK1GPW = [
+        ((words_K1GPW >> 4 if nibble % 2 else words_K1GPW) & (15 << 8 * (nibble // 2))).float()
         for nibble in range(CODES_PER_WORD)
     ]
-    codes_NK1GPW = [codes_KGPW.unsqueeze(1) for codes_KGPW in codes_NKGPW]
     scales_K1G1W, zeros_K1G1W = grid_KG2W.unsqueeze(1).unsqueeze(4).unbind(3)
     y_KCW = []
     for x_CGPN, means_CG in zip(x_CGPRN.unbind(3), means_CGR.unbind(2), strict=True):
-        terms_N = [codes_K1GPW * x_CGP1 for codes_K1GPW, x_CGP1 in zip(codes_NK1GPW, x_CGPN.unsqueeze(-1).unbind(-2))]
-        sum_KCGPW = reduce(add, terms_N[::2]) + reduce(add, terms_N[1::2])
+        x_NCGP1 = x_CGPN.unsqueeze(-1).unbind(-2)
+        terms_NKCGPW = [codes_K1GPW * x_CGP1 for codes_K1GPW, x_CGP1 in zip(codes_NK1GPW, x_NCGP1, strict=True)]
+        sum_KCGPW = reduce(add, terms_NKCGPW[::2]) + reduce(add, terms_NKCGPW[1::2])
         y_KCW.append((scales_K1G1W * (sum_KCGPW - zeros_K1G1W * means_CG[..., None, None])).sum((2, 3)))
     return torch.stack(y_KCW, 1).permute(2, 1, 0, 3).flatten(2).flatten(0, 1)

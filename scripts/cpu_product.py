@@ -5,12 +5,14 @@
 
 Groups of 128, random weights, activations in memory in the dtype that each takes. Everything of one shape and number of
 rows is timed in turn, so a busy machine is busy for all; medians, of processor time for one thread and of wall time for
-more. "ours" is compiled as a decode step has it, called alone.
+more. "ours" is compiled as a decode step has it, but called alone; "shared" is a quarter of a call with four such
+products of four weights, which is nearer to a layer of a model. Everything else is one call, with one weight.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq import products
 from miniawq.kernel import QuantLinear
 from miniawq.packing import Quantized, dequantize
 
-GROUP = 128
+GROUP, SHARING = 128, 4
 SHAPES = ("2048x2048", "8192x2048", "2048x8192", "4096x4096", "28672x4096", "4096x14336")
 ROWS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 Form = Callable[[Tensor], Tensor]
@@ -53,6 +56,26 @@ def ours(quantized: Quantized) -> Made:
     return torch.float32, of
 
 
+def shared(quantized: Quantized) -> Made:
+    """Four products in one compiled call, as a layer has them, each waiting for the one before."""
+    layers = [QuantLinear.from_quantized(Quantized(*(part.clone() for part in quantized))) for _ in range(SHARING)]
+
+    def of(rows: int) -> Form | None:
+        if rows > products.MOST_ROWS_ON_CPU:
+            return None
+        of_layers = [products.products_of([layer], rows) for layer in layers]
+
+        def call(x_TI: Tensor) -> Tensor:
+            y_TO = products.multiply(of_layers[0], x_TI)
+            for of_layer in of_layers[1:]:
+                y_TO = products.multiply(of_layer, x_TI + 0 * products.written(y_TO)[:, :1])
+            return y_TO
+
+        return products.lower(call, is_int4=True)
+
+    return torch.float32, of
+
+
 def eager(quantized: Quantized) -> Made:
     """The prepared layer without a compiler."""
     layer = QuantLinear.from_quantized(quantized).prepare()
@@ -75,7 +98,7 @@ def int4pack(quantized: Quantized) -> Made:
     return torch.bfloat16, lambda rows: lambda x_TI: multiply(x_TI, words, GROUP, grid_GO2)
 
 
-PEERS = {make.__name__: make for make in (ours, eager, bfloat16, int4pack)}
+PEERS = {make.__name__: make for make in (ours, shared, eager, bfloat16, int4pack)}
 
 
 def medians(calls: dict[str, Callable[[], Tensor]], seconds: float, clock: Callable[[], int]) -> dict[str, float]:
@@ -101,7 +124,8 @@ def measure(made: dict[str, Made], weight_OI: Tensor, rows: int, seconds: float)
             calls[name] = partial(form, x_TI.to(dtype))
             error = (calls[name]() - expected_TO).abs().max() / expected_TO.abs().max()
             assert error < (1e-5 if dtype == torch.float32 else 0.03), (name, rows, error)
-    return medians(calls, seconds, time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns)
+    taken = medians(calls, seconds, time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns)
+    return {name: time / (SHARING if name == "shared" else 1) for name, time in taken.items()}
 
 
 @torch.inference_mode()
