@@ -1,13 +1,16 @@
 """How a layer's words lie in memory while it runs, and the way back.
 
 One load should bring eight weights, and no arithmetic should be needed to find out which. So a group of S inputs of one
-output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs g S + 8 p + 0..7. A CPU
-reads the words of a group one after the other, [O, G, P]. On CUDA, where neighbouring threads take neighbouring groups,
-the words of the same p lie together as a plane [O, G] of [O, P, G]: the *storage order* of inputs is (p, g, nibble).
+output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs g S + 8 p + 0..7.
+
+On CUDA, where neighbouring threads take neighbouring groups, the words of the same p lie together as a *plane* [O, G]
+of [O, P, G]: the *storage order* of inputs is (p, g, nibble). A CPU takes the same word of W = 8 neighbouring outputs
+as one vector, [K, G, P, W]: a *block* of outputs is read from front to back, and a lane of the vector sums one output.
 
 A group of more than 128 inputs is arranged as groups of 128 that have the same scale and zero.
 
-Shapes: O outputs, I inputs, G groups as arranged, S inputs of one, P words of one (S / 8), N nibbles of a word (8).
+Shapes: O outputs, I inputs, G groups as arranged, S inputs of one, P words of one (S / 8), N nibbles of a word (8); K
+blocks of W outputs (8).
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +23,14 @@ from torch import Tensor
 from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, unpack, words_of
 
 LARGEST_GROUP = 128
+OUTPUTS_OF_A_BLOCK = 8  # AWQ's words hold eight outputs, so a layer has whole blocks.
 
 
 class Arranged(NamedTuple):
-    """A layer's weight, in planes: words_OPG and grid_OG; or not: words_OGP and grid_OG2, scale and zero in float32.
+    """A layer's weight, in planes: words_OPG and grid_OG; or in blocks: words_KGPW and grid_KG2W, scales and zeros.
 
-    The words are int32, a grid in planes too. Several layers lie behind one another along O.
+    The words are int32, a grid in planes too, a grid in blocks float32. Several layers lie behind one another along the
+    first dimension.
     """
 
     words: Tensor
@@ -35,6 +40,11 @@ class Arranged(NamedTuple):
     def in_planes(self) -> bool:
         """Which of the two."""
         return self.grid.dtype == torch.int32
+
+    @property
+    def outputs(self) -> int:
+        """All outputs of all layers."""
+        return len(self.words) * (1 if self.in_planes else OUTPUTS_OF_A_BLOCK)
 
 
 def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
@@ -86,8 +96,10 @@ def empty(outputs: int, inputs: int, group_size: int, device: torch.device) -> A
     if wants_planes(device):
         grid_OG = torch.empty(outputs, groups, dtype=torch.int32, device=device)
         return Arranged(torch.empty(outputs, words, groups, dtype=torch.int32, device=device), grid_OG)
-    grid_OG2 = torch.empty(outputs, groups, 2, device=device)
-    return Arranged(torch.empty(outputs, groups, words, dtype=torch.int32, device=device), grid_OG2)
+    blocks = outputs // OUTPUTS_OF_A_BLOCK
+    grid_KG2W = torch.empty(blocks, groups, 2, OUTPUTS_OF_A_BLOCK, device=device)
+    words_KGPW = torch.empty(blocks, groups, words, OUTPUTS_OF_A_BLOCK, dtype=torch.int32, device=device)
+    return Arranged(words_KGPW, grid_KG2W)
 
 
 def arrange(quantized: Quantized, target: Arranged) -> None:
@@ -99,13 +111,23 @@ def arrange(quantized: Quantized, target: Arranged) -> None:
         target.words.copy_(words_OGP.transpose(1, 2))
         target.grid.copy_(pack_grid(scales_OG, zeros_OG))
     else:
-        target.words.copy_(words_OGP)
-        target.grid.copy_(torch.stack([scales_OG.float(), zeros_OG.float()], -1))
+        target.words.copy_(in_blocks(words_OGP))
+        target.grid.copy_(in_blocks(torch.stack([scales_OG.float(), zeros_OG.float()], -1)))
+
+
+def in_blocks(t: Tensor) -> Tensor:
+    """[O, ..] to [K, .., W]: neighbouring outputs side by side."""
+    return t.unflatten(0, (-1, OUTPUTS_OF_A_BLOCK)).movedim(1, -1)
+
+
+def out_of_blocks(t: Tensor) -> Tensor:
+    """The inverse of `in_blocks`."""
+    return t.movedim(-1, 1).flatten(0, 1)
 
 
 def restore(arranged: Arranged, group_size: int, scale_dtype: torch.dtype) -> Quantized:
     """The inverse of `arrange`."""
-    words = arranged.words.transpose(1, 2) if arranged.in_planes else arranged.words
+    words = arranged.words.transpose(1, 2) if arranged.in_planes else out_of_blocks(arranged.words)
     codes_OI, (scales_OG, zeros_OG) = codes_of_words(words), scales_and_zeros(arranged, scale_dtype)
     repeats = scales_OG.shape[1] * group_size // codes_OI.shape[1]
     return Quantized(codes_OI, scales_OG[:, ::repeats].to(scale_dtype), zeros_OG[:, ::repeats].to(torch.uint8))
@@ -116,18 +138,19 @@ def scales_and_zeros(arranged: Arranged, scale_dtype: torch.dtype) -> tuple[Tens
     if arranged.in_planes:
         scales_OG, offsets_OG = unpack_grid(arranged.grid, scale_dtype)
         return scales_OG, -(2.0**7) - offsets_OG
-    scales_OG, zeros_OG = arranged.grid.unbind(-1)
+    scales_OG, zeros_OG = out_of_blocks(arranged.grid).unbind(-1)
     return scales_OG, zeros_OG
 
 
 def slices(arranged: Arranged, codes: int) -> Iterator[tuple[slice, Arranged]]:
     """Views of some outputs at a time, as many as have about so many codes; and which outputs."""
-    outputs = len(arranged.words)
-    inputs = arranged.words[0].numel() * CODES_PER_WORD
+    outputs, size = arranged.outputs, arranged.outputs // len(arranged.words)
+    inputs = arranged.words.numel() * CODES_PER_WORD // outputs
     step = max(1, codes // inputs // CODES_PER_WORD) * CODES_PER_WORD
     for first in range(0, outputs, step):
         some_O = slice(first, min(first + step, outputs))
-        yield some_O, Arranged(arranged.words[some_O], arranged.grid[some_O])
+        some = slice(some_O.start // size, some_O.stop // size)
+        yield some_O, Arranged(arranged.words[some], arranged.grid[some])
 
 
 def lie_together(parts: Sequence[Tensor]) -> Tensor | None:

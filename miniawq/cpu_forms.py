@@ -1,42 +1,58 @@
 """The INT4 product of few rows on a CPU, as an expression that `torch.compile` turns into one loop of vectors.
 
-Shapes: O outputs, I inputs, G groups, P words of a group (S / 8), N nibbles (8), T rows.
+Shapes: O outputs, in K blocks of W (8); I inputs, G groups, P words of a group (S / 8), N nibbles (8); T rows, in C
+tiles of R.
 """
+
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
 from miniawq.packing import CODES_PER_WORD
 
+MOST_ROWS_OF_A_TILE = 4
+
 
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Activations as `reduce_words` wants them: x_TGNP float32, nibbles 0..6 divided by 16^nibble; means_TG.
+    """Activations as `reduce_words` wants them: x_CGPRN float32, nibbles divided by 256^(nibble // 2); means_CGR.
 
-    The activations of a group lie together. Nibble by nibble over all inputs, those of one word would often lie a power
-    of two apart, in the same few sets of the first cache: that order was 4 times slower at 8 rows (docs/log.md).
-
-    A mean is the sum of a group's activations, divided by its words: what one word's zeros take away.
+    What one step of the loop reads lies together. As few tiles as there can be, filled up with zeros. A mean is the sum
+    of a group's activations, divided by its words: what one word's zeros take away.
     """
-    x_TGPN = x_TI.float().unflatten(-1, (groups, -1, CODES_PER_WORD))
-    scaled_N = [x_TGP * 16.0 ** -(nibble % 7) for nibble, x_TGP in enumerate(x_TGPN.unbind(-1))]
-    return torch.stack(scaled_N, 2), x_TGPN.sum(-1).mean(-1)
+    tiles = -(-len(x_TI) // MOST_ROWS_OF_A_TILE)
+    tile = -(-len(x_TI) // tiles)
+    x_TI = torch.nn.functional.pad(x_TI.float(), (0, 0, 0, tiles * tile - len(x_TI)))
+    x_CRGPN = x_TI.unflatten(0, (tiles, tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
+    powers_N = torch.tensor([256.0 ** -(nibble // 2) for nibble in range(CODES_PER_WORD)], device=x_TI.device)
+    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), x_CRGPN.sum(-1).mean(-1).transpose(
+        1, 2
+    ).contiguous()
 
 
-def reduce_words(words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, x_TGNP: Tensor, means_TG: Tensor) -> Tensor:
-    """y [T, O] in float32: `forms.reduce_planes` with conversions, at which a CPU is good, instead of subnormals.
+def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_CGR: Tensor) -> Tensor:
+    """y [(C, R), O] in float32: `forms.reduce_planes` with conversions, at which a CPU is good, instead of subnormals.
+
+    A vector holds the same word of eight outputs. It meets one activation after the other, each loaded into all lanes,
+    and every lane sums its own output: an activation in the cache serves eight outputs, and no sum crosses a vector.
 
     The words come as float32 and are read as int32 here, because Inductor's vector load of integers goes through the
     stack (`Vectorized<int32_t>::loadu` of torch 2.13 on AVX2) and that of floats does not. A nibble is converted where
-    it stands, as n * 16^i, which the activation's 16^-i undoes; only the highest, beside the sign, is moved down.
-    Even and odd nibbles are summed apart: a multiply-add waits four cycles for the sum before it.
+    it stands, as n * 256^i, which the activation's 256^-i undoes. One shift brings the odd nibbles to where the even
+    ones stand, so the highest is never read beside the sign, and four masks do for eight. Even and odd nibbles are
+    summed apart: a multiply-add waits four cycles for the sum before it.
     """
-    words_OGP = words_OGP.view(torch.int32)
-    codes_NOGP = [(words_OGP & (15 << 4 * nibble)).float() for nibble in range(7)]
-    codes_NOGP.append(((words_OGP >> 28) & 15).float())
-    scales_OG1, zeros_OG = scales_OG.float().unsqueeze(-1), zeros_OG.float()
-    y_TO = []
-    for x_GNP, means_G in zip(x_TGNP.unbind(), means_TG.unbind(), strict=True):
-        terms_NOGP = [codes_OGP * x_GP for codes_OGP, x_GP in zip(codes_NOGP, x_GNP.unbind(1), strict=True)]
-        sum_OGP = sum(terms_NOGP[2::2], terms_NOGP[0]) + sum(terms_NOGP[3::2], terms_NOGP[1])
-        y_TO.append((scales_OG1 * (sum_OGP - (zeros_OG * means_G).unsqueeze(-1))).sum((1, 2)))
-    return torch.stack(y_TO)
+    words_K1GPW = words_KGPW.view(torch.int32).unsqueeze(1)
+    codes_NK1GPW = [
+        ((words_K1GPW >> 4 if nibble % 2 else words_K1GPW) & (15 << 8 * (nibble // 2))).float()
+        for nibble in range(CODES_PER_WORD)
+    ]
+    scales_K1G1W, zeros_K1G1W = grid_KG2W.unsqueeze(1).unsqueeze(4).unbind(3)
+    y_KCW = []
+    for x_CGPN, means_CG in zip(x_CGPRN.unbind(3), means_CGR.unbind(2), strict=True):
+        x_NCGP1 = x_CGPN.unsqueeze(-1).unbind(-2)
+        terms_NKCGPW = [codes_K1GPW * x_CGP1 for codes_K1GPW, x_CGP1 in zip(codes_NK1GPW, x_NCGP1, strict=True)]
+        sum_KCGPW = reduce(add, terms_NKCGPW[::2]) + reduce(add, terms_NKCGPW[1::2])
+        y_KCW.append((scales_K1G1W * (sum_KCGPW - zeros_K1G1W * means_CG[..., None, None])).sum((2, 3)))
+    return torch.stack(y_KCW, 1).permute(2, 1, 0, 3).flatten(2).flatten(0, 1)

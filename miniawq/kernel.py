@@ -23,6 +23,7 @@ from miniawq.arrange import (
     lay_together,
     lie_together,
     magic_exponents,
+    out_of_blocks,
     restore,
     scales_and_zeros,
     slices,
@@ -116,11 +117,12 @@ def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) ->
     stored_TI = in_storage_order(x_TI, groups) if arranged.in_planes else x_TI
     # A row's activations lie together: with rows side by side the library is six times slower at 2 to 8 of them.
     even_BT, odd_BT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 0, 1).contiguous().mT
-    y_OT = sums_GT.new_empty(len(arranged.words), len(x_TI))
+    y_OT = sums_GT.new_empty(arranged.outputs, len(x_TI))
     for some_O, part in slices(arranged, CODES_PER_EAGER_SLICE):
         scales_OG, zeros_OG = scales_and_zeros(part, scale_dtype)
         byte_scales = scales_OG.unsqueeze(1 if arranged.in_planes else 2).unsqueeze(-1)
-        bytes_ = part.words.unsqueeze(-1).view(torch.uint8)
+        words = part.words if arranged.in_planes else out_of_blocks(part.words)
+        bytes_ = words.contiguous().unsqueeze(-1).view(torch.uint8)
         torch.mm((bytes_ & 15).float().mul_(byte_scales).flatten(1), even_BT, out=y_OT[some_O])
         y_OT[some_O].addmm_((bytes_ >> 4).float().mul_(byte_scales).flatten(1), odd_BT)
         y_OT[some_O].addmm_(scales_OG * zeros_OG, sums_GT, alpha=-1)
@@ -134,7 +136,7 @@ def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype,
     One slice after the other is written to the same memory, because nobody holds the one before.
     """
     stored_TI = in_storage_order(x_TI, arranged.grid.shape[1])
-    y_TO = x_TI.new_empty(len(x_TI), len(arranged.words))
+    y_TO = x_TI.new_empty(len(x_TI), arranged.outputs)
     form, codes = expansion()
     for some_O, part in slices(arranged, codes):
         exponents_2O = magic_exponents(x_TI.device, len(part.words))
@@ -325,7 +327,7 @@ def fuse(layers: Sequence[QuantLinear]) -> Arranged:
     assert len(present) == len(layers)
     assert len({layer.scale_dtype for layer in layers}) == 1
     joined = Arranged(*map(lay_together, zip(*present, strict=True)))
-    sizes = [layer.out_features for layer in layers]
+    sizes = [len(part.words) for part in present]
     for layer, words, grid in zip(layers, joined.words.split(sizes), joined.grid.split(sizes), strict=True):
         layer.arranged = Arranged(words, grid)
     return joined

@@ -24,7 +24,7 @@ Form = Callable[..., Tensor]
 # Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log.md).
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
 MOST_ROWS_DOTTED = 128
-MOST_ROWS_ON_CPU = 8
+MOST_ROWS_ON_CPU = 32
 
 
 class Product(NamedTuple):
@@ -135,12 +135,10 @@ def dot_product(
     return with_bias(y_TO.narrow(0, 0, len(x_TI)), bias_O, x_TI.dtype)
 
 
-def words_product(
-    x_TI: Tensor, words_OGP: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias_O: Tensor | None
-) -> Tensor:
+def words_product(x_TI: Tensor, words_KGPW: Tensor, grid_KG2W: Tensor, bias_O: Tensor | None) -> Tensor:
     """`cpu_forms.reduce_words`."""
-    x_TGNP, means_TG = cpu_forms.prescale_words(x_TI, scales_OG.shape[1])
-    y_TO = cpu_forms.reduce_words(words_OGP, scales_OG, zeros_OG, written(x_TGNP), written(means_TG))
+    x_CGPRN, means_CGR = cpu_forms.prescale_words(x_TI, grid_KG2W.shape[1])
+    y_TO = cpu_forms.reduce_words(words_KGPW, grid_KG2W, written(x_CGPRN), written(means_CGR)).narrow(0, 0, len(x_TI))
     return with_bias(y_TO, bias_O, x_TI.dtype)
 
 
@@ -217,7 +215,7 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     if form is many_rows_product:
         return Product(form, (words, grid, scale_like, bias_O))
     if form is words_product:
-        return Product(form, (words.view(torch.float32), *grid.unbind(-1), bias_O))
+        return Product(form, (words.view(torch.float32), grid, bias_O))
     if form is expand_product:
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
     if form is dot_product:

@@ -227,8 +227,10 @@ def test_fused_layers_share_one_memory(in_planes, device):
     layers = [QuantLinear.from_quantized(random_quantized(outputs, 256, 64, outputs)).to(device) for outputs in (32, 8)]
     x_TI = torch.randn(3, 256, device=device)
     apart = torch.cat([layer.prepare()(x_TI) for layer in layers], -1)
-    words, grid = kernel.fuse(layers)
-    assert len(words) == len(grid) == 40
+    joined = kernel.fuse(layers)
+    words, grid = joined
+    assert joined.outputs == 40
+    assert len(words) == len(grid)
     assert {layer.arranged.words.untyped_storage().data_ptr() for layer in layers} == {words.data_ptr()}
     assert kernel.fuse(layers).words.data_ptr() == words.data_ptr()
     assert torch.equal(torch.cat([layer(x_TI) for layer in layers], -1), apart)

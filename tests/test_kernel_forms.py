@@ -38,9 +38,10 @@ def planes_product(x_TI, quantized, parts=1):
 
 def words_product(x_TI, quantized):
     groups = quantized.scales_OG.shape[1]
-    words_OGP = arrange.sequential_words(quantized.codes_OI, groups).view(torch.float32)
-    x = cpu_forms.prescale_words(x_TI, groups)
-    return cpu_forms.reduce_words(words_OGP, quantized.scales_OG, quantized.zeros_OG, *x)
+    target = arrange.empty(*quantized.codes_OI.shape, quantized.codes_OI.shape[1] // groups, x_TI.device)
+    arrange.arrange(quantized, target)
+    x = cpu_forms.prescale_words(x_TI, target.grid.shape[1])
+    return cpu_forms.reduce_words(target.words.view(torch.float32), target.grid, *x)[: len(x_TI)]
 
 
 def dot_product(x_TI, quantized, splits=1, pieces=1):
@@ -120,14 +121,30 @@ def test_words_hold_every_code_and_give_it_back(outputs, groups, group_size, see
     assert code == codes_OI[output, group * group_size + 8 * word + nibble]
 
 
+# One to nine, and both sides of every number of rows at which a tile ends or a form begins.
+ROWS = (*range(1, 10), 16, 17, 31, 32, 33, 63, 64, 65, 128, 257)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, 384])
-@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+@pytest.mark.parametrize("rows", ROWS)
 def test_forms_stay_within_their_bounds(form, rows, group_size):
     product, bound = form
     quantized = random_quantized(24, 384, group_size)
     x_TI = random_rows(rows, 384)
     error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
     assert (error_TO <= bound(x_TI, quantized)).all()
+
+
+@pytest.mark.parametrize("outputs", [8, 24])
+def test_blocks_hold_every_code_and_give_it_back(outputs):
+    quantized = random_quantized(outputs, 256, 32)
+    target = arrange.empty(outputs, 256, 32, torch.device("cpu"))
+    arrange.arrange(quantized, target)
+    assert target.outputs == outputs
+    assert all(torch.equal(*pair) for pair in zip(arrange.restore(target, 32, torch.float16), quantized, strict=True))
+    output, group, word, nibble = outputs - 3, 5, 2, 7
+    code = (int(target.words[output // 8, group, word, output % 8]) >> 4 * nibble) & 15
+    assert code == quantized.codes_OI[output, 32 * group + 8 * word + nibble]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
