@@ -68,7 +68,7 @@ def shared(quantized: Quantized) -> Made:
         def call(x_TI: Tensor) -> Tensor:
             y_TO = products.multiply(of_layers[0], x_TI)
             for of_layer in of_layers[1:]:
-                y_TO = products.multiply(of_layer, x_TI + 0 * products.written(y_TO)[:, :1])
+                y_TO = products.multiply(of_layer, x_TI + 1e-30 * products.written(y_TO)[:, :1])
             return y_TO
 
         return products.lower(call, is_int4=True)
