@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import SHAPES, empty_model, float32_of, random_model
-from gpu_kernels import CUDA, DEVICE, gpu_turn, seconds_per_call
+from gpu_timing import CUDA, DEVICE, gpu_turn, seconds_per_call
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from miniawq import decode, forms, tiles

@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / ".whl/peers")]
 os.environ.setdefault("GPU_LOCK", tempfile.mkstemp(prefix="gpu-lock")[1])
-from gpu_kernels import CUDA, GROUP, L2_BYTES, SHAPES, Case, exact_weight, gpu_turn, seconds_per_call  # noqa: E402
+from gpu_timing import CUDA, GROUP, L2_BYTES, SHAPES, Case, exact_weight, gpu_turn, seconds_per_call  # noqa: E402
 
 from miniawq.packing import pack  # noqa: E402
 
