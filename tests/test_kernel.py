@@ -232,8 +232,8 @@ def test_fused_layers_share_one_memory(in_planes, device):
     assert joined.outputs == 40
     assert len(words) == len(grid)
     assert {layer.arranged.words.untyped_storage().data_ptr() for layer in layers} == {words.data_ptr()}
-    assert kernel.fuse(layers).words.data_ptr() == words.data_ptr()
     assert all(torch.equal(layer(x_TI), alone) for layer, alone in zip(layers, apart, strict=True))
+    assert kernel.fuse(layers).words.data_ptr() == words.data_ptr()
 
 
 def test_moving_a_prepared_layer_arranges_it_again(in_planes, device):
