@@ -226,14 +226,14 @@ def test_preparing_keeps_no_second_copy(device):
 def test_fused_layers_share_one_memory(in_planes, device):
     layers = [QuantLinear.from_quantized(random_quantized(outputs, 256, 64, outputs)).to(device) for outputs in (32, 8)]
     x_TI = torch.randn(3, 256, device=device)
-    apart = torch.cat([layer.prepare()(x_TI) for layer in layers], -1)
+    apart = [layer.prepare()(x_TI) for layer in layers]
     joined = kernel.fuse(layers)
     words, grid = joined
     assert joined.outputs == 40
     assert len(words) == len(grid)
     assert {layer.arranged.words.untyped_storage().data_ptr() for layer in layers} == {words.data_ptr()}
+    assert all(torch.equal(layer(x_TI), alone) for layer, alone in zip(layers, apart, strict=True))
     assert kernel.fuse(layers).words.data_ptr() == words.data_ptr()
-    assert torch.equal(torch.cat([layer(x_TI) for layer in layers], -1), apart)
 
 
 def test_moving_a_prepared_layer_arranges_it_again(in_planes, device):
