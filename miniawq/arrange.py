@@ -74,6 +74,11 @@ def unpack_grid(grid_OG: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
     return grid_OG.to(torch.int16).view(scale_dtype).float(), (grid_OG & -(1 << 16)).view(torch.float32)
 
 
+def zeros_of(offsets: Tensor) -> Tensor:
+    """The zeros of which `pack_grid` has made offsets."""
+    return -(2.0**7) - offsets
+
+
 def group_as_arranged(group_size: int) -> int:
     """Inputs of one group in memory."""
     return LARGEST_GROUP if group_size % LARGEST_GROUP == 0 else group_size
@@ -137,7 +142,7 @@ def scales_and_zeros(arranged: Arranged, scale_dtype: torch.dtype) -> tuple[Tens
     """scales_OG and zeros_OG in float32."""
     if arranged.in_planes:
         scales_OG, offsets_OG = unpack_grid(arranged.grid, scale_dtype)
-        return scales_OG, -(2.0**7) - offsets_OG
+        return scales_OG, zeros_of(offsets_OG)
     scales_OG, zeros_OG = out_of_blocks(arranged.grid).unbind(-1)
     return scales_OG, zeros_OG
 

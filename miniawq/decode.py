@@ -101,19 +101,26 @@ def _norms_of_heads(attn: Any) -> Tensor | None:
 def before_attention(
     config: LlamaConfig, layer: Layer, h_BD: Tensor, rope: Rope, position_1: Tensor, cache_SJE: Tensor
 ) -> None:
-    """The queries, keys and values of the residual stream, into their slots of the layer's cache (`parts_of`).
+    """The queries, keys and values of the residual stream, into their slots of the layer's cache (`parts_of`)."""
+    qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps))
+    rotate_into_cache(config, layer.qk_norm_KE, qkv_BO, rope, position_1, cache_SJE)
+
+
+def rotate_into_cache(
+    config: LlamaConfig, qk_norm_KE: Tensor | None, qkv_BO: Tensor, rope: Rope, position_1: Tensor, cache_SJE: Tensor
+) -> None:
+    """What the product of q, k and v has made, with queries and keys normed and rotated, into its slots.
 
     In one memory, because Inductor writes two tensors by two kernels.
     """
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps))
     qk_BKE, v_BJE = qkv_BO.unflatten(-1, (-1, size)).split((heads + kv_heads, kv_heads), dim=1)
-    if layer.qk_norm_KE is not None:
+    if qk_norm_KE is not None:
         # One weight for each head, which the library's norm does not take.
-        qk_BKE = written(layer.qk_norm_KE * torch.nn.functional.rms_norm(qk_BKE, (size,), eps=config.rms_norm_eps))
+        qk_BKE = written(qk_norm_KE * torch.nn.functional.rms_norm(qk_BKE, (size,), eps=config.rms_norm_eps))
     q_BHE, k_BJE = apply_rope(qk_BKE, rope).split((heads, kv_heads), dim=1)
     new_NJE = torch.cat((q_BHE.reshape(-1, kv_heads, size), k_BJE, v_BJE))
-    rows, slot_N = len(h_BD), torch.arange(len(new_NJE), device=h_BD.device)
+    rows, slot_N = len(qkv_BO), torch.arange(len(new_NJE), device=qkv_BO.device)
     of_queries = len(new_NJE) - 2 * rows
     room = (len(cache_SJE) - of_queries) // (2 * rows)
     behind_N = of_queries + (slot_N - of_queries) * room + position_1

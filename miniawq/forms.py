@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniawq.arrange import pack_grid, sequential_words, unpack_grid
+from miniawq.arrange import pack_grid, sequential_words, unpack_grid, zeros_of
 from miniawq.compiling import Arguments, Choose, Compiled
 from miniawq.packing import CODES_PER_WORD
 from miniawq.tiles import block_sizes, columns_for, splits_for
@@ -105,7 +105,7 @@ def reduce_planes(
             for row, (sum_OVG, x_VG) in enumerate(zip(rows_OVG, x_TVG.unbind(), strict=True)):
                 rows_OVG[row] = sum_OVG + codes_OVG * x_VG
     scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
-    zeros_O1G = -(2.0**7) - offsets_O1G
+    zeros_O1G = zeros_of(offsets_O1G)
     power = 2.0 ** (149 - PRESCALE)
     if not keeps_subnormals:
         sums_TVG, power = sums_TVG * power, 1.0

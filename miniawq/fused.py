@@ -12,7 +12,7 @@ from torch import Tensor
 # On an H100 the kernels save 0.7 s of the searches for 0.86e9 weights, and compiling them takes 12 to 25 s.
 COMPILING_PAYS = 40e9
 
-log = logging.getLogger("miniawq.fused")
+log = logging.getLogger(__name__)
 _many = ContextVar("many weights are to be searched", default=False)
 
 

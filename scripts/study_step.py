@@ -31,23 +31,12 @@ from miniawq.attend import BLOCK, blocks_of, flash_attention, mask_of, spans_of
 from miniawq.decode import Layer, parts_of
 from miniawq.inductor import BlockSizes, V
 from miniawq.model import LlamaConfig, attention
-from miniawq.products import prescaled, reduce_product, written
-from miniawq.rope import apply_rope, rope_tables
+from miniawq.products import prescaled, reduce_product
+from miniawq.rope import rope_tables
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 L2_BYTES = 60e6
 WORST = 0.03 if CUDA else 1e-4
-
-
-def rotate_and_write(config, qkv_BO, rope, position_1, cache_SJE):
-    """`decode.before_attention` behind its product."""
-    heads, kv, rows = config.num_attention_heads, config.num_key_value_heads, len(qkv_BO)
-    qk_BKE, v_BJE = qkv_BO.unflatten(-1, (-1, config.head_dim)).split((heads + kv, kv), dim=1)
-    q_BHE, k_BJE = apply_rope(qk_BKE, rope).split((heads, kv), dim=1)
-    new_NJE = torch.cat((q_BHE.reshape(-1, kv, config.head_dim), k_BJE, v_BJE))
-    of_q, slot_N = len(new_NJE) - 2 * rows, torch.arange(len(new_NJE), device=qkv_BO.device)
-    behind_N = of_q + (slot_N - of_q) * ((len(cache_SJE) - of_q) // (2 * rows)) + position_1
-    cache_SJE.index_copy_(0, torch.where(slot_N < of_q, slot_N, behind_N), new_NJE)
 
 
 def flex(q_BHE, keys_BMJE, values_BMJE, blocks, parts, block):
@@ -77,13 +66,13 @@ def consume(o, attended_BHE):
     if o.form is reduce_product:
         return prescaled(x_TI, o.tensors[0], o.tensors[3])
     if CUDA:
-        return (written(forms.spread(x_TI, o.tensors[1].shape[1])),)
+        return (forms.written(forms.spread(x_TI, o.tensors[1].shape[1])),)
     return (x_TI.contiguous(),)
 
 
 def middle(config, o, rope, position_1, qkv_BO, cache_SJE, blocks, parts, block):
     """A layer without its products."""
-    rotate_and_write(config, qkv_BO, rope, position_1, cache_SJE)
+    decode.rotate_into_cache(config, None, qkv_BO, rope, position_1, cache_SJE)
     return consume(o, flex(*parts_of(config, len(qkv_BO), cache_SJE), blocks, parts, block))[0]
 
 
@@ -152,7 +141,7 @@ class Case:
 
     def exact_middle(self):
         cache_SJE = self.caches[0]
-        rotate_and_write(self.config, self.qkvs[0], self.rope, self.position_1, cache_SJE)
+        decode.rotate_into_cache(self.config, None, self.qkvs[0], self.rope, self.position_1, cache_SJE)
         q_BHE = parts_of(self.config, self.rows, cache_SJE)[0]
         return consume(self.layers[0].o[0], self.exact_attention(q_BHE, cache_SJE).to(DTYPE))[0]
 
@@ -261,10 +250,10 @@ def work(shape, rows, contexts, seconds, out):
     cases = {context: Case(config, rows, context, layers, blocks) for context in contexts}
     if CUDA:
         torch.cuda.empty_cache()
-    tiles = [(8, 64), (16, 64), (32, 64)] if rows == 1 else [(4, 64), (8, 64), (16, 64)]
+    flex_tiles = [(8, 64), (16, 64), (32, 64)] if rows == 1 else [(4, 64), (8, 64), (16, 64)]
     ways = [("flash", ""), ("blocks", ""), ("blocks", "small"), ("blocks", "all")]
     built = []
-    for way in ways + tiles:
+    for way in ways + flex_tiles:
         for context, case in cases.items():
             if left() < seconds * 0.35:
                 continue
