@@ -187,16 +187,6 @@ def magic_exponents(device: torch.device, outputs: int) -> Tensor:
     return bits.unsqueeze(1).repeat(1, outputs)
 
 
-@cache
-def piece_shifts(device: torch.device, outputs: int, pieces: int) -> Tensor:
-    """How far right each piece of a word is shifted to begin at bit 0, for each output, int32 [Q, O].
-
-    A tensor for the reason of `magic_exponents`.
-    """
-    shifts_Q = torch.arange(0, 32, 32 // pieces, dtype=torch.int32, device=device)
-    return shifts_Q.unsqueeze(1).repeat(1, outputs)
-
-
 def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
     """The activations in the order of the words, for a weight that `expand` has written: [T, (P, G, N)]."""
     x_TGPN = x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD))

@@ -10,8 +10,8 @@ Those of a CPU are in `cpu_forms.py`.
 A form is a pure function of tensors, arranged as in `arrange.py`, to be called inside a larger compiled function;
 `compiled` compiles it alone.
 
-Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, Q pieces of
-a word, K programs that share a sum (splits of the planes times pieces).
+Shapes: O outputs, I inputs, G groups, P planes (S / 8), N nibbles (8), J = P G words of one output, T rows, K
+programs that share a sum (splits of the planes).
 """
 
 import logging
@@ -144,7 +144,7 @@ def dot_planes(
     scale_dtype: torch.dtype,
     x_NTJ: Tensor,
     exponents_2O: Tensor,
-    shifts_QO: Tensor,
+    bias_O: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """y [T, O] for 4 to 128 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
@@ -152,38 +152,43 @@ def dot_planes(
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
-    Every product has sums of its own, and those of many rows fill a thread's registers. So Q programs then share the
-    nibbles of a word: each shifts its own to the lowest bits (`shifts_QO`) and multiplies 8 / Q of them.
+    The bias is added before the sums are rounded to the dtype of x.
     """
-    pieces = len(shifts_QO)
-    splits = splits or splits_for(pieces * words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
+    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
     exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
-    if pieces > 1:
-        words_KOPG = (words_KOPG.unsqueeze(1) >> shifts_QO.unsqueeze(-1).unsqueeze(-1)).flatten(0, 1)
-    nibbles = CODES_PER_WORD // pieces
-    x_NSQTJ = x_NTJ.unflatten(2, (splits, -1)).unflatten(0, (pieces, nibbles)).permute(1, 3, 0, 2, 4)
     scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
     offsets_16 = offsets_O1G * scales_O1G
     offsets_12 = offsets_16 - scales_O1G * (2.0**11 - 2.0**7)
-    y_KOT: Any = 0.0
-    for (shift, place), x_SQTJ in zip(MAGIC_PLACES, x_NSQTJ.unbind(), strict=False):
+    weights_KOJ = []
+    for shift, place in MAGIC_PLACES:
         exponents, offsets = (exponents_12, offsets_12) if place == 12 else (exponents_16, offsets_16)
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
         magic_KOPG = (shifted_KOPG & (15 << place)) | exponents
         weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + offsets
-        weight_KOJ = weight_KOPG.to(x_NTJ.dtype).flatten(2)
-        x_KTJ = x_SQTJ.flatten(0, 1)
-        if splits * pieces == 1:
-            product_KOT = torch.mm(weight_KOJ.squeeze(0), x_KTJ.squeeze(0).t()).unsqueeze(0)
-        else:
-            product_KOT = torch.bmm(weight_KOJ, x_KTJ.mT)
-        y_KOT = y_KOT + product_KOT
-    if splits * pieces == 1:
-        return written(y_KOT.squeeze(0)).t()
-    # In float32, as they are in registers; and summed into rows, which is how they are read.
-    y_TO = written(y_KOT.float()).sum(0).to(x_NTJ.dtype).t()
-    return written(y_TO.flatten().unflatten(0, y_TO.shape))
+        weights_KOJ.append(weight_KOPG.to(x_NTJ.dtype).flatten(2))
+    x_KJT = list(x_NTJ.unflatten(2, (splits, -1)).permute(0, 2, 3, 1))
+    y_KOT = sum_of_products(weights_KOJ, x_KJT)
+    y_OT = y_KOT.squeeze(0) if splits == 1 else written(y_KOT).sum(0)
+    y_OT = (y_OT if bias_O is None else y_OT + bias_O.unsqueeze(1)).to(x_NTJ.dtype)
+    # Sums are written as rows, which is how they are read.
+    return written(y_OT).t() if splits == 1 else written(y_OT.t().flatten().unflatten(0, y_OT.t().shape))
+
+
+@torch.library.custom_op("miniawq::sum_of_products", mutates_args=())
+def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """The sum, in float32, of several matrix products.
+
+    An operation of its own, because Inductor gives each product in a sum an accumulator, and eight times those of many
+    rows do not fit a thread's registers. `inductor.py` has it share one.
+    """
+    return sum((left.float() @ right.float() for left, right in zip(lefts, rights, strict=True)), torch.zeros(()))
+
+
+@sum_of_products.register_fake
+def _(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    shape = (*lefts[0].shape[:-1], rights[0].shape[-1])
+    return lefts[0].new_empty(shape, dtype=torch.float32)
 
 
 def written(x: Tensor) -> Tensor:

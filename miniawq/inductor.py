@@ -1,15 +1,21 @@
 """Inductor, asked for kernels. Importing this file imports it, which takes seconds: those who compile do it late."""
 
+import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 import torch._inductor
 from torch._inductor.choices import InductorChoices
-from torch._inductor.codegen.triton import FixedTritonConfig
-from torch._inductor.virtualized import V
+from torch._inductor.codegen.triton import FixedTritonConfig, TritonKernel, TritonScheduling
+from torch._inductor.ir import Pointwise
+from torch._inductor.lowering import make_reduction, register_lowering
+from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+import miniawq.forms  # noqa: F401, defines the operation that is lowered here
 
 __all__ = ["BlockSizes", "V", "lowered"]
 
@@ -55,6 +61,58 @@ class BlockSizes(InductorChoices):
         return not is_norm or all(read.stride1_for_last_dim() for read in node1.read_writes.reads)
 
 
+class MatrixKernel(TritonKernel):
+    """Inductor's kernels, those of products `with_matrices` where `BlockSizes` are chosen."""
+
+    def codegen_kernel(self, name: str | None = None) -> str:
+        """The whole source of a kernel."""
+        source = super().codegen_kernel(name)
+        return with_matrices(source) if self.is_native_matmul and isinstance(V.choices, BlockSizes) else source
+
+
+TritonScheduling.kernel_type = MatrixKernel
+
+# Inductor's dimensions, counted from the last: sums, columns, rows.
+INTO_TWO_DIMENSIONS = (
+    (re.compile(r"\[(?:None, )*:, None, None\]"), "[:, None]"),
+    (re.compile(r"\[(?:None, )+:, None\]|\[(?:None, )+:\]"), "[None, :]"),
+    (re.compile(r"\[1(?:, 1)+\]"), "[1, 1]"),
+    (re.compile(r"\[(?:None,)?:,:,None\]"), ""),
+)
+ACCUMULATOR = re.compile(r"(_tmp\d+) = tl\.full\((\[.*?\])")
+COLUMNS = re.compile(r"\bx(?:index|mask|\d+)\b")
+LOOP = re.compile(r"    for r0_offset in .*\n(?:        .*\n|\n)+")
+
+
+def with_matrices(source: str) -> str:
+    """The source of a kernel of products, with operands that are matrices, and sums that stay in the accumulator.
+
+    Inductor loads operands with a dimension for each of the result's, [Y, 1, R] and [1, X, R], and reshapes them before
+    the product. Then Triton does not know how the tensor cores read a tile, and lays it into shared memory row by row:
+    eight rows of 32 words begin in the same bank. It also adds the products of a step to the accumulator afterwards,
+    where they might have begun with it. A source that looks different stays as it is, which is right and slower.
+    """
+    flat = source
+    for pattern, replacement in INTO_TWO_DIMENSIONS:
+        flat = pattern.sub(replacement, flat)
+    loops = list(LOOP.finditer(flat))
+    if len(loops) != 1:
+        return source
+    head, loop, tail = flat[: loops[0].start()], loops[0][0], flat[loops[0].end() :]
+    columns = [line for line in head.splitlines(keepends=True) if COLUMNS.search(line)]
+    accumulators = ACCUMULATOR.findall(head)
+    if len(accumulators) != 1 or not all(COLUMNS.match(line.strip()) for line in columns):
+        return source
+    ((accumulator, shape),) = accumulators
+    loop, begun = re.subn(r"(tl\.dot\(tmp\d+, tmp\d+)", rf"\1, {accumulator}", loop, count=1)
+    loop, kept = re.subn(rf"(= ){accumulator} \+ (tmp\d+)", r"\1\2", loop)
+    if shape != "[YBLOCK, XBLOCK]" or begun != 1 or kept != 1:
+        return source
+    # The right operand's tile has the columns as its rows.
+    renamed = (COLUMNS.sub(r"\g<0>_R", line.replace("[None, :]", "[:, None]")) for line in columns)
+    return "".join([head, *renamed, COLUMNS.sub(r"\g<0>_R", loop), tail])
+
+
 def lowered(
     function: Callable[..., Any],
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
@@ -66,3 +124,24 @@ def lowered(
         examples: list[Any] = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
         graph = make_fx(function)(*examples)
     return torch._inductor.compile(graph, examples, options)
+
+
+@register_lowering(torch.ops.miniawq.sum_of_products.default, type_promotion_kind=None)
+def lowered_sum_of_products(lefts: Sequence[Any], rights: Sequence[Any]) -> Any:
+    """As Inductor lowers one product, by its operation `dot` and a reduction of those; here of the sum of several."""
+    (*sizes, summands), dtype = lefts[0].get_size(), lefts[0].get_dtype()
+    loaders = [(left.make_loader(), right.make_loader()) for left, right in zip(lefts, rights, strict=True)]
+
+    def products(index: Sequence[Any]) -> Any:
+        *batch, row, summand, column = index
+        for load_left, load_right in loaders:
+            operands = load_left([*batch, row, summand]), load_right([*batch, summand, column])
+            yield ops.dot(*(ops.to_dtype(operand, dtype, use_compute_types=False) for operand in operands))
+
+    sums = Pointwise.create(
+        device=lefts[0].get_device(),
+        dtype=torch.float32,
+        inner_fn=lambda index: reduce(ops.add, products(index)),
+        ranges=[*sizes, summands, rights[0].get_size()[-1]],
+    )
+    return make_reduction("dot")(sums, len(sizes))

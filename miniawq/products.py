@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from miniawq import cpu_forms, forms, tiles
-from miniawq.arrange import Arranged, expand, in_storage_order, lay_together, magic_exponents, piece_shifts
+from miniawq.arrange import Arranged, expand, in_storage_order, lay_together, magic_exponents
 from miniawq.compiling import Arguments, Compiled
 from miniawq.forms import written
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
@@ -23,7 +23,7 @@ Form = Callable[..., Tensor]
 
 # Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log.md).
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
-MOST_ROWS_DOTTED = 128
+MOST_ROWS_DOTTED = 256
 MOST_ROWS_ON_CPU = 32
 
 
@@ -126,13 +126,12 @@ def dot_product(
     grid_OG: Tensor,
     scale_like: Tensor,
     exponents_2O: Tensor,
-    shifts_QO: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
     """`forms.dot_planes`."""
     x_NTJ = written(forms.spread(x_TI, grid_OG.shape[1]))
-    y_TO = forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O, shifts_QO)
-    return with_bias(y_TO.narrow(0, 0, len(x_TI)), bias_O, x_TI.dtype)
+    y_TO = forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O, bias_O)
+    return y_TO.narrow(0, 0, len(x_TI))
 
 
 def words_product(x_TI: Tensor, words_KGPW: Tensor, grid_KG2W: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -216,12 +215,8 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
         return Product(form, (words, grid, scale_like, bias_O))
     if form is words_product:
         return Product(form, (words.view(torch.float32), grid, bias_O))
-    if form is expand_product:
+    if form in (dot_product, expand_product):
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
-    if form is dot_product:
-        exponents_2O = magic_exponents(words.device, len(words))
-        shifts_QO = piece_shifts(words.device, len(words), tiles.DOT_TILES[tiles.columns_for(rows)].pieces)
-        return Product(form, (words, grid, scale_like, exponents_2O, shifts_QO, bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)
     planes_OVG = forms.planes(words, tiles.parts_for(words.shape[2], words.shape[1], rows))

@@ -18,22 +18,21 @@ OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
 
 
 class DotTile(NamedTuple):
-    """What a program of `dot_planes` takes: outputs, words, stages of its loads, and one of `pieces` of every word."""
+    """The outputs of a program of `dot_planes`, and how many programs are enough for a GPU."""
 
     outputs: int
-    words: int
-    stages: int
-    pieces: int = 1
+    programs: int
 
 
-# For the rows of a program.
+# For the rows of a program. All take 32 words at a time, and load the next ones meanwhile.
 DOT_TILES = {
-    8: DotTile(64, 64, 2),
-    16: DotTile(32, 32, 3),
-    32: DotTile(64, 16, 3),
-    64: DotTile(64, 32, 3, pieces=2),
-    128: DotTile(64, 32, 3, pieces=4),
+    8: DotTile(32, 512),
+    16: DotTile(32, 512),
+    32: DotTile(64, 192),
+    64: DotTile(128, 96),
+    128: DotTile(64, 96),
 }
+WORDS_AT_ONCE, STAGES = 32, 3
 
 
 def columns_for(rows: int) -> int:
@@ -50,10 +49,10 @@ def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
     return parts
 
 
-def splits_for(outputs: int, planes: int, columns: int) -> int:
-    """In how many parts `dot_planes` sums: as few as give every multiprocessor about two programs of 64 outputs."""
-    splits = 1
-    while splits * outputs < 64 * (256 if columns == 8 else 192) and planes % (2 * splits) == 0:
+def splits_for(outputs: int, planes: int, rows: int) -> int:
+    """In how many parts `dot_planes` sums: as few as are enough programs."""
+    tile, splits = DOT_TILES[columns_for(rows)], 1
+    while splits * outputs < tile.programs * tile.outputs and planes % (2 * splits) == 0:
         splits *= 2
     return splits
 
@@ -82,11 +81,11 @@ def planes_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
 
 
 def dot_tile(sizes: dict[str, int]) -> dict[str, int]:
-    """For `dot_planes`: 16 outputs a warp, and as many words as leave room in its registers."""
+    """For `dot_planes`: 16 outputs a warp."""
     columns = min(sizes["x"], max(DOT_TILES))
-    outputs, words, stages, _ = DOT_TILES[columns]
-    tile = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": words, "num_warps": outputs // 16, "num_stages": stages}
-    return tile | ({"ZBLOCK": 1} if "z" in sizes else {})
+    outputs = DOT_TILES[columns].outputs
+    blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": WORDS_AT_ONCE}
+    return blocks | {"num_warps": outputs // 16, "num_stages": STAGES} | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 
 def sum_tile(summands: int) -> dict[str, int]:

@@ -83,18 +83,15 @@ def planes_job(case, rows, parts, blocks, way="chosen"):
     return compiled(function, blocks, way), sets, lambda y_TO: y_TO
 
 
-def dot_job(case, rows, blocks, splits, pieces):
-    pieces = pieces or tiles.DOT_TILES[tiles.columns_for(rows)].pieces
-    if blocks and (splits > 1 or pieces > 1):
+def dot_job(case, rows, blocks, splits):
+    if blocks and splits > 1:
         blocks = blocks | {"ZBLOCK": 1}
 
-    def function(words_OPG, grid_OG, x_NTJ, exponents_2O, shifts_QO):
-        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, shifts_QO, splits)
+    def function(words_OPG, grid_OG, x_NTJ, exponents_2O):
+        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, splits=splits)
 
-    x_TI = repeated(case.x_TI, rows)
     outputs, groups = case.weights[0][1].shape
-    exponents_2O, shifts_QO = arrange.magic_exponents(DEVICE, outputs), arrange.piece_shifts(DEVICE, outputs, pieces)
-    x = forms.spread(x_TI, groups), exponents_2O, shifts_QO
+    x = forms.spread(repeated(case.x_TI, rows), groups), arrange.magic_exponents(DEVICE, outputs)
     return compiled(function, blocks), [(*weight, *x) for weight in case.weights], lambda y_TO: y_TO[:rows]
 
 
@@ -192,8 +189,8 @@ def sweep():
             for parts, tile in plane_tiles(rows, groups, outputs):
                 yield planes(shape, rows, parts, blocks=blocks(*tile))
         for rows, several in DOT_TILES.items() if shape in DOTTED else ():
-            for (*tile, pieces), splits in itertools.product(several, DOTTED[shape]):
-                yield dot(shape, rows, blocks(*tile), splits, pieces)
+            for tile, splits in itertools.product(several, DOTTED[shape]):
+                yield dot(shape, rows, blocks(*tile), splits)
         for rows in (0, 256, 2048) if shape in ("8b.o", "8b.down", "8b.gate_up", "70b.down") else ():
             yield {"shape": shape, "kind": "expand", "arguments": {"rows": rows}}
 
@@ -230,9 +227,8 @@ def planes(shape, rows, parts, blocks=None, way="chosen"):
     return {"shape": shape, "kind": "planes", "arguments": arguments}
 
 
-def dot(shape, rows, blocks=None, splits=None, pieces=None):
-    arguments = {"rows": rows, "blocks": blocks, "splits": splits, "pieces": pieces}
-    return {"shape": shape, "kind": "dot", "arguments": arguments}
+def dot(shape, rows, blocks=None, splits=None):
+    return {"shape": shape, "kind": "dot", "arguments": {"rows": rows, "blocks": blocks, "splits": splits}}
 
 
 def plane_tiles(rows, groups, outputs):
@@ -257,21 +253,23 @@ def plane_tiles(rows, groups, outputs):
                 yield parts, (tile[0], 0, parts * groups, *tile[3:])
 
 
-# XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps, stages, and the pieces of a word; DOTTED: splits of the sum.
+# XBLOCK (rows), YBLOCK (outputs), R0_BLOCK (words), warps and stages; DOTTED: splits of the sum.
 DOT_TILES = {
-    8: [(8, 32, 32, 2, 3, 1), (8, 64, 64, 4, 2, 1), (8, 32, 64, 2, 2, 1), (8, 16, 64, 1, 2, 1)],
-    16: [(16, 32, 32, 2, 3, 1), (16, 32, 32, 2, 2, 1), (16, 64, 32, 4, 3, 1), (16, 32, 32, 2, 3, 2)],
-    32: [(32, 32, 16, 2, 3, 1), (32, 64, 16, 4, 3, 1), (32, 64, 16, 4, 3, 2), (32, 32, 32, 2, 3, 2)],
-    64: [(32, 64, 16, 4, 3, 1), (64, 64, 32, 4, 3, 2), (64, 64, 16, 4, 3, 2), (64, 64, 32, 4, 3, 4)],
-    128: [(64, 64, 32, 4, 3, 2), (128, 64, 32, 4, 3, 4), (128, 64, 16, 4, 3, 4)],
+    8: [(8, 32, 32, 2, 3), (8, 64, 32, 4, 3), (8, 32, 64, 2, 3)],
+    16: [(16, 32, 32, 2, 3), (16, 32, 32, 2, 4), (16, 64, 32, 4, 3)],
+    32: [(32, 64, 32, 4, 3), (32, 64, 32, 4, 2), (32, 128, 16, 8, 3)],
+    64: [(64, 128, 32, 8, 3), (64, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
+    128: [(128, 64, 32, 4, 3), (128, 128, 16, 8, 3)],
 }
 DOTTED = {
-    "8b.qkv": (2, 4, 8),
-    "8b.o": (2, 4, 8),
-    "8b.down": (2, 4, 8),
+    "8b.qkv": (1, 2, 4),
+    "8b.o": (2, 4),
+    "8b.down": (2, 4),
     "8b.gate_up": (1,),
     "70b.qkv": (1, 2),
+    "70b.o": (1, 2, 4),
     "70b.gate_up": (1,),
+    "70b.down": (1, 2, 4),
 }
 
 

@@ -111,7 +111,9 @@ def triton_sources(function, shapes):
 
 
 def assembled(name, source, blocks):
-    """Instructions of a thread, registers and bytes of stack (where registers are spilled) of one kernel."""
+    """Of one kernel, instructions of a thread, registers and bytes of stack (where registers are spilled), and how many
+    layouts of tiles in shared memory are row by row.
+    """
     signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", source)[1])
     source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton.jit", "@triton.jit", source, flags=re.S)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,11 +130,12 @@ def assembled(name, source, blocks):
         options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]}
         ast_source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(triton.compile(ast_source, target=TARGET, options=options).asm["cubin"])
+        compiled = triton.compile(ast_source, target=TARGET, options=options).asm
+        binary.write_bytes(compiled["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         text, usage = (subprocess.check_output([tool, kind, binary], text=True) for kind in ("-sass", "-res-usage"))
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return instructions_of_a_step(text), registers, stack
+    return instructions_of_a_step(text), registers, stack, compiled["ttgir"].count("maxPhase = 1, order")
 
 
 def instructions_of_a_step(text):
@@ -156,15 +159,14 @@ def count_layer(width, inner, rows):
     }
     common = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "vocab_size": 256, "num_hidden_layers": 1}
     config = LlamaConfig.from_dict(common | names)
-    pieces = tiles.DOT_TILES[tiles.columns_for(rows)].pieces
     shapes = [((rows, width), torch.bfloat16), ((rows, heads, 128), torch.bfloat16), ((width,), torch.bfloat16)]
     for outputs, inputs in ((width, width), (2 * inner, width), (width, inner)):
         groups = inputs // GROUP
         words = [((outputs, GROUP // 8, groups), torch.int32), ((outputs, groups), torch.int32)]
-        shapes += [*words, ((0,), torch.float16), ((2, outputs), torch.int32), ((pieces, outputs), torch.int32)]
+        shapes += [*words, ((0,), torch.float16), ((2, outputs), torch.int32)]
 
     def after(h_BD, attended_BHE, norm_D, *tensors):
-        o, gate_up, down = ((Product(dot_product, (*tensors[i : i + 5], None)),) for i in (0, 5, 10))
+        o, gate_up, down = ((Product(dot_product, (*tensors[i : i + 4], None)),) for i in (0, 4, 8))
         return after_attention(config, Layer(norm_D, (), None, o, norm_D, gate_up, down), h_BD, attended_BHE)
 
     with V.set_choices_handler(BlockSizes(tiles.block_sizes)):
@@ -184,8 +186,7 @@ def count(form, outputs, inputs, rows):
         shapes = [grid, *x, *[((outputs, parts, groups), torch.int32)] * steps]
         sources = lambda: triton_sources(lambda g, x, s, *w: forms.reduce_planes(w, g, half, x, s), shapes)  # noqa: E731
     else:
-        pieces = tiles.DOT_TILES[tiles.columns_for(rows)].pieces
-        x = [((8, rows, planes * groups), half), ((2, outputs), torch.int32), ((pieces, outputs), torch.int32)]
+        x = [((8, rows, planes * groups), half), ((2, outputs), torch.int32)]
         shapes = [((outputs, planes, groups), torch.int32), grid, *x]
         sources = lambda: triton_sources(lambda w, g, *x: forms.dot_planes(w, g, half, *x), shapes)  # noqa: E731
 
@@ -199,11 +200,11 @@ def count(form, outputs, inputs, rows):
         kernels = sources()
     (blocks,) = chosen
     name, source = max(kernels, key=lambda kernel: len(kernel[1]))
-    instructions, registers, stack = assembled(name, source, blocks)
+    instructions, registers, stack, row_by_row = assembled(name, source, blocks)
     words = blocks["R0_BLOCK"] * (blocks["XBLOCK"] * steps if form == "reduce" else blocks["YBLOCK"])
-    weights = 8 * words if form == "reduce" else 8 * words // pieces
-    per_weight = instructions * 32 * blocks["num_warps"] / weights
-    return {"kernels": len(kernels), "per_weight": round(per_weight, 2), "registers": registers, "stack": stack}
+    per_weight = instructions * 32 * blocks["num_warps"] / (8 * words)
+    counts = {"per_weight": round(per_weight, 2), "registers": registers, "stack": stack, "row_by_row": row_by_row}
+    return {"kernels": len(kernels)} | counts
 
 
 if __name__ == "__main__":

@@ -44,11 +44,10 @@ def words_product(x_TI, quantized):
     return cpu_forms.reduce_words(target.words.view(torch.float32), target.grid, *x)[: len(x_TI)]
 
 
-def dot_product(x_TI, quantized, splits=1, pieces=1):
+def dot_product(x_TI, quantized, splits=1):
     words_OPG, grid_OG = arranged(quantized)
     x_NTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
-    shifts_QO = arrange.piece_shifts(x_TI.device, len(words_OPG), pieces)
-    y_TO = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, shifts_QO, splits)
+    y_TO = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, splits=splits)
     return y_TO[: x_TI.shape[0]]
 
 
@@ -77,13 +76,13 @@ def reduction_bound(x_TI, quantized):
 def dot_bound(x_TI, quantized):
     """`dot_planes` rounds every weight, twice in float32 under an exponent of up to 2^11, once to the dtype of x.
 
-    The float32 roundings are off by 2^-24 of (2^11 + 30) scales each. The sum takes I float32 additions. Uncompiled,
-    the eight products and their seven sums are also rounded to the dtype.
+    The float32 roundings are off by 2^-24 of (2^11 + 30) scales each. The sum takes I float32 additions, and is rounded
+    to the dtype.
     """
     unit = torch.finfo(x_TI.dtype).eps / 2
     weight_TO = magnitude(x_TI, quantized, lambda code, zero, scale: (code - zero).abs() * scale)
     scale_TO = magnitude(x_TI, quantized, lambda code, zero, scale: scale)
-    sums = x_TI.shape[1] * FLOAT32 + 16 * unit
+    sums = x_TI.shape[1] * FLOAT32 + unit
     return (sums + unit) * weight_TO + 3 * (2**11 + 30) * FLOAT32 * scale_TO * (1 + sums)
 
 
@@ -99,8 +98,6 @@ PRODUCTS = {
     "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
     "words": (words_product, reduction_bound),
     "dot": (dot_product, dot_bound),
-    "dot in 2 pieces": (lambda x_TI, quantized: dot_product(x_TI, quantized, pieces=2), dot_bound),
-    "dot in 4 pieces and 2 splits": (lambda x_TI, quantized: dot_product(x_TI, quantized, 2, 4), dot_bound),
     "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
 }
 

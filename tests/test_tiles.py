@@ -58,6 +58,6 @@ def test_rows_take_the_narrowest_tile_that_holds_them():
 
 
 @given(st.integers(1, 1 << 17), st.integers(0, 4).map(lambda power: 3 << power), st.sampled_from(list(tiles.DOT_TILES)))
-def test_splits_are_parts_of_the_planes(outputs, planes, columns):
-    splits = tiles.splits_for(outputs, planes, columns)
+def test_splits_are_parts_of_the_planes(outputs, planes, rows):
+    splits = tiles.splits_for(outputs, planes, rows)
     assert planes % splits == 0
