@@ -102,7 +102,7 @@ def before_attention(
     config: LlamaConfig, layer: Layer, h_BD: Tensor, rope: Rope, position_1: Tensor, cache_SJE: Tensor
 ) -> None:
     """The queries, keys and values of the residual stream, into their slots of the layer's cache (`parts_of`)."""
-    qkv_BO = written(norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps))
+    qkv_BO = norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps)
     rotate_into_cache(config, layer.qk_norm_KE, qkv_BO, rope, position_1, cache_SJE)
 
 
@@ -139,7 +139,7 @@ def after_attention(config: LlamaConfig, layer: Layer, h_BD: Tensor, attended_BH
     """The residual stream behind the layer."""
     h_BD = written(h_BD + multiply(layer.o, attended_BHE.flatten(1)))
     gate_up_BF = norm_and_multiply(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
-    gate_BF, up_BF = written(gate_up_BF).chunk(2, dim=-1)
+    gate_BF, up_BF = gate_up_BF.chunk(2, dim=-1)
     return h_BD + multiply(layer.down, silu(gate_BF) * up_BF)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from miniawq.arrange import pack_grid, sequential_words, unpack_grid, zeros_of
 from miniawq.compiling import Arguments, Choose, Compiled
+from miniawq.operations import sum_of_products
 from miniawq.packing import CODES_PER_WORD
 from miniawq.tiles import block_sizes, columns_for, splits_for
 
@@ -168,31 +169,21 @@ def dot_planes(
         weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + offsets
         weights_KOJ.append(weight_KOPG.to(x_NTJ.dtype).flatten(2))
     x_KJT = list(x_NTJ.unflatten(2, (splits, -1)).permute(0, 2, 3, 1))
-    y_KOT = sum_of_products(weights_KOJ, x_KJT)
-    y_OT = y_KOT.squeeze(0) if splits == 1 else written(y_KOT).sum(0)
-    y_OT = (y_OT if bias_O is None else y_OT + bias_O.unsqueeze(1)).to(x_NTJ.dtype)
-    # Sums are written as rows, which is how they are read.
-    return written(y_OT).t() if splits == 1 else written(y_OT.t().flatten().unflatten(0, y_OT.t().shape))
+    y_KTO = sum_of_products(weights_KOJ, x_KJT).transpose(1, 2)
+    if splits == 1:
+        return written(with_bias(y_KTO.squeeze(0), bias_O, x_NTJ.dtype))
+    # Who reads them sums the parts.
+    return with_bias(written(y_KTO).sum(0), bias_O, x_NTJ.dtype)
 
 
-@torch.library.custom_op("miniawq::sum_of_products", mutates_args=())
-def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """The sum, in float32, of several matrix products.
-
-    An operation of its own, because Inductor gives each product in a sum an accumulator, and eight times those of many
-    rows do not fit a thread's registers. `inductor.py` has it share one.
-    """
-    return sum((left.float() @ right.float() for left, right in zip(lefts, rights, strict=True)), torch.zeros(()))
-
-
-@sum_of_products.register_fake
-def _(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    shape = (*lefts[0].shape[:-1], rights[0].shape[-1])
-    return lefts[0].new_empty(shape, dtype=torch.float32)
+def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The bias, if there is one, added before the one rounding to `dtype`."""
+    return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
 
 
 def written(x: Tensor) -> Tensor:
-    """x, which Inductor writes to memory as it is: without this it would compute it again for each who reads it."""
+    """x, which Inductor writes to memory, rows first: without this it would compute it again for each who reads it."""
+    x = x.flatten().unflatten(0, x.shape)
     return x.as_strided(x.shape, x.stride())
 
 

@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import miniawq.forms  # noqa: F401, defines the operation that is lowered here
+from miniawq.operations import SUM_OF_PRODUCTS
 
 __all__ = ["BlockSizes", "V", "lowered"]
 
@@ -48,17 +48,6 @@ class BlockSizes(InductorChoices):
         of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
         blocks = self.choose(kind, sizes={name: int(size) for name, size in sizes.items()}, sums=len(of_words))
         return kernel_kwargs | {"fixed_config": FixedTritonConfig(blocks), "override_persistent_reduction": False}
-
-    @staticmethod
-    def can_fuse_vertical(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
-        """The norm of a row is no part of a kernel that reads across rows.
-
-        Such a kernel has one program a row, and one that reads the columns of a product's sums reads whole sectors of
-        memory for each number. A kernel of its own has many, which share them.
-        """
-        on_gpu = node2.get_device().type == "cuda"
-        is_norm = on_gpu and node2.is_reduction() and node2.group[1][1] > MOST_SHORT_SUMMANDS
-        return not is_norm or all(read.stride1_for_last_dim() for read in node1.read_writes.reads)
 
 
 class MatrixKernel(TritonKernel):
@@ -126,22 +115,22 @@ def lowered(
     return torch._inductor.compile(graph, examples, options)
 
 
-@register_lowering(torch.ops.miniawq.sum_of_products.default, type_promotion_kind=None)
+@register_lowering(SUM_OF_PRODUCTS, type_promotion_kind=None)
 def lowered_sum_of_products(lefts: Sequence[Any], rights: Sequence[Any]) -> Any:
     """As Inductor lowers one product, by its operation `dot` and a reduction of those; here of the sum of several."""
     (*sizes, summands), dtype = lefts[0].get_size(), lefts[0].get_dtype()
     loaders = [(left.make_loader(), right.make_loader()) for left, right in zip(lefts, rights, strict=True)]
 
-    def products(index: Sequence[Any]) -> Any:
+    def value(index: Sequence[Any]) -> Any:
         *batch, row, summand, column = index
-        for load_left, load_right in loaders:
-            operands = load_left([*batch, row, summand]), load_right([*batch, summand, column])
-            yield ops.dot(*(ops.to_dtype(operand, dtype, use_compute_types=False) for operand in operands))
+        loaded = [(left([*batch, row, summand]), right([*batch, summand, column])) for left, right in loaders]
+        rounded = [[ops.to_dtype(x, dtype, use_compute_types=False) for x in operands] for operands in loaded]
+        return reduce(ops.add, (ops.dot(*operands) for operands in rounded))
 
     sums = Pointwise.create(
         device=lefts[0].get_device(),
         dtype=torch.float32,
-        inner_fn=lambda index: reduce(ops.add, products(index)),
+        inner_fn=value,
         ranges=[*sizes, summands, rights[0].get_size()[-1]],
     )
     return make_reduction("dot")(sums, len(sizes))

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from miniawq import cpu_forms, forms, tiles
 from miniawq.arrange import Arranged, expand, in_storage_order, lay_together, magic_exponents
 from miniawq.compiling import Arguments, Compiled
-from miniawq.forms import written
+from miniawq.forms import with_bias, written
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
 from miniawq.model import rms_norm
 from miniawq.packing import CODES_PER_WORD
@@ -74,12 +74,7 @@ def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor,
         squares_TO = written(squares_TG.sum(1, keepdim=True))
     y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
     y_TO = y_TO * torch.rsqrt(squares_TO / h_TI.shape[1] + eps)
-    return with_bias(y_TO, bias_O, norm_I.dtype)
-
-
-def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The bias, if there is one, added before the one rounding to `dtype`."""
-    return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
+    return written(with_bias(y_TO, bias_O, norm_I.dtype))
 
 
 def by_part(x_TI: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:

@@ -4,12 +4,13 @@
 has been seen to take one that is three times slower than the best (docs/log.md). It also takes most of the compiling.
 """
 
-from math import log2, prod
+from math import ceil, log2, prod
 from typing import NamedTuple
 
 SUMMANDS_OF_A_WARP = 128
 MOST_SUMMANDS_AT_ONCE = 4096
-PROGRAMS, FEWEST_ELEMENTS, MOST_ELEMENTS = 264, 128, 1024
+MULTIPROCESSORS = 132
+FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
 # parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
@@ -18,21 +19,16 @@ OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
 
 
 class DotTile(NamedTuple):
-    """The outputs of a program of `dot_planes`, and how many programs are enough for a GPU."""
+    """The outputs of a program of `dot_planes`, and how many programs fit a multiprocessor."""
 
     outputs: int
     programs: int
 
 
 # For the rows of a program. All take 32 words at a time, and load the next ones meanwhile.
-DOT_TILES = {
-    8: DotTile(32, 512),
-    16: DotTile(32, 512),
-    32: DotTile(64, 192),
-    64: DotTile(128, 96),
-    128: DotTile(64, 96),
-}
+DOT_TILES = {8: DotTile(32, 7), 16: DotTile(32, 7), 32: DotTile(64, 2), 64: DotTile(128, 1), 128: DotTile(64, 1)}
 WORDS_AT_ONCE, STAGES = 32, 3
+SPLITS, WORTH_MORE_SPLITS = (1, 2, 4), 1.2
 
 
 def columns_for(rows: int) -> int:
@@ -50,11 +46,20 @@ def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
 
 
 def splits_for(outputs: int, planes: int, rows: int) -> int:
-    """In how many parts `dot_planes` sums: as few as are enough programs."""
-    tile, splits = DOT_TILES[columns_for(rows)], 1
-    while splits * outputs < tile.programs * tile.outputs and planes % (2 * splits) == 0:
-        splits *= 2
-    return splits
+    """In how many parts `dot_planes` sums: as few as come within a fifth of the shortest time.
+
+    Programs that do not fit at once follow when the first have ended, so a time is a number of rounds, each as long as
+    one program's sum.
+    """
+    columns = columns_for(rows)
+    tile = DOT_TILES[columns]
+    programs = ceil(outputs / tile.outputs) * ceil(rows / columns)
+    times = {
+        splits: ceil(programs * splits / (MULTIPROCESSORS * tile.programs)) / splits
+        for splits in SPLITS
+        if planes % splits == 0
+    }
+    return next(splits for splits, time in times.items() if time <= WORTH_MORE_SPLITS * min(times.values()))
 
 
 def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
@@ -104,7 +109,7 @@ def sum_tile(summands: int) -> dict[str, int]:
 
 def pointwise_tile(sizes: dict[str, int]) -> dict[str, int]:
     """About two programs for each multiprocessor, of one to four warps; in two dimensions as square as they allow."""
-    wanted = power_of_two(prod(sizes.values()) // PROGRAMS)
+    wanted = power_of_two(prod(sizes.values()) // (2 * MULTIPROCESSORS))
     elements = min(MOST_ELEMENTS, max(FEWEST_ELEMENTS, wanted))
     tile: dict[str, int] = {}
     # The smallest dimension first, because what it does not use is left to the others.

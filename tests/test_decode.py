@@ -159,7 +159,7 @@ def test_the_greedy_choice_in_two_steps_is_that_of_sampling(vocab_size, device):
 
 
 @pytest.mark.parametrize(("rows", "groups", "form"), [
-    (2, 112, "reduce"), (3, 112, "dot"), (3, 64, "reduce"), (4, 32, "dot"), (128, 32, "dot"), (129, 32, "expand"),
+    (2, 112, "reduce"), (3, 112, "dot"), (3, 64, "reduce"), (4, 32, "dot"), (256, 32, "dot"), (257, 32, "expand"),
 ])  # fmt: skip
 def test_the_form_on_cuda_goes_by_rows_and_groups(rows, groups, form):
     assert products._form_for(torch.device("cuda"), rows, groups) is getattr(products, f"{form}_product")

@@ -24,7 +24,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the foundation up: a file imports only from files of earlier lines, and from those before it in its own.
 LADDER = """
     errors cli
-    packing arrange inductor tiles compiling forms cpu_forms kernel
+    packing arrange operations inductor tiles compiling forms cpu_forms kernel
     rope model
     fused rounding awq
     hub quant_config shards reading layouts checkpoint footprint

@@ -44,10 +44,10 @@ def words_product(x_TI, quantized):
     return cpu_forms.reduce_words(target.words.view(torch.float32), target.grid, *x)[: len(x_TI)]
 
 
-def dot_product(x_TI, quantized, splits=1):
+def dot_product(x_TI, quantized, splits=1, bias_O=None):
     words_OPG, grid_OG = arranged(quantized)
     x_NTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
-    y_TO = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, splits=splits)
+    y_TO = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, bias_O, splits)
     return y_TO[: x_TI.shape[0]]
 
 
@@ -151,6 +151,16 @@ def test_half_precision_dots_stay_within_their_bound(dtype, rows):
     x_TI = random_rows(rows, 512, dtype)
     error_TO = (dot_product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
     assert (error_TO <= dot_bound(x_TI, quantized)).all()
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_bias_is_added_before_dots_are_rounded(splits):
+    """So it may take away what was rounded, and leave the rest."""
+    quantized, x_TI = random_quantized(24, 512, 128), random_rows(4, 512, torch.bfloat16)
+    y_TO = dot_product(x_TI, quantized, splits)
+    rest_O = dot_product(x_TI, quantized, splits, -y_TO[0].float())[0]
+    assert (rest_O != 0).all()
+    assert (rest_O.abs() <= 2**-8 * y_TO[0].abs()).all()
 
 
 @pytest.mark.parametrize("wrong", ["code", "zero", "scale", "activation"])

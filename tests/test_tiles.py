@@ -61,3 +61,11 @@ def test_rows_take_the_narrowest_tile_that_holds_them():
 def test_splits_are_parts_of_the_planes(outputs, planes, rows):
     splits = tiles.splits_for(outputs, planes, rows)
     assert planes % splits == 0
+
+
+@pytest.mark.parametrize(("outputs", "rows", "splits"), [
+    (28672, 16, 1), (6144, 16, 4), (4096, 16, 4), (28672, 64, 1), (6144, 64, 2), (4096, 64, 4),
+    (4096, 128, 2), (4096, 256, 1),
+])  # fmt: skip
+def test_splits_are_as_many_as_keep_a_gpu_busy(outputs, rows, splits):
+    assert tiles.splits_for(outputs, 16, rows) == splits
