@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 # Keys of a block of FlexAttention's table, which is one step of its kernel.
 BLOCK = 64
-# The keys of a row are read in parts, each by one program for every key head. One row needs more of them to keep an
-# H100 busy, but each part is a load more for every thread that sums them.
-WANTED_PROGRAMS, FEWEST_PARTS, MOST_PARTS = 128, 8, 16
+# The keys of a row are read in parts, each by one program for every key head. An H100 wants about 512 programs, but a
+# part is a load more for every thread that sums them, so only those that it cannot do without may be more than 8.
+WANTED_PROGRAMS, NEEDED_PROGRAMS, FEWEST_PARTS, MANY_PARTS, MOST_PARTS = 512, 128, 2, 8, 16
 # For Inductor, which makes a longer sum a kernel of its own.
 SUM_PARTS_WHERE_READ = {"unroll_reductions_threshold": MOST_PARTS + 1}
 
@@ -89,12 +89,18 @@ def block_attention(q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, block
         seq_lengths=(1, room),
         compute_q_blocks=False,
     )
-    parts = min(MOST_PARTS, max(FEWEST_PARTS, WANTED_PROGRAMS // (rows * kv_heads)))
+    parts = parts_for(rows * kv_heads)
     options: Any = {"SPLIT_KV": parts, "BLOCK_N": BLOCK, "num_warps": 4, "BLOCKS_ARE_CONTIGUOUS": True}
     q_BHLE, keys_BJME, values_BJME = q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2)
     return flex_attention(
         q_BHLE, keys_BJME, values_BJME, block_mask=mask, enable_gqa=True, kernel_options=options
     ).squeeze(2)
+
+
+def parts_for(programs: int) -> int:
+    """In how many parts keys are read, with so many programs for each part."""
+    wanted = max(NEEDED_PROGRAMS // programs, min(MANY_PARTS, WANTED_PROGRAMS // programs))
+    return min(MOST_PARTS, max(FEWEST_PARTS, wanted))
 
 
 class Spans(NamedTuple):

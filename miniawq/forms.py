@@ -2,7 +2,7 @@
 
     rows      form                                                       where
     1..3      `reduce_planes`: multiply and sum, float32                 CUDA
-    4..128    `dot_planes`: eight tensor-core products, one a nibble     CUDA
+    4..256    `dot_planes`: eight tensor-core products, one a nibble     CUDA
     more      `arrange.expand`, then the library's matmul                CUDA
 
 Those of a CPU are in `cpu_forms.py`.
@@ -148,14 +148,14 @@ def dot_planes(
     bias_O: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """y [T, O] for 4 to 128 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
+    """y [T, O] for 4 to 256 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
 
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
     The bias is added before the sums are rounded to the dtype of x.
     """
-    splits = splits or splits_for(words_OPG.shape[0], words_OPG.shape[1], x_NTJ.shape[1])
+    splits = splits or splits_for(words_OPG.shape, x_NTJ.shape[1])
     exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
     scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)

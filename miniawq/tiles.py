@@ -4,6 +4,7 @@
 has been seen to take one that is three times slower than the best (docs/log.md). It also takes most of the compiling.
 """
 
+from collections.abc import Sequence
 from math import ceil, log2, prod
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class DotTile(NamedTuple):
 # For the rows of a program. All take 32 words at a time, and load the next ones meanwhile.
 DOT_TILES = {8: DotTile(32, 7), 16: DotTile(32, 7), 32: DotTile(64, 2), 64: DotTile(128, 1), 128: DotTile(64, 1)}
 WORDS_AT_ONCE, STAGES = 32, 3
-SPLITS, WORTH_MORE_SPLITS = (1, 2, 4), 1.2
+SPLITS, SUMMING, WORTH_MORE_SPLITS = (1, 2, 4), 5e-5, 1.2
 
 
 def columns_for(rows: int) -> int:
@@ -45,17 +46,19 @@ def parts_for(groups: int, planes: int, rows: int | None = None) -> int:
     return parts
 
 
-def splits_for(outputs: int, planes: int, rows: int) -> int:
+def splits_for(shape_OPG: Sequence[int], rows: int) -> int:
     """In how many parts `dot_planes` sums: as few as come within a fifth of the shortest time.
 
     Programs that do not fit at once follow when the first have ended, so a time is a number of rounds, each as long as
-    one program's sum.
+    the sum of one program. Writing the sums of parts and reading them again takes its share of a round.
     """
+    outputs, planes, groups = shape_OPG
     columns = columns_for(rows)
     tile = DOT_TILES[columns]
     programs = ceil(outputs / tile.outputs) * ceil(rows / columns)
+    summing = SUMMING * rows * outputs / (planes * groups)
     times = {
-        splits: ceil(programs * splits / (MULTIPROCESSORS * tile.programs)) / splits
+        splits: ceil(programs * splits / (MULTIPROCESSORS * tile.programs)) / splits + (splits - 1) * summing
         for splits in SPLITS
         if planes % splits == 0
     }

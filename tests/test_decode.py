@@ -165,6 +165,11 @@ def test_the_form_on_cuda_goes_by_rows_and_groups(rows, groups, form):
     assert products._form_for(torch.device("cuda"), rows, groups) is getattr(products, f"{form}_product")
 
 
+@pytest.mark.parametrize(("programs", "parts"), [(8, 16), (16, 8), (64, 8), (128, 4), (256, 2), (4096, 2)])
+def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, parts):
+    assert attend.parts_for(programs) == parts
+
+
 def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
     """With them Inductor would write it itself, by the tiles of `dot_planes`."""
     forms_of = {"reduce_product": True, "dot_product": True, "expand_product": False, "many_rows_product": False}
