@@ -71,7 +71,9 @@ def blocks_of(position_1: Tensor, first_B: Tensor, room: int) -> Blocks:
     return Blocks(position_1, first_B, count_B[:, None, None].int(), index_BN[:, None, None].int())
 
 
-def block_attention(q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, blocks: Blocks) -> Tensor:
+def block_attention(
+    q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, blocks: Blocks, parts: int | None = None
+) -> Tensor:
     """[B, H, E]. Programs read parts of a row's blocks, each key once for the heads that share it.
 
     To be compiled with what follows it: with SUM_PARTS_WHERE_READ, the parts are summed by the kernel that reads them.
@@ -89,7 +91,7 @@ def block_attention(q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, block
         seq_lengths=(1, room),
         compute_q_blocks=False,
     )
-    parts = parts_for(rows * kv_heads)
+    parts = parts or parts_for(rows * kv_heads)
     options: Any = {"SPLIT_KV": parts, "BLOCK_N": BLOCK, "num_warps": 4, "BLOCKS_ARE_CONTIGUOUS": True}
     q_BHLE, keys_BJME, values_BJME = q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2)
     return flex_attention(

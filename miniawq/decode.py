@@ -307,7 +307,7 @@ class DecodeStep:
         spare = copy.copy(self)
         spare._make_room(batch, SPARE_ROOM)
         choice = "greedy" if self.sampling == GREEDY else "any"
-        # On CUDA what is kept has not been tried yet: there Inductor's own directory has to do.
+        # On CUDA loading what was kept takes longer than tracing it again (docs/performance.md).
         keeps = directory if self.device.type == "cpu" else None
         paths = {f: keeps and keeps / f"{f.__name__}-{choice}.aot" for f in self.functions}
         spare.functions = Functions(*(compiled(f, has_int4[f], self.config, batch, paths[f]) for f in self.functions))

@@ -184,7 +184,8 @@ def lower(
     """`function` compiled with Inductor's `options`, and those of the forms if it holds some."""
     if is_int4:
         return forms.compiled(function, tiles.block_sizes, traced, **options)
-    return Compiled(function, options, traced=traced)
+    # With padding Inductor would time 2 to 7 rows padded to 8, on a second copy of the head.
+    return Compiled(function, {"shape_padding": False} | options, traced=traced)
 
 
 def _alone(layer: Any) -> Product:

@@ -4,8 +4,8 @@
 
 Timed are, each in a CUDA graph over several copies of what it reads (cold L2), medians of 15 replays: whole layers with
 flash attention, with attention by blocks, and the latter with programmatic dependent launch (pdl) for all kernels or
-for all but the products; and with other tiles "middle", which is all that lies between the products of q, k, v and of
-o: flex/PARTS/BLOCK. Every result is checked first, against attention or the eager block in float32. One process a shape
+for all but the products; and "middle", which is all that lies between the products of q, k, v and of o, with attention
+in so many parts. Every result is checked first, against attention or the eager block in float32. One process a shape
 and number of rows compiles; then they take turns at the GPU. Prints as it goes, appends to OUT/step.jsonl. Without a
 GPU: tiny shapes, uncompiled.
 """
@@ -24,10 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import SHAPES, empty_model, float32_of, random_model
 from gpu_timing import CUDA, DEVICE, gpu_turn, seconds_per_call
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from miniawq import decode, forms, tiles
-from miniawq.attend import BLOCK, blocks_of, flash_attention, mask_of, spans_of
+from miniawq.attend import block_attention, blocks_of, flash_attention, mask_of, spans_of
 from miniawq.decode import Layer, parts_of
 from miniawq.inductor import BlockSizes, V
 from miniawq.model import LlamaConfig, attention
@@ -37,27 +36,6 @@ from miniawq.rope import rope_tables
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 L2_BYTES = 60e6
 WORST = 0.03 if CUDA else 1e-4
-
-
-def flex(q_BHE, keys_BMJE, values_BMJE, blocks, parts, block):
-    """`attend.block_attention` with other tiles."""
-
-    def sees(row, _head, _query, position):
-        return (position <= blocks.position_1[0]) & (position >= blocks.first_B[row])
-
-    mask = BlockMask.from_kv_blocks(
-        blocks.count_B11,
-        blocks.index_B11N,
-        BLOCK_SIZE=(128, BLOCK),
-        mask_mod=sees,
-        seq_lengths=(1, keys_BMJE.shape[1]),
-        compute_q_blocks=False,
-    )
-    options = {"SPLIT_KV": parts, "BLOCK_N": block, "num_warps": 2 if block < 64 else 4, "BLOCKS_ARE_CONTIGUOUS": True}
-    q_BHLE, keys_BJME, values_BJME = q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2)
-    return flex_attention(
-        q_BHLE, keys_BJME, values_BJME, block_mask=mask, enable_gqa=True, kernel_options=options
-    ).squeeze(2)
 
 
 def consume(o, attended_BHE):
@@ -70,10 +48,10 @@ def consume(o, attended_BHE):
     return (x_TI.contiguous(),)
 
 
-def middle(config, o, rope, position_1, qkv_BO, cache_SJE, blocks, parts, block):
-    """A layer without its products."""
+def middle(config, o, rope, position_1, qkv_BO, cache_SJE, blocks, parts):
+    """A layer without its products, with attention in so many parts."""
     decode.rotate_into_cache(config, None, qkv_BO, rope, position_1, cache_SJE)
-    return consume(o, flex(*parts_of(config, len(qkv_BO), cache_SJE), blocks, parts, block))[0]
+    return consume(o, block_attention(*parts_of(config, len(qkv_BO), cache_SJE), blocks, parts))[0]
 
 
 class Choices(BlockSizes):
@@ -87,10 +65,11 @@ class Choices(BlockSizes):
         return f"{super().uuid()} {self.pdl}"
 
     def triton_kernel_kwargs(self, *arguments):
-        kwargs = super().triton_kernel_kwargs(*arguments)
+        features = arguments[1]
+        reads_words = any(V.graph.get_dtype(name) == torch.int32 for name in features.buf_accesses())
         if self.pdl == "small":
-            torch._inductor.config.triton.enable_pdl = "fixed_config" not in kwargs
-        return kwargs
+            torch._inductor.config.triton.enable_pdl = not (features.reduction_nodes() and reads_words)
+        return super().triton_kernel_kwargs(*arguments)
 
 
 def compiled(function, pdl="", **options):
@@ -159,11 +138,11 @@ class Case:
         rope = tuple(table.float() for table in self.rope)
         return block(self.h_BD.float().unsqueeze(1), rope, mask, Cache()).squeeze(1)
 
-    def middle(self, tile):
+    def middle(self, parts):
         """(function, argument sets)."""
         run, config, o = once(middle), self.config, self.layers[0].o[0]
         sets = list(zip(self.qkvs, self.caches, strict=True))
-        return lambda qkv, cache: run(config, o, self.rope, self.position_1, qkv, cache, self.blocks, *tile), sets
+        return lambda qkv, cache: run(config, o, self.rope, self.position_1, qkv, cache, self.blocks, parts), sets
 
     def layer(self, way, pdl):
         """(function, argument sets)."""
@@ -250,10 +229,10 @@ def work(shape, rows, contexts, seconds, out):
     cases = {context: Case(config, rows, context, layers, blocks) for context in contexts}
     if CUDA:
         torch.cuda.empty_cache()
-    flex_tiles = [(8, 64), (16, 64), (32, 64)] if rows == 1 else [(4, 64), (8, 64), (16, 64)]
+    several_parts = (8, 16, 32) if rows == 1 else (2, 4, 8, 16)
     ways = [("flash", ""), ("blocks", ""), ("blocks", "small"), ("blocks", "all")]
     built = []
-    for way in ways + flex_tiles:
+    for way in (*ways, *several_parts):
         for context, case in cases.items():
             if left() < seconds * 0.35:
                 continue
@@ -262,7 +241,7 @@ def work(shape, rows, contexts, seconds, out):
                 labels |= {"part": "layer", "way": way[0], "pdl": way[1]}
                 built += build(out, labels, *case.layer(*way), case.exact_layer())
             else:
-                labels |= {"part": "middle", "way": f"flex/{way[0]}/{way[1]}"}
+                labels |= {"part": "middle", "way": f"{way} parts"}
                 built += build(out, labels, *case.middle(way), case.exact_middle())
     report(out, **tag, all_built_s=time.perf_counter() - started)
     wait_for_others(out, int(os.environ["WORKERS"]), left() - seconds * 0.3)
