@@ -18,7 +18,7 @@ ATTENTION = re.compile(r"triton_tem_fused_flex_attention|flash_fwd\w*_kernel")
 PRODUCTS = ("o", "gate and up", "down", "qkv")
 # What the small kernels before each of these are for.
 BEFORE = {
-    "qkv": "norm",
+    "qkv": "residual, norm",
     "attention": "rotary, cache",
     "o": "sum of parts",
     "gate and up": "residual, norm",
