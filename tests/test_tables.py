@@ -73,7 +73,9 @@ LAYER = [
     ("triton_unk_silu", 2),
     ("triton_unk_product", 14),
 ]
-LABELS = """residual, norm, qkv, rotary, cache, attention, sum of parts, o, residual, norm, gate and up, silu(gate) * up, down"""
+LABELS = (
+    "residual, norm, qkv, rotary, cache, attention, sum of parts, o, residual, norm, gate and up, silu(gate) * up, down"
+)
 
 
 @pytest.fixture
