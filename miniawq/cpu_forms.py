@@ -26,9 +26,8 @@ def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     x_TI = torch.nn.functional.pad(x_TI.float(), (0, 0, 0, tiles * tile - len(x_TI)))
     x_CRGPN = x_TI.unflatten(0, (tiles, tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
     powers_N = torch.tensor([256.0 ** -(nibble // 2) for nibble in range(CODES_PER_WORD)], device=x_TI.device)
-    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), x_CRGPN.sum(-1).mean(-1).transpose(
-        1, 2
-    ).contiguous()
+    means_CGR = (x_CRGPN.sum(-1) / x_CRGPN.shape[3]).sum(-1).transpose(1, 2).contiguous()
+    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), means_CGR
 
 
 def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_CGR: Tensor) -> Tensor:

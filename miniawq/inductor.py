@@ -19,8 +19,6 @@ from miniawq.operations import SUM_OF_PRODUCTS
 
 __all__ = ["BlockSizes", "V", "lowered"]
 
-MOST_SHORT_SUMMANDS = 1024
-
 
 class BlockSizes(InductorChoices):
     """Inductor's choices, except that `choose` knows the block sizes of all kernels of known sizes: no search.
