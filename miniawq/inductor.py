@@ -92,7 +92,7 @@ def with_matrices(source: str) -> str:
         return source
     ((accumulator, shape),) = accumulators
     loop, begun = re.subn(r"(tl\.dot\(tmp\d+, tmp\d+)", rf"\1, {accumulator}", loop, count=1)
-    loop, kept = re.subn(rf"(= ){accumulator} \+ (tmp\d+)", r"\1\2", loop)
+    loop, kept = re.subn(rf"= {accumulator} \+ (tmp\d+)", r"= \1", loop)
     if shape != "[YBLOCK, XBLOCK]" or begun != 1 or kept != 1:
         return source
     # The right operand's tile has the columns as its rows.
@@ -121,6 +121,8 @@ def lowered_sum_of_products(lefts: Sequence[Any], rights: Sequence[Any]) -> Any:
 
     def value(index: Sequence[Any]) -> Any:
         *batch, row, summand, column = index
+        # All are ready before the first product: each behind its own operands took up to 3 % longer. Loaded, numbers of
+        # 16 bits have become float32.
         loaded = [(left([*batch, row, summand]), right([*batch, summand, column])) for left, right in loaders]
         rounded = [[ops.to_dtype(x, dtype, use_compute_types=False) for x in operands] for operands in loaded]
         return reduce(ops.add, (ops.dot(*operands) for operands in rounded))

@@ -29,7 +29,9 @@ class DotTile(NamedTuple):
 # For the rows of a program. All take 32 words at a time, and load the next ones meanwhile.
 DOT_TILES = {8: DotTile(32, 7), 16: DotTile(32, 7), 32: DotTile(64, 2), 64: DotTile(128, 1), 128: DotTile(64, 1)}
 WORDS_AT_ONCE, STAGES = 32, 3
-SPLITS, SUMMING, WORTH_MORE_SPLITS = (1, 2, 4), 5e-5, 1.2
+# What each further split costs, as a part of a round: for every row and output, by the words that an output has.
+SUMMING = 5e-5
+SPLITS, WORTH_MORE_SPLITS = (1, 2, 4), 1.2
 
 
 def columns_for(rows: int) -> int:
