@@ -4,13 +4,14 @@ One load should bring eight weights, and no arithmetic should be needed to find 
 output becomes P = S / 8 words, and word p of group g holds, sequentially, the codes of inputs g S + 8 p + 0..7.
 
 On CUDA, where neighbouring threads take neighbouring groups, the words of the same p lie together as a *plane* [O, G]
-of [O, P, G]: the *storage order* of inputs is (p, g, nibble). A CPU takes the same word of W = 8 neighbouring outputs
-as one vector, [K, G, P, W]: a *block* of outputs is read from front to back, and a lane of the vector sums one output.
+of [O, P, G]: the *storage order* of inputs is (p, g, nibble). A CPU takes the same word of W neighbouring outputs as
+one vector, [K, G, P, W]: a *block* of outputs is read from front to back, and a lane of the vector sums one output.
 
 A group of more than 128 inputs is arranged as groups of 128 that have the same scale and zero.
 
 Shapes: O outputs, I inputs, G groups as arranged, S inputs of one, P words of one (S / 8), N nibbles of a word (8); K
-blocks of W outputs (8).
+blocks of W outputs
+(8, or 16 with AVX-512).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,6 @@ from torch import Tensor
 from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, unpack, words_of
 
 LARGEST_GROUP = 128
-OUTPUTS_OF_A_BLOCK = 8  # AWQ's words hold eight outputs, so a layer has whole blocks.
 
 
 class Arranged(NamedTuple):
@@ -42,9 +42,14 @@ class Arranged(NamedTuple):
         return self.grid.dtype == torch.int32
 
     @property
+    def outputs_of_a_block(self) -> int:
+        """Neighbouring outputs of a vector, 1 in planes."""
+        return 1 if self.in_planes else self.words.shape[3]
+
+    @property
     def outputs(self) -> int:
         """All outputs of all layers."""
-        return len(self.words) * (1 if self.in_planes else OUTPUTS_OF_A_BLOCK)
+        return len(self.words) * self.outputs_of_a_block
 
 
 def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
@@ -101,10 +106,17 @@ def empty(outputs: int, inputs: int, group_size: int, device: torch.device) -> A
     if wants_planes(device):
         grid_OG = torch.empty(outputs, groups, dtype=torch.int32, device=device)
         return Arranged(torch.empty(outputs, words, groups, dtype=torch.int32, device=device), grid_OG)
-    blocks = outputs // OUTPUTS_OF_A_BLOCK
-    grid_KG2W = torch.empty(blocks, groups, 2, OUTPUTS_OF_A_BLOCK, device=device)
-    words_KGPW = torch.empty(blocks, groups, words, OUTPUTS_OF_A_BLOCK, dtype=torch.int32, device=device)
-    return Arranged(words_KGPW, grid_KG2W)
+    lanes = lanes_for(outputs)
+    grid_KG2W = torch.empty(outputs // lanes, groups, 2, lanes, device=device)
+    return Arranged(torch.empty(outputs // lanes, groups, words, lanes, dtype=torch.int32, device=device), grid_KG2W)
+
+
+def lanes_for(outputs: int) -> int:
+    """How many outputs a CPU takes at a time: a whole vector, because Inductor does not make half of one.
+
+    AWQ's words hold eight outputs, so a layer has whole blocks of 8, if not of 16.
+    """
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and outputs % 16 == 0 else 8
 
 
 def arrange(quantized: Quantized, target: Arranged) -> None:
@@ -116,13 +128,14 @@ def arrange(quantized: Quantized, target: Arranged) -> None:
         target.words.copy_(words_OGP.transpose(1, 2))
         target.grid.copy_(pack_grid(scales_OG, zeros_OG))
     else:
-        target.words.copy_(in_blocks(words_OGP))
-        target.grid.copy_(in_blocks(torch.stack([scales_OG.float(), zeros_OG.float()], -1)))
+        lanes = target.outputs_of_a_block
+        target.words.copy_(in_blocks(words_OGP, lanes))
+        target.grid.copy_(in_blocks(torch.stack([scales_OG.float(), zeros_OG.float()], -1), lanes))
 
 
-def in_blocks(t: Tensor) -> Tensor:
+def in_blocks(t: Tensor, lanes: int) -> Tensor:
     """[O, ..] to [K, .., W]: neighbouring outputs side by side."""
-    return t.unflatten(0, (-1, OUTPUTS_OF_A_BLOCK)).movedim(1, -1)
+    return t.unflatten(0, (-1, lanes)).movedim(1, -1)
 
 
 def out_of_blocks(t: Tensor) -> Tensor:
@@ -149,9 +162,9 @@ def scales_and_zeros(arranged: Arranged, scale_dtype: torch.dtype) -> tuple[Tens
 
 def slices(arranged: Arranged, codes: int) -> Iterator[tuple[slice, Arranged]]:
     """Views of some outputs at a time, as many as have about so many codes; and which outputs."""
-    outputs, size = arranged.outputs, arranged.outputs // len(arranged.words)
-    inputs = arranged.words.numel() * CODES_PER_WORD // outputs
-    step = max(1, codes // inputs // CODES_PER_WORD) * CODES_PER_WORD
+    outputs, size = arranged.outputs, arranged.outputs_of_a_block
+    inputs, whole = arranged.words.numel() * CODES_PER_WORD // outputs, max(size, CODES_PER_WORD)
+    step = max(1, codes // inputs // whole) * whole
     for first in range(0, outputs, step):
         some_O = slice(first, min(first + step, outputs))
         some = slice(some_O.start // size, some_O.stop // size)

@@ -29,8 +29,6 @@ BLOCK = 64
 # The keys of a row are read in parts, each by one program for every key head. An H100 wants about 512 programs, but a
 # part is a load more for every thread that sums them, so only those that it cannot do without may be more than 8.
 WANTED_PROGRAMS, NEEDED_PROGRAMS, FEWEST_PARTS, MANY_PARTS, MOST_PARTS = 512, 128, 2, 8, 16
-# For Inductor, which makes a longer sum a kernel of its own.
-SUM_PARTS_WHERE_READ = {"unroll_reductions_threshold": MOST_PARTS + 1}
 
 
 # Of the new token's position, the first position that each row sees, and the room of a row.
@@ -76,7 +74,7 @@ def block_attention(
 ) -> Tensor:
     """[B, H, E]. Programs read parts of a row's blocks, each key once for the heads that share it.
 
-    To be compiled with what follows it: with SUM_PARTS_WHERE_READ, the parts are summed by the kernel that reads them.
+    To be compiled with what follows it: with `decode.SUM_WHERE_READ`, the kernel that reads the parts sums them.
     """
 
     def sees(row: Tensor, _head: Tensor, _query: Tensor, position: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The INT4 product of few rows on a CPU, as an expression that `torch.compile` turns into one loop of vectors.
 
-Shapes: O outputs, in K blocks of W (8); I inputs, G groups, P words of a group (S / 8), N nibbles (8); T rows, in C
-tiles of R.
+Shapes: O outputs, in K blocks of W (8 or 16); I inputs, G groups, P words of a group (S / 8), N nibbles (8); T rows, in
+C tiles of R.
 """
 
 from functools import reduce
@@ -33,8 +33,8 @@ def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_CGR: Tensor) -> Tensor:
     """y [(C, R), O] in float32: `forms.reduce_planes` with conversions, at which a CPU is good, instead of subnormals.
 
-    A vector holds the same word of eight outputs. It meets one activation after the other, each loaded into all lanes,
-    and every lane sums its own output: an activation in the cache serves eight outputs, and no sum crosses a vector.
+    A vector holds the same word of W outputs. It meets one activation after the other, each loaded into all lanes, and
+    every lane sums its own output: an activation in the cache serves W outputs, and no sum crosses a vector.
 
     The words come as float32 and are read as int32 here, because Inductor's vector load of integers goes through the
     stack (`Vectorized<int32_t>::loadu` of torch 2.13 on AVX2) and that of floats does not. A nibble is converted where

@@ -26,7 +26,6 @@ from torch.nn.functional import embedding, silu
 
 from miniawq import forms
 from miniawq.attend import (
-    SUM_PARTS_WHERE_READ,
     Blocks,
     Look,
     Spans,
@@ -43,15 +42,17 @@ from miniawq.errors import InvalidInput
 from miniawq.forms import written
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, attention_mask
 from miniawq.products import (
+    REDUCE,
+    Prepared,
     Product,
-    is_int4,
+    is_compiled_as_form,
     lower,
     multiply,
-    norm_and_multiply,
+    prepare,
+    prepare_normed,
     products_of,
-    reduce_product,
 )
-from miniawq.rope import Rope, apply_rope, rope_tables
+from miniawq.rope import Rope, rope_tables
 from miniawq.sampling import NOT_A_NUMBER, History, Sampling, sample
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ SPARE_ROOM = 32
 SMALLEST_BUCKET = 256
 GREEDY = Sampling()
 MOST_PARTS_OF_LOGITS = 256
+# For Inductor, which makes a longer sum a kernel of its own: those of parts of attention and of a norm's means.
+SUM_WHERE_READ = {"unroll_reductions_threshold": 65}
 
 
 class Layer(NamedTuple):
@@ -91,18 +94,21 @@ class Layer(NamedTuple):
 
 
 def _norms_of_heads(attn: Any) -> Tensor | None:
-    """The weights of a layer's norms of queries and keys, for each head."""
+    """The weights of a layer's norms of queries and keys, for each head; values have none that counts."""
     if isinstance(attn.q_norm, nn.Identity):
         return None
-    pairs = ((attn.q_proj, attn.q_norm.weight.data), (attn.k_proj, attn.k_norm.weight.data))
-    return torch.cat([norm_E.expand(proj.out_features // attn.head_dim, -1) for proj, norm_E in pairs])
+    norms = (attn.q_norm.weight.data, attn.k_norm.weight.data, torch.ones_like(attn.k_norm.weight.data))
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj)
+    return torch.cat(
+        [norm_E.expand(linear.out_features // attn.head_dim, -1) for norm_E, linear in zip(norms, linears, strict=True)]
+    )
 
 
 def before_attention(
-    config: LlamaConfig, layer: Layer, h_BD: Tensor, rope: Rope, position_1: Tensor, cache_SJE: Tensor
+    config: LlamaConfig, layer: Layer, prepared: Prepared, rope: Rope, position_1: Tensor, cache_SJE: Tensor
 ) -> None:
-    """The queries, keys and values of the residual stream, into their slots of the layer's cache (`parts_of`)."""
-    qkv_BO = norm_and_multiply(layer.qkv, h_BD, layer.input_norm_D, config.rms_norm_eps)
+    """Queries, keys and values of the normed residual stream, into their slots of the layer's cache (`parts_of`)."""
+    qkv_BO = multiply(layer.qkv, prepared)
     rotate_into_cache(config, layer.qk_norm_KE, qkv_BO, rope, position_1, cache_SJE)
 
 
@@ -111,20 +117,30 @@ def rotate_into_cache(
 ) -> None:
     """What the product of q, k and v has made, with queries and keys normed and rotated, into its slots.
 
-    In one memory, because Inductor writes two tensors by two kernels.
+    All heads alike, because Inductor writes two tensors by two kernels.
     """
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qk_BKE, v_BJE = qkv_BO.unflatten(-1, (-1, size)).split((heads + kv_heads, kv_heads), dim=1)
+    new_BKE = qkv_BO.unflatten(1, (-1, size))
+    rows, device = len(new_BKE), new_BKE.device
+    row_B1, head_K, place_E = (
+        torch.arange(rows, device=device).unsqueeze(1),
+        *(torch.arange(n, device=device) for n in new_BKE.shape[1:]),
+    )
+    is_value_K = head_K >= heads + kv_heads
     if qk_norm_KE is not None:
         # One weight for each head, which the library's norm does not take.
-        qk_BKE = written(qk_norm_KE * torch.nn.functional.rms_norm(qk_BKE, (size,), eps=config.rms_norm_eps))
-    q_BHE, k_BJE = apply_rope(qk_BKE, rope).split((heads, kv_heads), dim=1)
-    new_NJE = torch.cat((q_BHE.reshape(-1, kv_heads, size), k_BJE, v_BJE))
-    rows, slot_N = len(qkv_BO), torch.arange(len(new_NJE), device=qkv_BO.device)
-    of_queries = len(new_NJE) - 2 * rows
-    room = (len(cache_SJE) - of_queries) // (2 * rows)
-    behind_N = of_queries + (slot_N - of_queries) * room + position_1
-    cache_SJE.index_copy_(0, torch.where(slot_N < of_queries, slot_N, behind_N), new_NJE)
+        normed_BKE = qk_norm_KE * torch.nn.functional.rms_norm(new_BKE, (size,), eps=config.rms_norm_eps)
+        new_BKE = written(torch.where(is_value_K.unsqueeze(1), new_BKE, normed_BKE))
+    cos_1E, sin_1E = rope
+    # `apply_rope`: the partner of each channel, and whether it is taken away.
+    partner_BKE = new_BKE.unflatten(2, (2, -1)).flip(2).flatten(2)
+    turned_BKE = new_BKE * cos_1E + partner_BKE * torch.where(place_E < size // 2, -sin_1E, sin_1E)
+    shared = heads // kv_heads
+    room = (len(cache_SJE) - rows * shared) // (2 * rows)
+    behind_BK = rows * shared + (row_B1 + rows * is_value_K) * room + position_1
+    slot_BK = torch.where(head_K < heads, row_B1 * shared + head_K // kv_heads, behind_BK)
+    places = slot_BK.unsqueeze(2), (head_K % kv_heads).unsqueeze(1), place_E
+    cache_SJE.index_put_(places, torch.where(is_value_K.unsqueeze(1), new_BKE, turned_BKE))
 
 
 def parts_of(config: LlamaConfig, rows: int, cache_SJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,27 +151,41 @@ def parts_of(config: LlamaConfig, rows: int, cache_SJE: Tensor) -> tuple[Tensor,
     return q_BHE, keys_BMJE, values_BMJE
 
 
-def after_attention(config: LlamaConfig, layer: Layer, h_BD: Tensor, attended_BHE: Tensor) -> Tensor:
-    """The residual stream behind the layer."""
-    h_BD = written(h_BD + multiply(layer.o, attended_BHE.flatten(1)))
-    gate_up_BF = norm_and_multiply(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
-    gate_BF, up_BF = gate_up_BF.chunk(2, dim=-1)
-    return h_BD + multiply(layer.down, silu(gate_BF) * up_BF)
+def after_attention(
+    config: LlamaConfig, layer: Layer, following: Layer, h_BD: Tensor, attended_BHE: Tensor
+) -> tuple[Tensor, Prepared]:
+    """The residual stream behind the layer, and normed and prepared for `before_attention` of the following one.
+
+    Here, because the kernel that ends this layer can do both.
+    """
+    h_BD = written(h_BD + multiply(layer.o, prepare(layer.o, attended_BHE.flatten(1))))
+    normed = prepare_normed(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
+    gate_BF, up_BF = multiply(layer.gate_up, normed).chunk(2, dim=-1)
+    h_BD = written(h_BD + multiply(layer.down, prepare(layer.down, silu(gate_BF) * up_BF)))
+    return h_BD, prepare_normed(following.qkv, h_BD, following.input_norm_D, config.rms_norm_eps)
 
 
 def whole_layer(
-    config: LlamaConfig, layer: Layer, h_BD: Tensor, rope: Rope, cache_SJE: Tensor, blocks: Blocks
-) -> Tensor:
+    config: LlamaConfig,
+    layer: Layer,
+    following: Layer,
+    h_BD: Tensor,
+    prepared: Prepared,
+    rope: Rope,
+    cache_SJE: Tensor,
+    blocks: Blocks,
+) -> tuple[Tensor, Prepared]:
     """`before_attention`, attention by blocks and `after_attention`."""
-    before_attention(config, layer, h_BD, rope, blocks.position_1, cache_SJE)
-    return after_attention(config, layer, h_BD, block_attention(*parts_of(config, len(h_BD), cache_SJE), blocks))
+    before_attention(config, layer, prepared, rope, blocks.position_1, cache_SJE)
+    attended_BHE = block_attention(*parts_of(config, len(h_BD), cache_SJE), blocks)
+    return after_attention(config, layer, following, h_BD, attended_BHE)
 
 
 def finish(
     config: LlamaConfig, head: tuple[Product, ...], norm_D: Tensor, is_greedy: bool, h_BD: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """logits_BV, and the most probable ids_B if that is what is wanted."""
-    logits_BV = norm_and_multiply(head, h_BD, norm_D, config.rms_norm_eps)
+    logits_BV = multiply(head, prepare_normed(head, h_BD, norm_D, config.rms_norm_eps))
     return logits_BV, most_probable(logits_BV) if is_greedy else None
 
 
@@ -174,15 +204,17 @@ def most_probable(logits_BV: Tensor) -> Tensor:
 
 
 class Entry(NamedTuple):
-    """What all layers share in one token; `seen` by their window."""
+    """What all layers share in one token, `seen` by their window, and the first layer's activations."""
 
     h_BD: Tensor
+    prepared: Prepared
     rope: Rope
     seen: dict[int | None, Any]
 
 
 def enter(
     config: LlamaConfig,
+    first: Layer,
     look: Look,
     embedding_VD: Tensor,
     tables_ME: Rope,
@@ -195,29 +227,31 @@ def enter(
     The id of a row that has no number (-1) is taken for 0, since nobody looks at such rows.
     """
     cos_ME, sin_ME = tables_ME
-    first = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
+    starts = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
+    h_BD = written(embedding(ids_B.clamp_min(0), embedding_VD))
     return Entry(
-        embedding(ids_B.clamp_min(0), embedding_VD),
+        h_BD,
+        prepare_normed(first.qkv, h_BD, first.input_norm_D, config.rms_norm_eps),
         (cos_ME[position_1], sin_ME[position_1]),
-        {window: look(position_1, first_B, len(cos_ME)) for window, first_B in first.items()},
+        {window: look(position_1, first_B, len(cos_ME)) for window, first_B in starts.items()},
     )
 
 
 # Nothing compiled depends on how many positions there are.
 OF_ANY_LENGTH: dict[Callable[..., Any], Callable[..., Arguments]] = {
-    enter: lambda config, look, embedding_VD, tables_ME, *others: (
-        config, look, embedding_VD, tuple(map(any_length, tables_ME)), *others
+    enter: lambda config, first, look, embedding_VD, tables_ME, *others: (
+        config, first, look, embedding_VD, tuple(map(any_length, tables_ME)), *others
     ),
     before_attention: lambda *others_and_cache: (*others_and_cache[:-1], any_length(others_and_cache[-1])),
-    whole_layer: lambda config, layer, h_BD, rope, cache_SJE, blocks: (
-        config, layer, h_BD, rope, any_length(cache_SJE), blocks._replace(index_B11N=any_length(blocks.index_B11N, 3))
+    whole_layer: lambda *others: (
+        *others[:-2], any_length(others[-2]), others[-1]._replace(index_B11N=any_length(others[-1].index_B11N, 3))
     ),
 }  # fmt: skip
 
 
 @cache
 def compiled(
-    function: Callable[..., Any], is_int4: bool, config: LlamaConfig, rows: int, path: Path | None
+    function: Callable[..., Any], has_forms: bool, config: LlamaConfig, rows: int, path: Path | None
 ) -> Callable[..., Any]:
     """`function` compiled for models of one shape and a number of rows, once in a process, and kept at `path`.
 
@@ -225,8 +259,8 @@ def compiled(
     code has a list of its own, which other shapes do not fill.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options: dict[str, Any] = SUM_PARTS_WHERE_READ if function is whole_layer else {}
-    lowered = lower(own, is_int4, OF_ANY_LENGTH.get(function), **options)
+    options: dict[str, Any] = SUM_WHERE_READ if function is whole_layer else {}
+    lowered = lower(own, has_forms, OF_ANY_LENGTH.get(function), **options)
     return lowered if path is None else Kept(lowered, path)
 
 
@@ -295,14 +329,14 @@ class DecodeStep:
         started = time.perf_counter()
         first, batch = self.layers[0], len(self.ids_B)
         products = (*first.qkv, *first.o, *first.gate_up, *first.down)
-        if self.device.type == "cuda" and any(product.form is reduce_product for product in products):
+        if self.device.type == "cuda" and any(product.form is REDUCE for product in products):
             forms.prove(self.device)
-        has_int4 = {
-            enter: False,
-            before_attention: any(map(is_int4, first.qkv)),
-            after_attention: any(map(is_int4, first.down)),
-            whole_layer: any(map(is_int4, (*first.qkv, *first.down))),
-            finish: any(map(is_int4, self.head)),
+        has_forms = {
+            enter: any(map(is_compiled_as_form, first.qkv)),
+            before_attention: any(map(is_compiled_as_form, first.qkv)),
+            after_attention: any(map(is_compiled_as_form, first.down)),
+            whole_layer: any(map(is_compiled_as_form, (*first.qkv, *first.down))),
+            finish: any(map(is_compiled_as_form, self.head)),
         }
         spare = copy.copy(self)
         spare._make_room(batch, SPARE_ROOM)
@@ -310,7 +344,7 @@ class DecodeStep:
         # On CUDA loading what was kept takes longer than tracing it again (docs/performance.md).
         keeps = directory if self.device.type == "cpu" else None
         paths = {f: keeps and keeps / f"{f.__name__}-{choice}.aot" for f in self.functions}
-        spare.functions = Functions(*(compiled(f, has_int4[f], self.config, batch, paths[f]) for f in self.functions))
+        spare.functions = Functions(*(compiled(f, has_forms[f], self.config, batch, paths[f]) for f in self.functions))
         spare._token(1)
         self.functions, self.is_ready = spare.functions, True
         self.build_seconds += time.perf_counter() - started
@@ -358,16 +392,23 @@ class DecodeStep:
         """From `ids_B` to the next `ids_B`, by nothing that a CUDA graph cannot record."""
         config, position_1 = self.config, self.position_1
         entry = self.functions.enter(
-            config, self.look, self.embedding_VD, self.tables_ME, self.ids_B, position_1, self.padding_B
+            config, self.layers[0], self.look, self.embedding_VD, self.tables_ME, self.ids_B, position_1, self.padding_B
         )
-        h_BD = entry.h_BD
+        h_BD, prepared = entry.h_BD, entry.prepared
         seen: dict[int | None, Any] = entry.seen if self.reads_by_length else self._masks(end, entry.seen)
-        for layer, cache_SJE, window in zip(self.layers, self.caches, config.layer_windows, strict=True):
+        # What is prepared behind the last layer nobody reads.
+        following = (*self.layers[1:], self.layers[-1])
+        for layer, next_layer, cache_SJE, window in zip(
+            self.layers, following, self.caches, config.layer_windows, strict=True
+        ):
             if self.look is blocks_of:
-                h_BD = self.functions.layer(config, layer, h_BD, entry.rope, cache_SJE, seen[window])
+                h_BD, prepared = self.functions.layer(
+                    config, layer, next_layer, h_BD, prepared, entry.rope, cache_SJE, seen[window]
+                )
                 continue
-            self.functions.before(config, layer, h_BD, entry.rope, position_1, cache_SJE)
-            h_BD = self.functions.after(config, layer, h_BD, self._attended(cache_SJE, seen[window], end))
+            self.functions.before(config, layer, prepared, entry.rope, position_1, cache_SJE)
+            attended_BHE = self._attended(cache_SJE, seen[window], end)
+            h_BD, prepared = self.functions.after(config, layer, next_layer, h_BD, attended_BHE)
         if self.history is not None:
             self.history.add(self.ids_B.clamp_min(0))
         self.logits_BV, ids_B = self.functions.finish(config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)

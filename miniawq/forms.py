@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from miniawq.arrange import pack_grid, sequential_words, unpack_grid, zeros_of
 from miniawq.compiling import Arguments, Choose, Compiled
@@ -127,25 +128,29 @@ def as_floats(bits: Tensor) -> Tensor:
     return (bits | (127 + 23) << 23).view(torch.float32) * 2.0**-PRESCALE - 2.0 ** (23 - PRESCALE)
 
 
+def in_whole_tiles(x_TI: Tensor) -> Tensor:
+    """With rows of zeros, as many as `dot_planes` takes."""
+    rows = len(x_TI)
+    return pad(x_TI, (0, 0, 0, -rows % columns_for(rows)))
+
+
 def spread(x_TI: Tensor, groups: int) -> Tensor:
-    """Activations as `dot_planes` wants them: x_NTJ, the inputs of each nibble, T padded with zeros to a whole tile.
+    """Activations as `dot_planes` wants them: x_NTPG, the inputs of each nibble, of whole tiles of rows.
 
     The inputs of a row lie together, as the tensor cores read them: so they are copied to shared memory while the
     tile before is multiplied, and never arranged anew.
     """
-    rows = x_TI.shape[0]
-    x_TGPN = torch.nn.functional.pad(x_TI, (0, 0, 0, -rows % columns_for(rows)))
-    x_TGPN = x_TGPN.unflatten(-1, (groups, -1, CODES_PER_WORD))
-    return x_TGPN.permute(3, 0, 2, 1).flatten(2).contiguous()
+    return in_whole_tiles(x_TI).unflatten(-1, (groups, -1, CODES_PER_WORD)).permute(3, 0, 2, 1)
 
 
 def dot_planes(
     words_OPG: Tensor,
     grid_OG: Tensor,
     scale_dtype: torch.dtype,
-    x_NTJ: Tensor,
+    x_NTPG: Tensor,
     exponents_2O: Tensor,
     bias_O: Tensor | None = None,
+    factors_T1: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """y [T, O] for 4 to 256 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
@@ -153,9 +158,9 @@ def dot_planes(
     A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
     One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
     `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
-    The bias is added before the sums are rounded to the dtype of x.
+    The sums of a row are multiplied by its factor, and the bias is added, before they are rounded to the dtype of x.
     """
-    splits = splits or splits_for(words_OPG.shape, x_NTJ.shape[1])
+    splits = splits or splits_for(words_OPG.shape, x_NTPG.shape[1])
     exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
     words_KOPG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
     scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
@@ -167,13 +172,15 @@ def dot_planes(
         shifted_KOPG = words_KOPG << shift if shift > 0 else words_KOPG >> -shift
         magic_KOPG = (shifted_KOPG & (15 << place)) | exponents
         weight_KOPG = magic_KOPG.view(torch.float32) * scales_O1G + offsets
-        weights_KOJ.append(weight_KOPG.to(x_NTJ.dtype).flatten(2))
-    x_KJT = list(x_NTJ.unflatten(2, (splits, -1)).permute(0, 2, 3, 1))
+        weights_KOJ.append(weight_KOPG.to(x_NTPG.dtype).flatten(2))
+    x_KJT = list(x_NTPG.unflatten(2, (splits, -1)).flatten(3).permute(0, 2, 3, 1))
     y_KTO = sum_of_products(weights_KOJ, x_KJT).transpose(1, 2)
+    if factors_T1 is not None:
+        y_KTO = y_KTO * factors_T1
     if splits == 1:
-        return written(with_bias(y_KTO.squeeze(0), bias_O, x_NTJ.dtype))
+        return written(with_bias(y_KTO.squeeze(0), bias_O, x_NTPG.dtype))
     # Who reads them sums the parts.
-    return with_bias(written(y_KTO).sum(0), bias_O, x_NTJ.dtype)
+    return with_bias(written(y_KTO).sum(0), bias_O, x_NTPG.dtype)
 
 
 def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -193,6 +200,8 @@ OPTIONS: dict[str, Any] = {
     "realize_opcount_threshold": 100_000,
     "realize_reads_threshold": 1_000,
     "realize_acc_reads_threshold": 1_000,
+    # A kernel that sums pieces of rows may as well write them in another order.
+    "triton.tiling_prevents_reduction_fusion": False,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
 

@@ -37,7 +37,7 @@ class BlockSizes(InductorChoices):
             return kernel_kwargs
         words = {name for name in features.buf_accesses() if V.graph.get_dtype(name) == torch.int32}
         if "dot" in {node.node.get_reduction_type() for node in sums}:
-            kind = "dot"
+            kind = "dot" if words else "dense dot"
         elif not sums:
             kind = "pointwise"
         else:

@@ -5,6 +5,7 @@ Shapes: T rows, I input features, O output features, G groups along I, P words o
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +18,57 @@ from miniawq.compiling import Arguments, Compiled
 from miniawq.forms import with_bias, written
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
 from miniawq.model import rms_norm
+from miniawq.operations import sum_of_products
 from miniawq.packing import CODES_PER_WORD
 
-Form = Callable[..., Tensor]
-
-# Up to these rows `reduce_product` was the faster form on an H200, for few and for many groups (docs/log.md).
+# Up to these rows `REDUCE` was the faster form on an H200, for few and for many groups (docs/log.md).
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
 MOST_ROWS_DOTTED = 256
 MOST_ROWS_ON_CPU = 32
+MOST_ROWS_NORMED_LATE = 32
+MOST_ROWS_TILED, FEWEST_OUTPUTS_TILED = 64, 32_768
+# Every reader of `DOT`'s means sums so many, or fewer.
+MOST_PIECES = 8
+
+
+Tensors = tuple[Any, ...]
+
+
+class Form(NamedTuple):
+    """A way to multiply, in two steps, so that activations can be prepared by the kernel that computes them.
+
+    prepare(x_TI, dtype, *tensors) makes of activations what multiply(that, means_TC, dtype, *tensors) makes y_TO of, in
+    `dtype`. prepare_normed(h_TI, norm_I, eps, dtype, *tensors), where there is one, makes both, of rows in float32 that
+    are to be normed: then multiply divides its results by the root of the sum of a row's means.
+    """
+
+    prepare: Callable[..., Any]
+    multiply: Callable[..., Tensor]
+    prepare_normed: Callable[..., tuple[Any, Tensor]] | None = None
+
+
+def in_one_step(function: Any) -> Form:
+    """Of function(x_TI, *tensors)."""
+    return Form(lambda x_TI, dtype, *tensors: x_TI, lambda x_TI, means_TC, dtype, *tensors: function(x_TI, *tensors))
 
 
 class Product(NamedTuple):
-    """form(x_TI, *tensors) -> y_TO. Products of the same form and shapes differ in their tensors only."""
+    """Products of the same form and shapes differ in their tensors only."""
 
     form: Form
-    tensors: tuple[Any, ...]
+    tensors: Tensors
+
+
+class Prepared(NamedTuple):
+    """Rows of activations as each of several products wants them.
+
+    Where there are means, they come before a norm: those of a row's pieces make up its mean square and the norm's eps.
+    """
+
+    of_products: Tensors
+    means_TC: Tensor | None
+    rows: int
+    dtype: torch.dtype
 
 
 def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
@@ -40,59 +77,92 @@ def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
     `rows` is the number of rows that the product will get.
     """
     if all(type(layer) is nn.Linear for layer in layers):
-        return (_join_dense(layers),)
+        return (_join_dense(layers, rows),)
     packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.prepare().arranged]
-    if len(packed) == len(layers) and len({(layer.group_size, layer.scale_dtype) for layer in packed}) == 1:
+    blocks = {layer.arranged.outputs_of_a_block for layer in packed if layer.arranged}
+    alike = len(blocks) == 1 and len({(layer.group_size, layer.scale_dtype) for layer in packed}) == 1
+    if len(packed) == len(layers) and alike:
         return (_join_int4(packed, rows),)
     return tuple(_join_int4([layer], rows) if layer in packed else _alone(layer) for layer in layers)
 
 
-def multiply(products: Sequence[Product], x_TI: Tensor) -> Tensor:
+def prepare(products: Sequence[Product], x_TI: Tensor) -> Prepared:
+    """Activations for products."""
+    of_products = tuple(form.prepare(x_TI, x_TI.dtype, *tensors) for form, tensors in products)
+    return Prepared(of_products, None, len(x_TI), x_TI.dtype)
+
+
+def prepare_normed(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor, eps: float) -> Prepared:
+    """`rms_norm` of h for products. A norm scales a whole row, so the scale may as well come after the product.
+
+    Then no kernel waits for the sum of a row: one writes its activations and the squares of some pieces of each row,
+    and every product sums those few. Not in float16, in which h times the norm's weight might be too large.
+    """
+    (first, *others) = products
+    is_late = len(h_TI) <= MOST_ROWS_NORMED_LATE and h_TI.dtype != torch.float16
+    if others or first.form.prepare_normed is None or not is_late:
+        return prepare(products, rms_norm(h_TI, norm_I, eps))
+    prepared, means_TC = first.form.prepare_normed(h_TI.float(), norm_I.float(), eps, h_TI.dtype, *first.tensors)
+    return Prepared((prepared,), means_TC, len(h_TI), h_TI.dtype)
+
+
+def mean_squares(h_TI: Tensor, pieces: int, eps: float) -> Tensor:
+    """means_TC of pieces of rows: their sums are the mean squares of h's rows, and eps."""
+    return written(h_TI.unflatten(1, (pieces, -1)).square().sum(2) / h_TI.shape[1] + eps / pieces)
+
+
+def multiply(products: Sequence[Product], prepared: Prepared) -> Tensor:
     """y_TO of all products, side by side."""
-    parts = [product.form(x_TI, *product.tensors) for product in products]
+    of_products, means_TC, rows, dtype = prepared
+    parts = [
+        form.multiply(x, means_TC, dtype, *tensors).narrow(0, 0, rows)
+        for (form, tensors), x in zip(products, of_products, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def norm_and_multiply(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor, eps: float) -> Tensor:
-    """`multiply` of `rms_norm`. A norm scales a whole row, so the scale may as well come after the product.
-
-    Then the sums of a row need no kernel of their own that everything waits for.
-    """
-    (first, *others) = products
-    if others or first.form is not reduce_product:
-        return multiply(products, rms_norm(h_TI, norm_I, eps))
-    planes_OVG, grid_OG, scale_like, places_N, bias_O = first.tensors
-    h_TI = h_TI.float()
-    x_QNTVG, sums_TVG = prescaled(h_TI * norm_I.float(), planes_OVG, places_N)
-    squares_TG = written(by_part(h_TI, planes_OVG).square().sum((2, 3, 4)))
-    if len(h_TI) == 1:
-        # Summed for each output again, as the product sums its V and G, this is no kernel of its own either.
-        squares_TOVG = shared_out(squares_TG, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
-        squares_TO = squares_TOVG.sum((2, 3))
-    else:
-        # Inductor sums those of several rows apart from the products, for each output: one small kernel is less.
-        squares_TO = written(squares_TG.sum(1, keepdim=True))
-    y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
-    y_TO = y_TO * torch.rsqrt(squares_TO / h_TI.shape[1] + eps)
-    return written(with_bias(y_TO, bias_O, norm_I.dtype))
-
-
-def by_part(x_TI: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
-    """x_TGQVN: the inputs as the words of `planes_OVG` hold them."""
-    parts, groups = planes_OVG[0].shape[1:]
-    return x_TI.unflatten(-1, (groups, len(planes_OVG), parts, CODES_PER_WORD))
-
-
-def prescaled(x_TI: Tensor, planes_OVG: Sequence[Tensor], places_N: Tensor) -> tuple[Tensor, Tensor]:
+def prepare_reduced(
+    x_TI: Tensor, _dtype: torch.dtype, planes_OVG: Sequence[Tensor], grid_OG: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
     """`forms.prescale` as one kernel: the powers of two are a tensor, so one expression covers all nibbles.
 
-    Only what all parts of a group take away together matters, so the sums are those of groups. Inductor fuses a sum
-    with the scaling only if both run along the same pieces of memory: a group is one piece, a part is not.
+    Only what all parts of a group take away together matters, so the sums are those of groups, sums_TG. Inductor fuses
+    a sum with the scaling only if both run along the same pieces of memory: a group is one piece, a part is not.
     """
-    x_TGQVN = by_part(x_TI.float(), planes_OVG)
-    x_QNTVG = (x_TGQVN * places_N).permute(2, 4, 0, 3, 1).contiguous()
-    sums_TG = written(x_TGQVN.sum((2, 3, 4)) * 2.0 ** (forms.PRESCALE - 149))
-    return written(x_QNTVG), shared_out(sums_TG, planes_OVG)
+    _, places_N, _ = others
+    x_TGQVN = x_TI.float().unflatten(-1, (grid_OG.shape[1], len(planes_OVG), planes_OVG[0].shape[1], CODES_PER_WORD))
+    x_QNTVG = written((x_TGQVN * places_N).permute(2, 4, 0, 3, 1))
+    return x_QNTVG, written(x_TGQVN.sum((2, 3, 4)) * 2.0 ** (forms.PRESCALE - 149))
+
+
+def prepare_normed_reduced(
+    h_TI: Tensor, norm_I: Tensor, eps: float, dtype: torch.dtype, *tensors: Any
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Both steps by one kernel."""
+    prepared = prepare_reduced(h_TI * norm_I, dtype, *tensors)
+    return prepared, mean_squares(h_TI, prepared[1].shape[1], eps)
+
+
+def multiply_reduced(
+    x: tuple[Tensor, Tensor],
+    means_TC: Tensor | None,
+    dtype: torch.dtype,
+    planes_OVG: Sequence[Tensor],
+    grid_OG: Tensor,
+    scale_like: Tensor,
+    _places_N: Tensor,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """`forms.reduce_planes`."""
+    x_QNTVG, sums_TG = x
+    y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, shared_out(sums_TG, planes_OVG))
+    if means_TC is not None and len(means_TC) == 1:
+        # Summed for each output again, as the product sums its V and G, this is no kernel of its own.
+        means_TOVG = shared_out(means_TC, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
+        y_TO = y_TO * means_TOVG.sum((2, 3)).rsqrt()
+    elif means_TC is not None:
+        y_TO = y_TO * means_TC.sum(1, keepdim=True).rsqrt()
+    return written(with_bias(y_TO, bias_O, dtype))
 
 
 def shared_out(sums_TG: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
@@ -101,22 +171,24 @@ def shared_out(sums_TG: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
     return (sums_TG / parts).unsqueeze(1).expand(-1, parts, -1)
 
 
-def reduce_product(
-    x_TI: Tensor,
-    planes_OVG: Sequence[Tensor],
-    grid_OG: Tensor,
-    scale_like: Tensor,
-    places_N: Tensor,
-    bias_O: Tensor | None,
-) -> Tensor:
-    """`forms.reduce_planes`."""
-    x_QNTVG, sums_TVG = prescaled(x_TI, planes_OVG, places_N)
-    y_TO = forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, sums_TVG)
-    return with_bias(y_TO, bias_O, x_TI.dtype)
+def prepare_dotted(x_TI: Tensor, dtype: torch.dtype, _words_OPG: Tensor, grid_OG: Tensor, *_: Any) -> Tensor:
+    """`forms.spread`."""
+    return written(forms.spread(x_TI.to(dtype), grid_OG.shape[1]))
 
 
-def dot_product(
-    x_TI: Tensor,
+def prepare_normed_dotted(
+    h_TI: Tensor, norm_I: Tensor, eps: float, dtype: torch.dtype, *tensors: Any
+) -> tuple[Tensor, Tensor]:
+    """Both steps by one kernel, which only gets rows that are whole tiles from here on."""
+    _, grid_OG, *_ = tensors
+    h_TI = forms.in_whole_tiles(h_TI)
+    return prepare_dotted(h_TI * norm_I, dtype, *tensors), mean_squares(h_TI, gcd(grid_OG.shape[1], MOST_PIECES), eps)
+
+
+def multiply_dotted(
+    x_NTPG: Tensor,
+    means_TC: Tensor | None,
+    _dtype: torch.dtype,
     words_OPG: Tensor,
     grid_OG: Tensor,
     scale_like: Tensor,
@@ -124,16 +196,41 @@ def dot_product(
     bias_O: Tensor | None,
 ) -> Tensor:
     """`forms.dot_planes`."""
-    x_NTJ = written(forms.spread(x_TI, grid_OG.shape[1]))
-    y_TO = forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTJ, exponents_2O, bias_O)
-    return y_TO.narrow(0, 0, len(x_TI))
+    factors_T1 = None if means_TC is None else means_TC.sum(1, keepdim=True).rsqrt()
+    return forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTPG, exponents_2O, bias_O, factors_T1)
 
 
-def words_product(x_TI: Tensor, words_KGPW: Tensor, grid_KG2W: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`cpu_forms.reduce_words`."""
-    x_CGPRN, means_CGR = cpu_forms.prescale_words(x_TI, grid_KG2W.shape[1])
-    y_TO = cpu_forms.reduce_words(words_KGPW, grid_KG2W, written(x_CGPRN), written(means_CGR)).narrow(0, 0, len(x_TI))
+def summed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """A dense product of one row, as a sum for each output: it reads the weight faster than the library's."""
+    y_TO = (weight_OI.float() * written(x_TI).float()).sum(1).unsqueeze(0)
     return with_bias(y_TO, bias_O, x_TI.dtype)
+
+
+def tiled_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """A dense product of many outputs, by tensor cores."""
+    stored_TI = written(forms.in_whole_tiles(x_TI))
+    y_TO = sum_of_products([weight_OI], [stored_TI.t()]).t().narrow(0, 0, len(x_TI))
+    return written(with_bias(y_TO, bias_O, x_TI.dtype))
+
+
+def prepare_words(
+    x_TI: Tensor, _dtype: torch.dtype, _words_KGPW: Tensor, grid_KG2W: Tensor, _bias_O: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`cpu_forms.prescale_words`."""
+    x_CGPRN, means_CGR = cpu_forms.prescale_words(x_TI, grid_KG2W.shape[1])
+    return written(x_CGPRN), written(means_CGR)
+
+
+def multiply_words(
+    x: tuple[Tensor, Tensor],
+    _means_TC: None,
+    dtype: torch.dtype,
+    words_KGPW: Tensor,
+    grid_KG2W: Tensor,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """`cpu_forms.reduce_words`."""
+    return with_bias(cpu_forms.reduce_words(words_KGPW, grid_KG2W, *x), bias_O, dtype)
 
 
 def expand_product(
@@ -153,7 +250,7 @@ def many_rows_product(x_TI: Tensor, words: Tensor, grid: Tensor, scale_like: Ten
 
 
 @cache
-def sliced_product(group_size: int) -> Form:
+def sliced(group_size: int) -> Form:
     """`kernel.matmul`."""
 
     def product(
@@ -161,28 +258,44 @@ def sliced_product(group_size: int) -> Form:
     ) -> Tensor:
         return matmul(x_TI, qweight_IW, qzeros_GW, scales_GO, group_size, bias_O)
 
-    return product
+    return in_one_step(product)
+
+
+REDUCE = Form(prepare_reduced, multiply_reduced, prepare_normed_reduced)
+DOT = Form(prepare_dotted, multiply_dotted, prepare_normed_dotted)
+WORDS = Form(prepare_words, multiply_words)
+EXPAND, MANY_ROWS = map(in_one_step, (expand_product, many_rows_product))
+LINEAR, SUMMED, TILED = map(in_one_step, (linear, summed_product, tiled_product))
 
 
 def _form_for(device: torch.device, rows: int, groups: int) -> Form:
     if device.type != "cuda":
-        return words_product if rows <= MOST_ROWS_ON_CPU else many_rows_product
+        return WORDS if rows <= MOST_ROWS_ON_CPU else MANY_ROWS
     if rows > MOST_ROWS_DOTTED:
-        return expand_product
+        return EXPAND
     most_reduced = MOST_ROWS_REDUCED_MANY_GROUPS if groups > MANY_GROUPS else MOST_ROWS_REDUCED
-    return reduce_product if rows <= most_reduced else dot_product
+    return REDUCE if rows <= most_reduced else DOT
 
 
-def is_int4(product: Product) -> bool:
-    """Whether it is compiled with the options of the forms, by which Inductor would write a library's matmul itself."""
-    return product.form in (reduce_product, dot_product, words_product)
+def _dense_form_for(device: torch.device, outputs: int, dtype: torch.dtype, rows: int) -> Form:
+    """On CUDA the library reads 2.8 TB/s of a head where 3.0 to 3.2 can be read (docs/performance.md)."""
+    if device.type != "cuda":
+        return LINEAR
+    if rows == 1:
+        return SUMMED
+    return TILED if rows <= MOST_ROWS_TILED and outputs >= FEWEST_OUTPUTS_TILED and dtype.itemsize == 2 else LINEAR
+
+
+def is_compiled_as_form(product: Product) -> bool:
+    """Whether it needs the options of the forms, by which Inductor would write a library's matmul itself."""
+    return product.form in (REDUCE, DOT, WORDS, SUMMED, TILED)
 
 
 def lower(
-    function: Callable[..., Any], is_int4: bool, traced: Callable[..., Arguments] | None = None, **options: Any
+    function: Callable[..., Any], has_forms: bool, traced: Callable[..., Arguments] | None = None, **options: Any
 ) -> Compiled:
     """`function` compiled with Inductor's `options`, and those of the forms if it holds some."""
-    if is_int4:
+    if has_forms:
         return forms.compiled(function, tiles.block_sizes, traced, **options)
     # With padding Inductor would time 2 to 7 rows padded to 8, on a second copy of the head.
     return Compiled(function, {"shape_padding": False} | options, traced=traced)
@@ -190,28 +303,29 @@ def lower(
 
 def _alone(layer: Any) -> Product:
     if isinstance(layer, QuantLinear):
-        return Product(sliced_product(layer.group_size), (layer.qweight, layer.qzeros, layer.scales, layer.bias))
-    return Product(linear, (layer.weight.data, layer.bias))
+        return Product(sliced(layer.group_size), (layer.qweight, layer.qzeros, layer.scales, layer.bias))
+    return Product(LINEAR, (layer.weight.data, layer.bias))
 
 
-def _join_dense(layers: Sequence[Any]) -> Product:
+def _join_dense(layers: Sequence[Any], rows: int) -> Product:
     """Afterwards the layers hold views of the joined weight: there is never a second copy of the model."""
     weight_OI = lay_together([layer.weight.data for layer in layers])
     sizes = [layer.out_features for layer in layers]
     for layer, part_OI in zip(layers, weight_OI.split(sizes), strict=True):
         layer.weight = nn.Parameter(part_OI, requires_grad=False)
-    return Product(linear, (weight_OI, joined_bias(layers)))
+    form = _dense_form_for(weight_OI.device, len(weight_OI), weight_OI.dtype, rows)
+    return Product(form, (weight_OI, joined_bias(layers)))
 
 
 def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     (words, grid), bias_O = fuse(layers), joined_bias(layers)
     form = _form_for(words.device, rows, grid.shape[1])
     scale_like = torch.empty(0, dtype=layers[0].scale_dtype, device=words.device)
-    if form is many_rows_product:
+    if form is MANY_ROWS:
         return Product(form, (words, grid, scale_like, bias_O))
-    if form is words_product:
+    if form is WORDS:
         return Product(form, (words.view(torch.float32), grid, bias_O))
-    if form in (dot_product, expand_product):
+    if form in (DOT, EXPAND):
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 SUMMANDS_OF_A_WARP = 128
 MOST_SUMMANDS_AT_ONCE = 4096
 MULTIPROCESSORS = 132
+GROUP, MANY_SUMS = 128, 112
 FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
@@ -73,7 +74,9 @@ def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, in
         return planes_tile(sizes["x"], sizes["r0_"], sums)
     if kind == "dot":
         return dot_tile(sizes)
-    return sum_tile(sizes["r0_"]) if kind == "sum" else pointwise_tile(sizes)
+    if kind == "dense dot":
+        return dense_dot_tile(sizes["x"])
+    return sum_tile(sizes["x"], sizes["r0_"]) if kind == "sum" else pointwise_tile(sizes)
 
 
 def planes_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
@@ -98,12 +101,22 @@ def dot_tile(sizes: dict[str, int]) -> dict[str, int]:
     return blocks | {"num_warps": outputs // 16, "num_stages": STAGES} | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 
-def sum_tile(summands: int) -> dict[str, int]:
+def dense_dot_tile(rows: int) -> dict[str, int]:
+    """For `products.tiled_product`."""
+    columns = columns_for(rows)
+    outputs = 128 if columns > 16 else 64
+    return {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128, "num_warps": outputs // 16, "num_stages": 3}
+
+
+def sum_tile(sums: int, summands: int) -> dict[str, int]:
     """One program for each sum, with one summand for a thread, or eight if it is as long as a row.
 
-    Such a kernel takes as long as its loads are on their way. A warp takes several sums of less than a warp's summands.
+    Such a kernel takes as long as its loads are on their way. A warp takes several sums of less than a warp's summands,
+    and a program takes four sums of a group where they leave about as many programs as one row of 4096 has.
     """
     block = min(MOST_SUMMANDS_AT_ONCE, power_of_two(summands))
+    if summands == GROUP and sums >= MANY_SUMS:
+        return {"XBLOCK": 4, "R0_BLOCK": block, "num_warps": 8, "num_stages": 1}
     return {
         "XBLOCK": max(1, 32 // block),
         "R0_BLOCK": block,

@@ -50,10 +50,15 @@ def ours(quantized: Quantized) -> Made:
     def of(rows: int) -> Form | None:
         if rows > products.MOST_ROWS_ON_CPU:
             return None
-        (product,) = products.products_of([layer], rows)
-        return products.lower(lambda x_TI: products.multiply([product], x_TI), is_int4=True)
+        of_layer = products.products_of([layer], rows)
+        return products.lower(lambda x_TI: product(of_layer, x_TI), has_forms=True)
 
     return torch.float32, of
+
+
+def product(of_layer: tuple[products.Product, ...], x_TI: Tensor) -> Tensor:
+    """Both steps."""
+    return products.multiply(of_layer, products.prepare(of_layer, x_TI))
 
 
 def shared(quantized: Quantized) -> Made:
@@ -66,12 +71,12 @@ def shared(quantized: Quantized) -> Made:
         of_layers = [products.products_of([layer], rows) for layer in layers]
 
         def call(x_TI: Tensor) -> Tensor:
-            y_TO = products.multiply(of_layers[0], x_TI)
+            y_TO = product(of_layers[0], x_TI)
             for of_layer in of_layers[1:]:
-                y_TO = products.multiply(of_layer, x_TI + 1e-30 * products.written(y_TO)[:, :1])
+                y_TO = product(of_layer, x_TI + 1e-30 * products.written(y_TO)[:, :1])
             return y_TO
 
-        return products.lower(call, is_int4=True)
+        return products.lower(call, has_forms=True)
 
     return torch.float32, of
 

@@ -87,8 +87,8 @@ def dot_job(case, rows, blocks, splits):
     if blocks and splits > 1:
         blocks = blocks | {"ZBLOCK": 1}
 
-    def function(words_OPG, grid_OG, x_NTJ, exponents_2O):
-        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTJ, exponents_2O, splits=splits)
+    def function(words_OPG, grid_OG, x_NTPG, exponents_2O):
+        return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTPG, exponents_2O, splits=splits)
 
     outputs, groups = case.weights[0][1].shape
     x = forms.spread(repeated(case.x_TI, rows), groups), arrange.magic_exponents(DEVICE, outputs)
@@ -201,13 +201,13 @@ def chosen():
         groups, small = inputs // GROUP, shape.startswith("8b")
         for rows in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 2048):
             form = products._form_for(torch.device("cuda"), rows, groups)
-            if form is products.reduce_product:
+            if form is products.REDUCE:
                 yield planes(shape, rows, tiles.parts_for(groups, GROUP // 8, rows))
-            elif form is products.dot_product:
+            elif form is products.DOT:
                 yield dot(shape, rows)
             elif small:
                 yield {"shape": shape, "kind": "expand", "arguments": {"rows": rows}}
-            if form is not products.expand_product or small:
+            if form is not products.EXPAND or small:
                 yield dense(shape, rows)
 
 

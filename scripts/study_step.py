@@ -30,7 +30,7 @@ from miniawq.attend import block_attention, blocks_of, flash_attention, mask_of,
 from miniawq.decode import Layer, parts_of
 from miniawq.inductor import BlockSizes, V
 from miniawq.model import LlamaConfig, attention
-from miniawq.products import prescaled, reduce_product
+from miniawq.products import prepare, prepare_normed
 from miniawq.rope import rope_tables
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -40,18 +40,14 @@ WORST = 0.03 if CUDA else 1e-4
 
 def consume(o, attended_BHE):
     """What the product of o does to its activations first."""
-    x_TI = attended_BHE.flatten(1)
-    if o.form is reduce_product:
-        return prescaled(x_TI, o.tensors[0], o.tensors[3])
-    if CUDA:
-        return (forms.written(forms.spread(x_TI, o.tensors[1].shape[1])),)
-    return (x_TI.contiguous(),)
+    (prepared,) = prepare((o,), attended_BHE.flatten(1)).of_products
+    return prepared[0] if isinstance(prepared, tuple) else prepared
 
 
 def middle(config, o, rope, position_1, qkv_BO, cache_SJE, blocks, parts):
     """A layer without its products, with attention in so many parts."""
     decode.rotate_into_cache(config, None, qkv_BO, rope, position_1, cache_SJE)
-    return consume(o, block_attention(*parts_of(config, len(qkv_BO), cache_SJE), blocks, parts))[0]
+    return consume(o, block_attention(*parts_of(config, len(qkv_BO), cache_SJE), blocks, parts))
 
 
 class Choices(BlockSizes):
@@ -112,6 +108,8 @@ class Case:
         width = (config.num_attention_heads + 2 * kv) * size
         self.qkvs = [torch.randn(rows, width, device=DEVICE).to(DTYPE) for _ in self.caches]
         self.h_BD = torch.randn(rows, config.hidden_size, device=DEVICE).to(DTYPE)
+        (first, *_) = layers
+        self.prepared = prepare_normed(first.qkv, self.h_BD, first.input_norm_D, config.rms_norm_eps)
 
     def exact_attention(self, q_BHE, cache_SJE):
         keys, values = cache_SJE[self.of_q :].unflatten(0, (2, self.rows, -1)).transpose(2, 3).float()
@@ -122,7 +120,7 @@ class Case:
         cache_SJE = self.caches[0]
         decode.rotate_into_cache(self.config, None, self.qkvs[0], self.rope, self.position_1, cache_SJE)
         q_BHE = parts_of(self.config, self.rows, cache_SJE)[0]
-        return consume(self.layers[0].o[0], self.exact_attention(q_BHE, cache_SJE).to(DTYPE))[0]
+        return consume(self.layers[0].o[0], self.exact_attention(q_BHE, cache_SJE).to(DTYPE))
 
     def exact_layer(self):
         """By the eager block in float32."""
@@ -148,16 +146,20 @@ class Case:
         """(function, argument sets)."""
         config, sets = self.config, [(self.layers[i % len(self.layers)], cache) for i, cache in enumerate(self.caches)]
         if way == "blocks":
-            run = once(decode.whole_layer, pdl)
-            return lambda layer, cache: run(config, layer, self.h_BD, self.rope, cache, self.blocks), sets
+            run, normed = once(decode.whole_layer, pdl), self.prepared
+            return lambda layer, cache: run(
+                config, layer, layer, self.h_BD, normed, self.rope, cache, self.blocks
+            )[0], sets  # fmt: skip
         before, after = once(decode.before_attention), once(decode.after_attention)
 
         def function(layer, cache_SJE):
-            before(config, layer, self.h_BD, self.rope, self.position_1, cache_SJE)
+            before(config, layer, self.prepared, self.rope, self.position_1, cache_SJE)
             q_BHE, keys_BMJE, values_BMJE = parts_of(config, self.rows, cache_SJE)
             if CUDA:
-                return after(config, layer, self.h_BD, flash_attention(q_BHE, keys_BMJE, values_BMJE, self.spans))
-            return after(config, layer, self.h_BD, self.exact_attention(q_BHE, cache_SJE).to(DTYPE))
+                attended_BHE = flash_attention(q_BHE, keys_BMJE, values_BMJE, self.spans)
+            else:
+                attended_BHE = self.exact_attention(q_BHE, cache_SJE).to(DTYPE)
+            return after(config, layer, layer, self.h_BD, attended_BHE)[0]
 
         return function, sets
 

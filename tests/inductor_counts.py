@@ -42,10 +42,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq import forms, tiles
-from miniawq.decode import Layer, after_attention
+from miniawq.decode import SUM_WHERE_READ, Layer, after_attention
 from miniawq.inductor import BlockSizes
 from miniawq.model import LlamaConfig
-from miniawq.products import Product, dot_product
+from miniawq.products import DOT, Product
 
 GROUP = 128
 TARGET = GPUTarget("cuda", 90, 32)
@@ -89,10 +89,10 @@ def pretend_gpu():
     triton.runtime.driver.set_active(driver)
 
 
-def triton_sources(function, shapes):
+def triton_sources(function, shapes, **options):
     """[(name, source)] of the kernels that a function of tensors, given as (shape, dtype), becomes."""
     mode = fake_tensor.FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with torch.no_grad(), tracing(TracingContext(mode)), config.patch(forms.OPTIONS):
+    with torch.no_grad(), tracing(TracingContext(mode)), config.patch(forms.OPTIONS | options):
         with mode:
             inputs = [torch.empty(shape, dtype=dtype, device="cuda:0") for shape, dtype in shapes]
             graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
@@ -149,7 +149,7 @@ def instructions_of_a_step(text):
 
 
 def count_layer(width, inner, rows):
-    """Kernels of `decode.after_attention`, and how many of them Inductor would search block sizes for."""
+    """Kernels of `decode.after_attention`, of whole tiles of rows, and how many of them would be searched."""
     heads = width // 128
     names = {
         "hidden_size": width,
@@ -160,17 +160,19 @@ def count_layer(width, inner, rows):
     common = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "vocab_size": 256, "num_hidden_layers": 1}
     config = LlamaConfig.from_dict(common | names)
     shapes = [((rows, width), torch.bfloat16), ((rows, heads, 128), torch.bfloat16), ((width,), torch.bfloat16)]
-    for outputs, inputs in ((width, width), (2 * inner, width), (width, inner)):
+    for outputs, inputs in ((width, width), (2 * inner, width), (width, inner), (3 * width, width)):
         groups = inputs // GROUP
         words = [((outputs, GROUP // 8, groups), torch.int32), ((outputs, groups), torch.int32)]
         shapes += [*words, ((0,), torch.float16), ((2, outputs), torch.int32)]
 
     def after(h_BD, attended_BHE, norm_D, *tensors):
-        o, gate_up, down = ((Product(dot_product, (*tensors[i : i + 4], None)),) for i in (0, 4, 8))
-        return after_attention(config, Layer(norm_D, (), None, o, norm_D, gate_up, down), h_BD, attended_BHE)
+        o, gate_up, down, qkv = ((Product(DOT, (*tensors[i : i + 4], None)),) for i in (0, 4, 8, 12))
+        layer = Layer(norm_D, qkv, None, o, norm_D, gate_up, down)
+        h_BD, prepared = after_attention(config, layer, layer, h_BD, attended_BHE)
+        return h_BD, *prepared.of_products, prepared.means_TC
 
     with V.set_choices_handler(BlockSizes(tiles.block_sizes)):
-        kernels = triton_sources(after, shapes)
+        kernels = triton_sources(after, shapes, **SUM_WHERE_READ)
     return {"kernels": len(kernels), "searched": sum("fixed_config(" not in source for _, source in kernels)}
 
 
@@ -186,7 +188,7 @@ def count(form, outputs, inputs, rows):
         shapes = [grid, *x, *[((outputs, parts, groups), torch.int32)] * steps]
         sources = lambda: triton_sources(lambda g, x, s, *w: forms.reduce_planes(w, g, half, x, s), shapes)  # noqa: E731
     else:
-        x = [((8, rows, planes * groups), half), ((2, outputs), torch.int32)]
+        x = [((8, rows, planes, groups), half), ((2, outputs), torch.int32)]
         shapes = [((outputs, planes, groups), torch.int32), grid, *x]
         sources = lambda: triton_sources(lambda w, g, *x: forms.dot_planes(w, g, half, *x), shapes)  # noqa: E731
 

@@ -16,7 +16,7 @@ from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, dense
 from miniawq.packing import quantize
-from miniawq.products import norm_and_multiply, products_of
+from miniawq.products import multiply, prepare, prepare_normed, products_of
 from miniawq.sampling import NOT_A_NUMBER, Sampling, sample
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -159,10 +159,10 @@ def test_the_greedy_choice_in_two_steps_is_that_of_sampling(vocab_size, device):
 
 
 @pytest.mark.parametrize(("rows", "groups", "form"), [
-    (2, 112, "reduce"), (3, 112, "dot"), (3, 64, "reduce"), (4, 32, "dot"), (256, 32, "dot"), (257, 32, "expand"),
+    (2, 112, "REDUCE"), (3, 112, "DOT"), (3, 64, "REDUCE"), (4, 32, "DOT"), (256, 32, "DOT"), (257, 32, "EXPAND"),
 ])  # fmt: skip
 def test_the_form_on_cuda_goes_by_rows_and_groups(rows, groups, form):
-    assert products._form_for(torch.device("cuda"), rows, groups) is getattr(products, f"{form}_product")
+    assert products._form_for(torch.device("cuda"), rows, groups) is getattr(products, form)
 
 
 @pytest.mark.parametrize(("programs", "parts"), [(8, 16), (16, 8), (64, 8), (128, 4), (256, 2), (4096, 2)])
@@ -172,9 +172,32 @@ def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, parts):
 
 def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
     """With them Inductor would write it itself, by the tiles of `dot_planes`."""
-    forms_of = {"reduce_product": True, "dot_product": True, "expand_product": False, "many_rows_product": False}
+    forms_of = {"REDUCE": True, "DOT": True, "EXPAND": False, "MANY_ROWS": False, "LINEAR": False, "TILED": True}
     for name, expected in forms_of.items():
-        assert products.is_int4(products.Product(getattr(products, name), ())) is expected
+        assert products.is_compiled_as_form(products.Product(getattr(products, name), ())) is expected
+
+
+@pytest.mark.parametrize(("form", "rows"), [("SUMMED", 1), ("TILED", 1), ("TILED", 5), ("TILED", 17), ("LINEAR", 5)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dense_forms_are_the_library_s_product(form, rows, bias, monkeypatch, device):
+    monkeypatch.setattr(products, "_dense_form_for", lambda *_: getattr(products, form))
+    layer, x_TI = nn.Linear(64, 24, bias, device=device), torch.randn(rows, 64, device=device)
+    with torch.no_grad():
+        expected, found = layer(x_TI), products_of([layer], rows)
+        torch.testing.assert_close(multiply(found, prepare(found, x_TI)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "outputs", "dtype", "rows", "form"), [
+    ("cuda", 8, torch.float32, 1, "SUMMED"),
+    ("cuda", 32768, torch.bfloat16, 2, "TILED"),
+    ("cuda", 32768, torch.float16, 64, "TILED"),
+    ("cuda", 32768, torch.bfloat16, 65, "LINEAR"),
+    ("cuda", 32768, torch.float32, 2, "LINEAR"),
+    ("cuda", 16384, torch.bfloat16, 2, "LINEAR"),
+    ("cpu", 32768, torch.bfloat16, 1, "LINEAR"),
+])  # fmt: skip
+def test_the_dense_form_goes_by_device_rows_and_outputs(device, outputs, dtype, rows, form):
+    assert products._dense_form_for(torch.device(device), outputs, dtype, rows) is getattr(products, form)
 
 
 def test_matrices_of_one_input_lie_together_and_exist_once(device):
@@ -223,11 +246,11 @@ def test_attention_by_blocks_is_attention(heads):
     torch.testing.assert_close(attended, expected.squeeze(2), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("form", "rows"), [("words", 1), ("words", 5), ("reduce", 1), ("reduce", 3), ("dot", 20)])
+@pytest.mark.parametrize(("form", "rows"), [("WORDS", 1), ("WORDS", 5), ("REDUCE", 1), ("REDUCE", 3), ("DOT", 20)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_forms_compute_the_layers_behind_the_norm(form, rows, bias, monkeypatch):
-    monkeypatch.setattr(products, "_form_for", lambda *_: getattr(products, f"{form}_product"))
-    monkeypatch.setattr(arrange, "wants_planes", lambda _: form != "words")
+    monkeypatch.setattr(products, "_form_for", lambda *_: getattr(products, form))
+    monkeypatch.setattr(arrange, "wants_planes", lambda _: form != "WORDS")
     layers = [
         QuantLinear.from_quantized(quantize(torch.randn(outputs, 256), 128), torch.randn(outputs) if bias else None)
         for outputs in (48, 16)
@@ -236,9 +259,21 @@ def test_forms_compute_the_layers_behind_the_norm(form, rows, bias, monkeypatch)
     x_TI = nn.functional.rms_norm(h_TI, (256,), norm_I, eps)
     expected = torch.cat([layer(x_TI) for layer in layers], -1)
     (product,) = found = products_of(layers, rows)
-    assert product.form is getattr(products, f"{form}_product")
-    for y_TO in (norm_and_multiply(found, h_TI, norm_I, eps), products.multiply(found, x_TI)):
-        torch.testing.assert_close(y_TO, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert product.form is getattr(products, form)
+    limit = 1e-5 * float(expected.abs().max())
+    for prepared in (prepare_normed(found, h_TI, norm_I, eps), prepare(found, x_TI)):
+        torch.testing.assert_close(multiply(found, prepared), expected, rtol=0, atol=limit)
+
+
+def test_layers_in_blocks_of_different_sizes_are_multiplied_one_by_one(monkeypatch):
+    monkeypatch.setattr(arrange, "lanes_for", lambda outputs: 16 if outputs % 16 == 0 else 8)
+    layers = [QuantLinear.from_quantized(quantize(torch.randn(outputs, 64), 32)) for outputs in (32, 24)]
+    x_TI = torch.randn(2, 64)
+    found = products_of(layers, 2)
+    assert len(found) == 2
+    expected = torch.cat([layer(x_TI) for layer in layers], -1)
+    limit = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(multiply(found, prepare(found, x_TI)), expected, rtol=0, atol=limit)
 
 
 def test_mixed_layers_are_multiplied_one_by_one():
@@ -248,4 +283,4 @@ def test_mixed_layers_are_multiplied_one_by_one():
     assert len(found) == 2
     expected = torch.cat([layer(x_TI) for layer in layers], -1)
     limit = 1e-5 * float(expected.abs().max())
-    torch.testing.assert_close(products.multiply(found, x_TI), expected, rtol=0, atol=limit)
+    torch.testing.assert_close(multiply(found, prepare(found, x_TI)), expected, rtol=0, atol=limit)

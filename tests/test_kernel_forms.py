@@ -36,9 +36,11 @@ def planes_product(x_TI, quantized, parts=1):
     return forms.reduce_planes(forms.planes(words_OPG, parts), grid_OG, quantized.scales_OG.dtype, *x)
 
 
-def words_product(x_TI, quantized):
+def words_product(x_TI, quantized, lanes=8):
     groups = quantized.scales_OG.shape[1]
-    target = arrange.empty(*quantized.codes_OI.shape, quantized.codes_OI.shape[1] // groups, x_TI.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrange, "lanes_for", lambda _: lanes)
+        target = arrange.empty(*quantized.codes_OI.shape, quantized.codes_OI.shape[1] // groups, x_TI.device)
     arrange.arrange(quantized, target)
     x = cpu_forms.prescale_words(x_TI, target.grid.shape[1])
     return cpu_forms.reduce_words(target.words.view(torch.float32), target.grid, *x)[: len(x_TI)]
@@ -46,8 +48,9 @@ def words_product(x_TI, quantized):
 
 def dot_product(x_TI, quantized, splits=1, bias_O=None):
     words_OPG, grid_OG = arranged(quantized)
-    x_NTJ, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
-    y_TO = forms.dot_planes(words_OPG, grid_OG, quantized.scales_OG.dtype, x_NTJ, exponents_2O, bias_O, splits)
+    x_NTPG, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), arrange.magic_exponents(x_TI.device, len(words_OPG))
+    grid = grid_OG, quantized.scales_OG.dtype
+    y_TO = forms.dot_planes(words_OPG, *grid, x_NTPG, exponents_2O, bias_O, splits=splits)
     return y_TO[: x_TI.shape[0]]
 
 
@@ -97,6 +100,7 @@ PRODUCTS = {
     "planes, no subnormals": (flushed_product, reduction_bound),
     "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
     "words": (words_product, reduction_bound),
+    "words of 16 outputs": (lambda x_TI, quantized: words_product(x_TI, quantized, 16), reduction_bound),
     "dot": (dot_product, dot_bound),
     "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
 }
@@ -126,28 +130,38 @@ ROWS = (*range(1, 10), 16, 17, 31, 32, 33, 63, 64, 65, 128, 257)
 @pytest.mark.parametrize("rows", ROWS)
 def test_forms_stay_within_their_bounds(form, rows, group_size):
     product, bound = form
-    quantized = random_quantized(24, 384, group_size)
+    quantized = random_quantized(48, 384, group_size)
     x_TI = random_rows(rows, 384)
     error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
     assert (error_TO <= bound(x_TI, quantized)).all()
 
 
-@pytest.mark.parametrize("outputs", [8, 24])
-def test_blocks_hold_every_code_and_give_it_back(outputs):
+@pytest.mark.parametrize(("outputs", "lanes"), [(8, 8), (24, 8), (16, 16), (48, 16)])
+def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
+    monkeypatch.setattr(arrange, "lanes_for", lambda _: lanes)
     quantized = random_quantized(outputs, 256, 32)
     target = arrange.empty(outputs, 256, 32, torch.device("cpu"))
     arrange.arrange(quantized, target)
     assert target.outputs == outputs
     assert all(torch.equal(*pair) for pair in zip(arrange.restore(target, 32, torch.float16), quantized, strict=True))
     output, group, word, nibble = outputs - 3, 5, 2, 7
-    code = (int(target.words[output // 8, group, word, output % 8]) >> 4 * nibble) & 15
+    code = (int(target.words[output // lanes, group, word, output % lanes]) >> 4 * nibble) & 15
     assert code == quantized.codes_OI[output, 32 * group + 8 * word + nibble]
+    parts = list(arrange.slices(target, 1))
+    assert [part.outputs for _, part in parts] == [lanes] * (outputs // lanes)
+    assert torch.equal(torch.cat([part.words for _, part in parts]), target.words)
+
+
+@pytest.mark.parametrize(("capability", "outputs", "lanes"), [("AVX2", 32, 8), ("AVX512", 32, 16), ("AVX512", 24, 8)])
+def test_a_block_fills_a_vector_where_it_can(capability, outputs, lanes, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert arrange.lanes_for(outputs) == lanes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [4, 16, 33])
 def test_half_precision_dots_stay_within_their_bound(dtype, rows):
-    quantized = random_quantized(24, 512, 128)
+    quantized = random_quantized(48, 512, 128)
     x_TI = random_rows(rows, 512, dtype)
     error_TO = (dot_product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
     assert (error_TO <= dot_bound(x_TI, quantized)).all()
@@ -156,7 +170,7 @@ def test_half_precision_dots_stay_within_their_bound(dtype, rows):
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_bias_is_added_before_dots_are_rounded(splits):
     """So it may take away what was rounded, and leave the rest."""
-    quantized, x_TI = random_quantized(24, 512, 128), random_rows(4, 512, torch.bfloat16)
+    quantized, x_TI = random_quantized(48, 512, 128), random_rows(4, 512, torch.bfloat16)
     y_TO = dot_product(x_TI, quantized, splits)
     rest_O = dot_product(x_TI, quantized, splits, -y_TO[0].float())[0]
     assert (rest_O != 0).all()
@@ -166,7 +180,7 @@ def test_a_bias_is_added_before_dots_are_rounded(splits):
 @pytest.mark.parametrize("wrong", ["code", "zero", "scale", "activation"])
 def test_bounds_catch_the_smallest_fault(form, wrong):
     product, bound = form
-    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    quantized, x_TI = random_quantized(32, 256, 64), random_rows(2, 256)
     codes_OI, scales_OG, zeros_OG = (tensor.clone() for tensor in quantized)
     faulty_x_TI = x_TI.clone()
     if wrong == "code":
@@ -185,7 +199,7 @@ def test_bounds_catch_the_smallest_fault(form, wrong):
 @pytest.mark.parametrize("places", ["SUBNORMAL_PLACES", "MAGIC_PLACES"])
 def test_bounds_catch_two_nibbles_exchanged(places, monkeypatch):
     product, bound = PRODUCTS["planes" if places == "SUBNORMAL_PLACES" else "dot"]
-    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256)
     good = getattr(forms, places)
     monkeypatch.setattr(forms, places, (good[1], good[0], *good[2:]))
     error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
@@ -205,7 +219,7 @@ def test_every_code_and_zero_in_every_nibble_is_exact(form):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_expand_rounds_like_the_definition(dtype, group_size):
-    quantized = random_quantized(24, 384, group_size)
+    quantized = random_quantized(48, 384, group_size)
     words_OPG, grid_OG = arranged(quantized)
     exponents_2O = arrange.magic_exponents(words_OPG.device, len(words_OPG))
     weight_OI = arrange.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, exponents_2O, dtype).view(dtype)
@@ -226,7 +240,7 @@ def test_a_grid_keeps_scale_and_zero(scale_dtype):
 @pytest.mark.parametrize("value", [2.0**40, 2.0**-60, 6e4, 0.0])
 def test_activations_of_any_size_keep_the_bound(form, value):
     product, bound = form
-    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256)
     x_TI[0] *= value
     x_TI[1, 9] = value
     error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
@@ -236,7 +250,7 @@ def test_activations_of_any_size_keep_the_bound(form, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(form, value):
     product, _ = form
-    quantized, x_TI = random_quantized(24, 256, 64), random_rows(3, 256)
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(3, 256)
     x_TI[1, 9] = value
     assert product(x_TI, quantized).isfinite().all(1).tolist() == [True, False, True]
 
@@ -252,7 +266,7 @@ def flushing():
 
 def test_a_device_that_flushes_subnormals_is_found_out(flushing, monkeypatch, caplog):
     monkeypatch.setattr(forms, "keeps_subnormals", True)
-    quantized, x_TI = random_quantized(24, 256, 64), random_rows(2, 256)
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256)
     wrong_TO = planes_product(x_TI, quantized)
     assert ((wrong_TO - exact(x_TI, quantized)).abs() > reduction_bound(x_TI, quantized)).any()
     forms.prove.__wrapped__(torch.device("cpu"))
