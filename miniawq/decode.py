@@ -62,8 +62,8 @@ WARM_UP_CALLS = 2
 SPARE_ROOM = 32
 SMALLEST_BUCKET = 256
 GREEDY = Sampling()
-MOST_PARTS_OF_LOGITS = 256
-# For Inductor, which makes a longer sum a kernel of its own: those of parts of attention and of a norm's means.
+PARTS_OF_LOGITS = 256  # of all rows together
+# Longer sums than those of parts of attention and of a norm's means become kernels of their own.
 SUM_WHERE_READ = {"unroll_reductions_threshold": 65}
 
 
@@ -97,7 +97,7 @@ def _norms_of_heads(attn: Any) -> Tensor | None:
     """The weights of a layer's norms of queries and keys, for each head; values have none that counts."""
     if isinstance(attn.q_norm, nn.Identity):
         return None
-    norms = (attn.q_norm.weight.data, attn.k_norm.weight.data, torch.ones_like(attn.k_norm.weight.data))
+    norms = (attn.q_norm.weight.data, attn.k_norm.weight.data, attn.k_norm.weight.data)
     linears = (attn.q_proj, attn.k_proj, attn.v_proj)
     return torch.cat(
         [norm_E.expand(linear.out_features // attn.head_dim, -1) for norm_E, linear in zip(norms, linears, strict=True)]
@@ -121,12 +121,8 @@ def rotate_into_cache(
     """
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     new_BKE = qkv_BO.unflatten(1, (-1, size))
-    rows, device = len(new_BKE), new_BKE.device
-    row_B1, head_K, place_E = (
-        torch.arange(rows, device=device).unsqueeze(1),
-        *(torch.arange(n, device=device) for n in new_BKE.shape[1:]),
-    )
-    is_value_K = head_K >= heads + kv_heads
+    rows, (row_B, head_K, place_E) = len(new_BKE), (torch.arange(n, device=new_BKE.device) for n in new_BKE.shape)
+    row_B1, is_value_K = row_B.unsqueeze(1), head_K >= heads + kv_heads
     if qk_norm_KE is not None:
         # One weight for each head, which the library's norm does not take.
         normed_BKE = qk_norm_KE * torch.nn.functional.rms_norm(new_BKE, (size,), eps=config.rms_norm_eps)
@@ -195,7 +191,7 @@ def most_probable(logits_BV: Tensor) -> Tensor:
     In two steps, because Inductor does not cut an argmax into parts and one program would read all logits. The largest
     of each part, beside its place, tells of a NaN too.
     """
-    parts = gcd(logits_BV.shape[1], MOST_PARTS_OF_LOGITS)
+    parts = gcd(logits_BV.shape[1], max(PARTS_OF_LOGITS // 16, PARTS_OF_LOGITS // len(logits_BV)))
     logits_BCV = logits_BV.float().unflatten(1, (parts, -1))
     best_BC, place_BC = written(logits_BCV.amax(-1)), written(logits_BCV.argmax(-1))
     part_B1 = best_BC.argmax(-1, keepdim=True)
@@ -396,8 +392,7 @@ class DecodeStep:
         )
         h_BD, prepared = entry.h_BD, entry.prepared
         seen: dict[int | None, Any] = entry.seen if self.reads_by_length else self._masks(end, entry.seen)
-        # What is prepared behind the last layer nobody reads.
-        following = (*self.layers[1:], self.layers[-1])
+        following = (*self.layers[1:], self.layers[-1])  # What the last one prepares nobody reads.
         for layer, next_layer, cache_SJE, window in zip(
             self.layers, following, self.caches, config.layer_windows, strict=True
         ):
@@ -407,8 +402,8 @@ class DecodeStep:
                 )
                 continue
             self.functions.before(config, layer, prepared, entry.rope, position_1, cache_SJE)
-            attended_BHE = self._attended(cache_SJE, seen[window], end)
-            h_BD, prepared = self.functions.after(config, layer, next_layer, h_BD, attended_BHE)
+            attended = self._attended(cache_SJE, seen[window], end)
+            h_BD, prepared = self.functions.after(config, layer, next_layer, h_BD, attended)
         if self.history is not None:
             self.history.add(self.ids_B.clamp_min(0))
         self.logits_BV, ids_B = self.functions.finish(config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)

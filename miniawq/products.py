@@ -207,10 +207,9 @@ def summed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Te
 
 
 def tiled_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """A dense product of many outputs, by tensor cores."""
+    """A dense product of many outputs, by tensor cores; of whole tiles of rows."""
     stored_TI = written(forms.in_whole_tiles(x_TI))
-    y_TO = sum_of_products([weight_OI], [stored_TI.t()]).t().narrow(0, 0, len(x_TI))
-    return written(with_bias(y_TO, bias_O, x_TI.dtype))
+    return written(with_bias(sum_of_products([weight_OI], [stored_TI.t()]).t(), bias_O, x_TI.dtype))
 
 
 def prepare_words(

@@ -255,7 +255,7 @@ def test_forms_compute_the_layers_behind_the_norm(form, rows, bias, monkeypatch)
         QuantLinear.from_quantized(quantize(torch.randn(outputs, 256), 128), torch.randn(outputs) if bias else None)
         for outputs in (48, 16)
     ]
-    h_TI, norm_I, eps = torch.randn(rows, 256) * 3, torch.rand(256) + 0.5, 1e-5
+    h_TI, norm_I, eps = torch.randn(rows, 256) * 3, torch.rand(256) + 0.5, 0.5
     x_TI = nn.functional.rms_norm(h_TI, (256,), norm_I, eps)
     expected = torch.cat([layer(x_TI) for layer in layers], -1)
     (product,) = found = products_of(layers, rows)
@@ -263,6 +263,15 @@ def test_forms_compute_the_layers_behind_the_norm(form, rows, bias, monkeypatch)
     limit = 1e-5 * float(expected.abs().max())
     for prepared in (prepare_normed(found, h_TI, norm_I, eps), prepare(found, x_TI)):
         torch.testing.assert_close(multiply(found, prepared), expected, rtol=0, atol=limit)
+
+
+def test_a_norm_behind_a_product_of_float16_would_overflow(monkeypatch):
+    """Products of a large residual stream with the norm's weight, which the norm itself makes small."""
+    monkeypatch.setattr(products, "_form_for", lambda *_: products.DOT)
+    monkeypatch.setattr(arrange, "wants_planes", lambda _: True)
+    found = products_of([QuantLinear.from_quantized(quantize(torch.randn(32, 256), 128))], 5)
+    h_TI, norm_I = torch.full((5, 256), 3e4).half(), torch.full((256,), 4.0).half()
+    assert multiply(found, prepare_normed(found, h_TI, norm_I, 1e-5)).isfinite().all()
 
 
 def test_layers_in_blocks_of_different_sizes_are_multiplied_one_by_one(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from miniawq.kernel import QuantLinear
 from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.report import as_text
-from miniawq.products import lower, multiply, products_of
+from miniawq.products import lower, multiply, prepare, products_of
 
 PRODUCT_CHECKS = [
     check for check in CHECKS if check.level == "L3" and check.id not in ("L3.refuses-short-input", "L3.no-rows")
@@ -25,11 +25,12 @@ class Form:
         layer = QuantLinear(qweight.shape[0], scales.shape[1], bias is not None, group_size)
         layer.qweight, layer.qzeros, layer.scales, layer.bias = qweight, qzeros, scales, bias
         x_TI = x.reshape(-1, x.shape[-1])
-        (product,) = products = products_of([layer], len(x_TI))
-        if self.compiled:
-            y_TO = lower(product.form, True)(x_TI, *product.tensors)
-        else:
-            y_TO = multiply(products, x_TI)
+        products = products_of([layer], len(x_TI))
+
+        def product(x_TI, products):
+            return multiply(products, prepare(products, x_TI))
+
+        y_TO = (lower(product, True) if self.compiled else product)(x_TI, products)
         return y_TO.reshape(*x.shape[:-1], -1)
 
 
