@@ -25,11 +25,12 @@ from miniawq.packing import CODES_PER_WORD
 MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
 MOST_ROWS_DOTTED = 256
 MOST_ROWS_ON_CPU = 32
+# With more rows a kernel that norms is faster than what each program of the product does instead (docs/log.md).
 MOST_ROWS_NORMED_LATE = 32
-MOST_ROWS_TILED, FEWEST_OUTPUTS_TILED = 64, 32_768
 # Every reader of `DOT`'s means sums so many, or fewer.
 MOST_PIECES = 8
-
+# Heads: of fewer outputs there are not enough programs.
+MOST_ROWS_TILED, FEWEST_OUTPUTS_TILED = 64, 32_768
 
 Tensors = tuple[Any, ...]
 
@@ -39,12 +40,14 @@ class Form(NamedTuple):
 
     prepare(x_TI, dtype, *tensors) makes of activations what multiply(that, means_TC, dtype, *tensors) makes y_TO of, in
     `dtype`. prepare_normed(h_TI, norm_I, eps, dtype, *tensors), where there is one, makes both, of rows in float32 that
-    are to be normed: then multiply divides its results by the root of the sum of a row's means.
+    are to be normed: then multiply divides its results by the root of the sum of a row's means. `stays_float32` says
+    that nothing is rounded between.
     """
 
     prepare: Callable[..., Any]
     multiply: Callable[..., Tensor]
     prepare_normed: Callable[..., tuple[Any, Tensor]] | None = None
+    stays_float32: bool = False
 
 
 def in_one_step(function: Any) -> Form:
@@ -99,8 +102,8 @@ def prepare_normed(products: Sequence[Product], h_TI: Tensor, norm_I: Tensor, ep
     and every product sums those few. Not in float16, in which h times the norm's weight might be too large.
     """
     (first, *others) = products
-    is_late = len(h_TI) <= MOST_ROWS_NORMED_LATE and h_TI.dtype != torch.float16
-    if others or first.form.prepare_normed is None or not is_late:
+    fits = first.form.stays_float32 or h_TI.dtype != torch.float16
+    if others or first.form.prepare_normed is None or not fits or len(h_TI) > MOST_ROWS_NORMED_LATE:
         return prepare(products, rms_norm(h_TI, norm_I, eps))
     prepared, means_TC = first.form.prepare_normed(h_TI.float(), norm_I.float(), eps, h_TI.dtype, *first.tensors)
     return Prepared((prepared,), means_TC, len(h_TI), h_TI.dtype)
@@ -260,7 +263,7 @@ def sliced(group_size: int) -> Form:
     return in_one_step(product)
 
 
-REDUCE = Form(prepare_reduced, multiply_reduced, prepare_normed_reduced)
+REDUCE = Form(prepare_reduced, multiply_reduced, prepare_normed_reduced, stays_float32=True)
 DOT = Form(prepare_dotted, multiply_dotted, prepare_normed_dotted)
 WORDS = Form(prepare_words, multiply_words)
 EXPAND, MANY_ROWS = map(in_one_step, (expand_product, many_rows_product))

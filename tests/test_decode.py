@@ -265,13 +265,16 @@ def test_forms_compute_the_layers_behind_the_norm(form, rows, bias, monkeypatch)
         torch.testing.assert_close(multiply(found, prepared), expected, rtol=0, atol=limit)
 
 
-def test_a_norm_behind_a_product_of_float16_would_overflow(monkeypatch):
+@pytest.mark.parametrize(("form", "is_late"), [("DOT", False), ("REDUCE", True)])
+def test_a_norm_behind_a_product_does_not_overflow_in_float16(form, is_late, monkeypatch):
     """Products of a large residual stream with the norm's weight, which the norm itself makes small."""
-    monkeypatch.setattr(products, "_form_for", lambda *_: products.DOT)
+    monkeypatch.setattr(products, "_form_for", lambda *_: getattr(products, form))
     monkeypatch.setattr(arrange, "wants_planes", lambda _: True)
-    found = products_of([QuantLinear.from_quantized(quantize(torch.randn(32, 256), 128))], 5)
-    h_TI, norm_I = torch.full((5, 256), 3e4).half(), torch.full((256,), 4.0).half()
-    assert multiply(found, prepare_normed(found, h_TI, norm_I, 1e-5)).isfinite().all()
+    found = products_of([QuantLinear.from_quantized(quantize(torch.randn(32, 256), 128))], 3)
+    h_TI, norm_I = torch.full((3, 256), 3e4).half(), torch.full((256,), 4.0).half()
+    prepared = prepare_normed(found, h_TI, norm_I, 1e-5)
+    assert (prepared.means_TC is not None) == is_late
+    assert multiply(found, prepared).isfinite().all()
 
 
 def test_layers_in_blocks_of_different_sizes_are_multiplied_one_by_one(monkeypatch):
