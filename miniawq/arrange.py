@@ -10,8 +10,7 @@ one vector, [K, G, P, W]: a *block* of outputs is read from front to back, and a
 A group of more than 128 inputs is arranged as groups of 128 that have the same scale and zero.
 
 Shapes: O outputs, I inputs, G groups as arranged, S inputs of one, P words of one (S / 8), N nibbles of a word (8); K
-blocks of W outputs
-(8, or 16 with AVX-512).
+blocks of W outputs (8, or 16 with AVX-512).
 """
 
 from collections.abc import Iterator, Sequence

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from math import ceil, log2, prod
 from typing import NamedTuple
 
+from miniawq.arrange import LARGEST_GROUP
+from miniawq.packing import CODES_PER_WORD
+
 SUMMANDS_OF_A_WARP = 128
 MOST_SUMMANDS_AT_ONCE = 4096
 MULTIPROCESSORS = 132
-GROUP, MANY_SUMS = 128, 112
+MANY_SUMS = 112
 FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
 # What was fastest on an H200 where the rules of `parts_for` and `block_sizes` were not (`scripts/gpu_kernels.py`):
@@ -59,7 +62,7 @@ def splits_for(shape_OPG: Sequence[int], rows: int) -> int:
     """
     outputs, planes, groups = shape_OPG
     columns = columns_for(rows)
-    if (outputs, groups, columns) in FASTER_SPLITS and planes == GROUP // 8:
+    if (outputs, groups, columns) in FASTER_SPLITS and planes == LARGEST_GROUP // CODES_PER_WORD:
         return FASTER_SPLITS[outputs, groups, columns]
     tile = DOT_TILES[columns]
     programs = ceil(outputs / tile.outputs) * ceil(rows / columns)
@@ -109,7 +112,7 @@ def dense_dot_tile(rows: int) -> dict[str, int]:
     """For `products.tiled_product`."""
     columns = columns_for(rows)
     outputs = 128 if columns > 16 else 64
-    return {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128, "num_warps": outputs // 16, "num_stages": 3}
+    return {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128, "num_warps": outputs // 16, "num_stages": STAGES}
 
 
 def sum_tile(sizes: dict[str, int]) -> dict[str, int]:
@@ -122,7 +125,7 @@ def sum_tile(sizes: dict[str, int]) -> dict[str, int]:
     summands = sizes["r0_"]
     block = min(MOST_SUMMANDS_AT_ONCE, power_of_two(summands))
     sums, warps = max(1, 32 // block), min(16, max(1, block // 32))
-    if sizes["x"] >= MANY_SUMS and summands == GROUP:
+    if sizes["x"] >= MANY_SUMS and summands == LARGEST_GROUP:
         sums, warps = 4, 8
     elif sizes["x"] >= MANY_SUMS and block == MOST_SUMMANDS_AT_ONCE:
         warps = 8

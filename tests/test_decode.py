@@ -277,22 +277,21 @@ def test_a_norm_behind_a_product_does_not_overflow_in_float16(form, is_late, mon
     assert multiply(found, prepared).isfinite().all()
 
 
-def test_layers_in_blocks_of_different_sizes_are_multiplied_one_by_one(monkeypatch):
-    monkeypatch.setattr(arrange, "lanes_for", lambda outputs: 16 if outputs % 16 == 0 else 8)
-    layers = [QuantLinear.from_quantized(quantize(torch.randn(outputs, 64), 32)) for outputs in (32, 24)]
+def assert_multiplied_one_by_one(layers):
     x_TI = torch.randn(2, 64)
     found = products_of(layers, 2)
     assert len(found) == 2
     expected = torch.cat([layer(x_TI) for layer in layers], -1)
     limit = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(multiply(found, prepare(found, x_TI)), expected, rtol=0, atol=limit)
+
+
+def test_layers_in_blocks_of_different_sizes_are_multiplied_one_by_one(monkeypatch):
+    monkeypatch.setattr(arrange, "lanes_for", lambda outputs: 16 if outputs % 16 == 0 else 8)
+    assert_multiplied_one_by_one(
+        [QuantLinear.from_quantized(quantize(torch.randn(outputs, 64), 32)) for outputs in (32, 24)]
+    )
 
 
 def test_mixed_layers_are_multiplied_one_by_one():
-    layers = [nn.Linear(64, 16), QuantLinear.from_quantized(quantize(torch.randn(24, 64), 32))]
-    x_TI = torch.randn(2, 64)
-    found = products_of(layers, 2)
-    assert len(found) == 2
-    expected = torch.cat([layer(x_TI) for layer in layers], -1)
-    limit = 1e-5 * float(expected.abs().max())
-    torch.testing.assert_close(multiply(found, prepare(found, x_TI)), expected, rtol=0, atol=limit)
+    assert_multiplied_one_by_one([nn.Linear(64, 16), QuantLinear.from_quantized(quantize(torch.randn(24, 64), 32))])
