@@ -200,31 +200,27 @@ def magic_exponents(device: torch.device, outputs: int) -> Tensor:
 
 
 def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
-    """The activations in the order of the words, for a weight that `expand` has written: [T, (P, G, N)]."""
-    x_TGPN = x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD))
-    if x_TI.dtype.itemsize == 2:
-        # Eight activations are 16 bytes, moved as one number of that size and not one by one.
-        return x_TGPN.view(torch.complex128).transpose(1, 2).flatten(1).view(x_TI.dtype)
-    return x_TGPN.transpose(1, 2).flatten(1)
+    """The activations in the order of words in planes: [T, (P, G, N)]."""
+    return x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD)).transpose(1, 2).flatten(1)
 
 
-def expand(
-    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents_2O: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The weight [O, (P, G, N)] in storage order, each (code - zero) * scale rounded once to `dtype`, of 16 bits.
+# How Inductor is to cut `expand`: into tiles of all planes of some groups, of which both are read and written together.
+EXPAND_IN_TILES = {"triton.prefer_nd_tiling": True, "triton.max_tiles": 3}
 
-    A thread takes half a word and writes four weights as one int64, next to its neighbours'. The nibbles are moved
-    under the exponent of 2^7, as in `dot_planes`; (2^7 + zero) * scale has 19 bits, so nothing is rounded before.
+
+def expand(words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """The weight [O, I], each (code - zero) * scale rounded once to `dtype`, of 16 bits: as int64, four weights each.
+
+    A thread takes half a word and writes four neighbouring weights. The nibbles are moved under the exponent of 2^7, as
+    in `forms.dot_planes`; (2^7 + zero) * scale has 19 bits, so nothing is rounded before.
     """
-    scales_O1G1, offsets_O1G1 = unpack_grid(grid_OG.unsqueeze(1).unsqueeze(-1), scale_dtype)
-    _, exponent_O = exponents_2O.unbind()
-    exponent_O111 = exponent_O.unflatten(0, (-1, 1, 1, 1))
+    scales_OG11, offsets_OG11 = unpack_grid(grid_OG.unsqueeze(-1).unsqueeze(-1), scale_dtype)
     halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
-    half_OPG2 = words_OPG.unsqueeze(-1) >> halves
+    half_OGP2 = words_OPG.transpose(1, 2).unsqueeze(-1) >> halves
     bits: list[Tensor] = []
     for shift in (16, 12, 8, 4):
-        magic_OPG2 = (half_OPG2 << shift) & (15 << 16) | exponent_O111
-        weight_OPG2 = magic_OPG2.view(torch.float32) * scales_O1G1 + offsets_O1G1 * scales_O1G1
-        bits.append(weight_OPG2.to(dtype).view(torch.int16).to(torch.int32))
+        magic_OGP2 = (half_OGP2 << shift) & (15 << 16) | (127 + 7) << 23
+        weight_OGP2 = magic_OGP2.view(torch.float32) * scales_OG11 + offsets_OG11 * scales_OG11
+        bits.append(weight_OGP2.to(dtype).view(torch.int16).to(torch.int32))
     low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
     return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)

@@ -74,7 +74,7 @@ def block_attention(
 ) -> Tensor:
     """[B, H, E]. Programs read parts of a row's blocks, each key once for the heads that share it.
 
-    To be compiled with what follows it: with `decode.SUM_WHERE_READ`, the kernel that reads the parts sums them.
+    To be compiled with what follows it: with `layer.SUM_WHERE_READ`, the kernel that reads the parts sums them.
     """
 
     def sees(row: Tensor, _head: Tensor, _query: Tensor, position: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Compiled:
         choose: Choose | None = None,
         traced: Callable[..., Arguments] | None = None,
     ) -> None:
+        self.options = options
         # Before torch 2.13 only what is compiled under this option can be kept.
         with torch._dynamo.config.patch(enable_aot_compile=True):
             self.lowered: Any = torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -139,13 +139,14 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
     seen = tokens * max_seq_len if has_mask else 0
     masks = (1 + dtype.itemsize) * (heads // config.num_key_value_heads) * seen
     attention = (2 * width + 4 * (heads + config.num_key_value_heads) * config.head_dim) * tokens * itemsize + masks
-    gate_up = (4 * width + 2 * inner) * tokens * itemsize
-    down = 4 * (width + inner) * tokens * itemsize
+    gate_up = (3 * width + 2 * inner) * tokens * itemsize
+    gated = 4 * (width + inner) * tokens * itemsize
+    down = (4 * width + 3 * inner) * tokens * itemsize
     if is_packed:
         gate_up += expanded_bytes(2 * width * inner, dtype) if is_expanded else SLICE_BYTES
         down += expanded_bytes(width * inner, dtype) if is_expanded else SLICE_BYTES
     logits = 2 * 4 * batch * config.vocab_size
-    return max(attention, gate_up, down) + seen + logits
+    return max(attention, gate_up, gated, down) + seen + logits
 
 
 def expanded_bytes(codes: int, dtype: torch.dtype) -> int:

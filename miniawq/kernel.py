@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from miniawq.arrange import (
+    EXPAND_IN_TILES,
     Arranged,
     arrange,
     can_arrange,
@@ -22,7 +23,6 @@ from miniawq.arrange import (
     in_storage_order,
     lay_together,
     lie_together,
-    magic_exponents,
     out_of_blocks,
     restore,
     scales_and_zeros,
@@ -132,19 +132,16 @@ def eager_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype) ->
 def expanded_product(x_TI: Tensor, arranged: Arranged, scale_dtype: torch.dtype, bias_O: Tensor | None) -> Tensor:
     """y_TO for many rows on CUDA: a slice of the weight at a time, rounded to the dtype of x, and the library's matmul.
 
-    The weight is written in the order of its words, and the activations, which are few, are brought into that order.
     One slice after the other is written to the same memory, because nobody holds the one before.
     """
-    stored_TI = in_storage_order(x_TI, arranged.grid.shape[1])
     y_TO = x_TI.new_empty(len(x_TI), arranged.outputs)
     form, codes = expansion()
     for some_O, part in slices(arranged, codes):
-        exponents_2O = magic_exponents(x_TI.device, len(part.words))
-        weight_IO = form(part.words, part.grid, scale_dtype, exponents_2O, x_TI.dtype).view(x_TI.dtype).t()
+        weight_IO = form(*part, scale_dtype, x_TI.dtype).view(x_TI.dtype).t()
         if bias_O is None:
-            torch.mm(stored_TI, weight_IO, out=y_TO[:, some_O])
+            torch.mm(x_TI, weight_IO, out=y_TO[:, some_O])
         else:
-            torch.addmm(bias_O[some_O].to(x_TI.dtype), stored_TI, weight_IO, out=y_TO[:, some_O])
+            torch.addmm(bias_O[some_O].to(x_TI.dtype), x_TI, weight_IO, out=y_TO[:, some_O])
         del weight_IO
     return y_TO
 
@@ -158,11 +155,9 @@ def expansion() -> tuple[Callable[..., Tensor], int]:
     return expand, CODES_PER_EXPANDED_SLICE // 8
 
 
-def expand_by_one_kernel(
-    words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, exponents_2O: Tensor, dtype: torch.dtype
-) -> Tensor:
+def expand_by_one_kernel(words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
     """`expand`, compiled."""
-    return compiled_expand(words_OPG.shape, scale_dtype, dtype, words_OPG.device)(words_OPG, grid_OG, exponents_2O)
+    return compiled_expand(words_OPG.shape, scale_dtype, dtype, words_OPG.device)(words_OPG, grid_OG)
 
 
 @cache
@@ -171,13 +166,12 @@ def compiled_expand(
 ) -> Callable[..., Tensor]:
     """`expand` of words of one shape as one kernel, called without Dynamo, whose guards would take as long as it."""
     outputs, _, groups = shape_OPG
-    shapes = [(tuple(shape), torch.int32) for shape in (shape_OPG, (outputs, groups), (2, outputs))]
-    # Below this threshold Inductor would cut it in two.
     return import_module("miniawq.inductor").lowered(
-        lambda words, grid, exponents: expand(words, grid, scale_dtype, exponents, dtype),
-        shapes,
+        lambda words_OPG, grid_OG: expand(words_OPG, grid_OG, scale_dtype, dtype),
+        [((outputs, _, groups), torch.int32), ((outputs, groups), torch.int32)],
         device,
-        {"realize_opcount_threshold": 1000},
+        # Below this threshold Inductor would cut it in two.
+        EXPAND_IN_TILES | {"realize_opcount_threshold": 1000},
     )
 
 

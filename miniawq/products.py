@@ -3,7 +3,7 @@
 Shapes: T rows, I input features, O output features, G groups along I, P words of a group, N nibbles of a word (8).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from math import gcd
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from miniawq import cpu_forms, forms, tiles
-from miniawq.arrange import Arranged, expand, in_storage_order, lay_together, magic_exponents
+from miniawq.arrange import EXPAND_IN_TILES, Arranged, expand, lay_together, magic_exponents
 from miniawq.compiling import Arguments, Compiled
 from miniawq.forms import with_bias, written
 from miniawq.kernel import QuantLinear, arranged_product, fuse, joined_bias, matmul
@@ -236,14 +236,13 @@ def multiply_words(
 
 
 def expand_product(
-    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, exponents_2O: Tensor, bias_O: Tensor | None
+    x_TI: Tensor, words_OPG: Tensor, grid_OG: Tensor, scale_like: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """`arrange.expand` and the library's matmul, for activations of 16 bits."""
     if x_TI.dtype.itemsize != 2:
         return many_rows_product(x_TI, words_OPG, grid_OG, scale_like, bias_O)
-    bits_OW = expand(words_OPG, grid_OG, scale_like.dtype, exponents_2O, x_TI.dtype)
-    stored_TI = in_storage_order(x_TI, grid_OG.shape[1])
-    return linear(stored_TI, bits_OW.view(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))
+    weight_OI = expand(words_OPG, grid_OG, scale_like.dtype, x_TI.dtype).view(x_TI.dtype)
+    return linear(x_TI, weight_OI, None if bias_O is None else bias_O.to(x_TI.dtype))
 
 
 def many_rows_product(x_TI: Tensor, words: Tensor, grid: Tensor, scale_like: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -268,6 +267,8 @@ DOT = Form(prepare_dotted, multiply_dotted, prepare_normed_dotted)
 WORDS = Form(prepare_words, multiply_words)
 EXPAND, MANY_ROWS = map(in_one_step, (expand_product, many_rows_product))
 LINEAR, SUMMED, TILED = map(in_one_step, (linear, summed_product, tiled_product))
+# With the options of these Inductor would write a library's matmul itself.
+WRITTEN_BY_INDUCTOR = frozenset((REDUCE, DOT, WORDS, SUMMED, TILED))
 
 
 def _form_for(device: torch.device, rows: int, groups: int) -> Form:
@@ -288,19 +289,18 @@ def _dense_form_for(device: torch.device, outputs: int, dtype: torch.dtype, rows
     return TILED if rows <= MOST_ROWS_TILED and outputs >= FEWEST_OUTPUTS_TILED and dtype.itemsize == 2 else LINEAR
 
 
-def is_compiled_as_form(product: Product) -> bool:
-    """Whether it needs the options of the forms, by which Inductor would write a library's matmul itself."""
-    return product.form in (REDUCE, DOT, WORDS, SUMMED, TILED)
-
-
 def lower(
-    function: Callable[..., Any], has_forms: bool, traced: Callable[..., Arguments] | None = None, **options: Any
+    function: Callable[..., Any],
+    forms_in_it: Collection[Form],
+    traced: Callable[..., Arguments] | None = None,
+    **options: Any,
 ) -> Compiled:
-    """`function` compiled with Inductor's `options`, and those of the forms if it holds some."""
-    if has_forms:
+    """`function` compiled with Inductor's `options`, and those that its forms of products need."""
+    if WRITTEN_BY_INDUCTOR.intersection(forms_in_it):
         return forms.compiled(function, tiles.block_sizes, traced, **options)
     # With padding Inductor would time 2 to 7 rows padded to 8, on a second copy of the head.
-    return Compiled(function, {"shape_padding": False} | options, traced=traced)
+    needed = {"shape_padding": False} | (EXPAND_IN_TILES if EXPAND in forms_in_it else {})
+    return Compiled(function, needed | options, traced=traced)
 
 
 def _alone(layer: Any) -> Product:
@@ -323,11 +323,11 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     (words, grid), bias_O = fuse(layers), joined_bias(layers)
     form = _form_for(words.device, rows, grid.shape[1])
     scale_like = torch.empty(0, dtype=layers[0].scale_dtype, device=words.device)
-    if form is MANY_ROWS:
+    if form in (EXPAND, MANY_ROWS):
         return Product(form, (words, grid, scale_like, bias_O))
     if form is WORDS:
         return Product(form, (words.view(torch.float32), grid, bias_O))
-    if form in (DOT, EXPAND):
+    if form is DOT:
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]
     places_N = torch.tensor(places, device=words.device)

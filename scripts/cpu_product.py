@@ -51,7 +51,7 @@ def ours(quantized: Quantized) -> Made:
         if rows > products.MOST_ROWS_ON_CPU:
             return None
         of_layer = products.products_of([layer], rows)
-        return products.lower(lambda x_TI: product(of_layer, x_TI), has_forms=True)
+        return products.lower(lambda x_TI: product(of_layer, x_TI), [products.WORDS])
 
     return torch.float32, of
 
@@ -76,7 +76,7 @@ def shared(quantized: Quantized) -> Made:
                 y_TO = product(of_layer, x_TI + 1e-30 * products.written(y_TO)[:, :1])
             return y_TO
 
-        return products.lower(call, has_forms=True)
+        return products.lower(call, [products.WORDS])
 
     return torch.float32, of
 

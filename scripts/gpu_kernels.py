@@ -91,20 +91,21 @@ def dot_job(case, rows, blocks, splits):
         return forms.dot_planes(words_OPG, grid_OG, SCALE_DTYPE, x_NTPG, exponents_2O, splits=splits)
 
     outputs, groups = case.weights[0][1].shape
-    x = forms.spread(repeated(case.x_TI, rows), groups), arrange.magic_exponents(DEVICE, outputs)
+    # As `products.prepare_dotted` writes them: by a view alone, programs would read them one by one.
+    x = forms.spread(repeated(case.x_TI, rows), groups).contiguous(), arrange.magic_exponents(DEVICE, outputs)
     return compiled(function, blocks), [(*weight, *x) for weight in case.weights], lambda y_TO: y_TO[:rows]
 
 
 def expand_job(case, rows):
     """`kernel.expanded_product`, or `expand` alone with no rows."""
-    x_TI, exponents_2O = repeated(case.x_TI, max(rows, 1)), arrange.magic_exponents(DEVICE, len(case.weights[0][0]))
+    x_TI = repeated(case.x_TI, max(rows, 1))
     kernel.compiled_expand.cache_clear()
 
     def function(words_OPG, grid_OG):
         if rows and CUDA:
             return kernel.expanded_product(x_TI, arrange.Arranged(words_OPG, grid_OG), SCALE_DTYPE, None)
         expand = kernel.expand_by_one_kernel if CUDA else arrange.expand
-        return expand(words_OPG, grid_OG, SCALE_DTYPE, exponents_2O, torch.bfloat16)
+        return expand(words_OPG, grid_OG, SCALE_DTYPE, torch.bfloat16)
 
     return function, case.weights, (lambda y: y) if rows and CUDA else None
 

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import SHAPES, empty_model, float32_of, random_model
 from gpu_timing import CUDA, DEVICE, gpu_turn, seconds_per_call
 
-from miniawq import decode, forms, tiles
+from miniawq import forms, tiles
 from miniawq.attend import block_attention, blocks_of, flash_attention, mask_of, spans_of
-from miniawq.decode import Layer, parts_of
 from miniawq.inductor import BlockSizes, V
+from miniawq.layer import Layer, after_attention, before_attention, parts_of, rotate_into_cache, whole_layer
 from miniawq.model import LlamaConfig, attention
 from miniawq.products import prepare, prepare_normed
 from miniawq.rope import rope_tables
@@ -46,7 +46,7 @@ def consume(o, attended_BHE):
 
 def middle(config, o, rope, position_1, qkv_BO, cache_SJE, blocks, parts):
     """A layer without its products, with attention in so many parts."""
-    decode.rotate_into_cache(config, None, qkv_BO, rope, position_1, cache_SJE)
+    rotate_into_cache(config, None, qkv_BO, rope, position_1, cache_SJE)
     return consume(o, block_attention(*parts_of(config, len(qkv_BO), cache_SJE), blocks, parts))
 
 
@@ -118,7 +118,7 @@ class Case:
 
     def exact_middle(self):
         cache_SJE = self.caches[0]
-        decode.rotate_into_cache(self.config, None, self.qkvs[0], self.rope, self.position_1, cache_SJE)
+        rotate_into_cache(self.config, None, self.qkvs[0], self.rope, self.position_1, cache_SJE)
         q_BHE = parts_of(self.config, self.rows, cache_SJE)[0]
         return consume(self.layers[0].o[0], self.exact_attention(q_BHE, cache_SJE).to(DTYPE))
 
@@ -146,11 +146,11 @@ class Case:
         """(function, argument sets)."""
         config, sets = self.config, [(self.layers[i % len(self.layers)], cache) for i, cache in enumerate(self.caches)]
         if way == "blocks":
-            run, normed = once(decode.whole_layer, pdl), self.prepared
+            run, normed = once(whole_layer, pdl), self.prepared
             return lambda layer, cache: run(
                 config, layer, layer, self.h_BD, normed, self.rope, cache, self.blocks
             )[0], sets  # fmt: skip
-        before, after = once(decode.before_attention), once(decode.after_attention)
+        before, after = once(before_attention), once(after_attention)
 
         def function(layer, cache_SJE):
             before(config, layer, self.prepared, self.rope, self.position_1, cache_SJE)

@@ -42,8 +42,9 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq import forms, tiles
-from miniawq.decode import SUM_WHERE_READ, Layer, after_attention
+from miniawq.arrange import EXPAND_IN_TILES, expand
 from miniawq.inductor import BlockSizes
+from miniawq.layer import SUM_WHERE_READ, Layer, after_attention
 from miniawq.model import LlamaConfig
 from miniawq.products import DOT, Product
 
@@ -149,7 +150,7 @@ def instructions_of_a_step(text):
 
 
 def count_layer(width, inner, rows):
-    """Kernels of `decode.after_attention`, of whole tiles of rows, and how many of them would be searched."""
+    """Kernels of `layer.after_attention`, of whole tiles of rows, and how many of them would be searched."""
     heads = width // 128
     names = {
         "hidden_size": width,
@@ -176,9 +177,19 @@ def count_layer(width, inner, rows):
     return {"kernels": len(kernels), "searched": sum("fixed_config(" not in source for _, source in kernels)}
 
 
+def count_expand(outputs, inputs):
+    """Kernels of `arrange.expand`, and in how many dimensions their tiles lie."""
+    shapes = [((outputs, GROUP // 8, inputs // GROUP), torch.int32), ((outputs, inputs // GROUP), torch.int32)]
+    options = EXPAND_IN_TILES | {"realize_opcount_threshold": 1000}
+    kernels = triton_sources(lambda words, grid: expand(words, grid, torch.float16, torch.bfloat16), shapes, **options)
+    return {"kernels": len(kernels), "dimensions": [source.count("BLOCK : tl.constexpr") for _, source in kernels]}
+
+
 def count(form, outputs, inputs, rows):
     if form == "layer":
         return count_layer(outputs, inputs, rows)
+    if form == "expand":
+        return count_expand(outputs, inputs)
     groups, planes, half = inputs // GROUP, GROUP // 8, torch.float16
     grid, chosen = ((outputs, groups), torch.int32), []
     if form == "reduce":

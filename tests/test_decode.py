@@ -11,9 +11,10 @@ from miniawq import arrange, attend, decode, products
 from miniawq.attend import block_attention, blocks_of, first_seen, mask_of, spans_of
 from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.completion import EagerStart, generate, last_logits
-from miniawq.decode import DecodeStep, most_probable
+from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
+from miniawq.layer import most_probable
 from miniawq.model import KVCache, Llama, LlamaConfig, attention, dense
 from miniawq.packing import quantize
 from miniawq.products import multiply, prepare, prepare_normed, products_of
@@ -172,9 +173,12 @@ def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, parts):
 
 def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
     """With them Inductor would write it itself, by the tiles of `dot_planes`."""
-    forms_of = {"REDUCE": True, "DOT": True, "EXPAND": False, "MANY_ROWS": False, "LINEAR": False, "TILED": True}
-    for name, expected in forms_of.items():
-        assert products.is_compiled_as_form(products.Product(getattr(products, name), ())) is expected
+    for form in (products.EXPAND, products.MANY_ROWS, products.LINEAR, products.sliced(32)):
+        options = products.lower(torch.neg, [form]).options
+        assert "triton.native_matmul" not in options
+        assert options.keys() >= (arrange.EXPAND_IN_TILES.keys() if form is products.EXPAND else set())
+    for form in (products.REDUCE, products.DOT, products.WORDS, products.SUMMED, products.TILED):
+        assert products.lower(torch.neg, [form, products.LINEAR]).options["triton.native_matmul"]
 
 
 @pytest.mark.parametrize(("form", "rows"), [("SUMMED", 1), ("TILED", 1), ("TILED", 5), ("TILED", 17), ("LINEAR", 5)])

@@ -65,7 +65,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "PREFILL_CHUNK", PIECE)
 
 
-def expanded(words_OPG: Tensor, grid_OG: Tensor, _scales: torch.dtype, _magic: Tensor, dtype: torch.dtype) -> Tensor:
+def expanded(words_OPG: Tensor, grid_OG: Tensor, _scales: torch.dtype, dtype: torch.dtype) -> Tensor:
     """What one compiled kernel leaves behind."""
     outputs, words, groups = words_OPG.shape
     return torch.zeros(outputs, words * groups * 8 * dtype.itemsize // 8, dtype=torch.int64, device=words_OPG.device)

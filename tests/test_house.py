@@ -29,7 +29,7 @@ LADDER = """
     fused rounding awq
     hub quant_config shards reading layouts checkpoint footprint
     chat tokenizer
-    sampling products attend decode artifacts completion prompts repl generate
+    sampling products attend layer decode artifacts completion prompts repl generate
     calibration background stream memory journal verify report quantize
     evaluate plan convert
 """.split()

@@ -176,7 +176,7 @@ def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_expanded_product_rounds_sums_and_bias_once(dtype, with_bias, monkeypatch, device):
     monkeypatch.setattr(arrange, "wants_planes", lambda _: True)
-    plain = lambda *_: lambda words, grid, exponents: arrange.expand(words, grid, torch.float16, exponents, dtype)  # noqa: E731
+    plain = lambda *_: lambda words, grid: arrange.expand(words, grid, torch.float16, dtype)  # noqa: E731
     monkeypatch.setattr(kernel, "compiled_expand", plain)
     monkeypatch.setattr(kernel, "CODES_PER_EXPANDED_SLICE", 16 * 256)
     quantized = random_quantized(40, 256, 64, device=device)

@@ -30,17 +30,18 @@ MOST = {
     ("dot", 28672, 4096, 64): 5.4,
     ("dot", 4096, 14336, 128): 6.4,
 }
-LAYER = ("layer", 4096, 14336, 16)
+LAYER, EXPAND = ("layer", 4096, 14336, 16), ("expand", 4096, 14336, 0)
+CASES = [*MOST, LAYER, EXPAND]
 
 
 @pytest.fixture(scope="module")
 def counts():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: the GPU kernels' instructions are not counted")
-    program = [sys.executable, Path(__file__).with_name("inductor_counts.py"), json.dumps([*MOST, LAYER])]
+    program = [sys.executable, Path(__file__).with_name("inductor_counts.py"), json.dumps(CASES)]
     answer = subprocess.run(program, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr[-2000:]
-    return dict(zip([*MOST, LAYER], map(json.loads, answer.stdout.splitlines()), strict=True))
+    return dict(zip(CASES, map(json.loads, answer.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("case", MOST, ids=lambda case: "-".join(map(str, case)))
@@ -56,3 +57,8 @@ def test_kernels_stay_small(counts, case):
 def test_nothing_is_searched_and_parts_are_summed_where_they_are_read(counts):
     """Three times activations in order and product, and once activations in order for the following layer."""
     assert counts[LAYER] == {"kernels": 7, "searched": 0}
+
+
+def test_a_weight_is_read_and_written_by_one_kernel_in_whole_sectors(counts):
+    """Planes of neighbouring groups, in a tile of its own dimension each. In one it wrote pieces of 16 bytes."""
+    assert counts[EXPAND] == {"kernels": 1, "dimensions": [3]}

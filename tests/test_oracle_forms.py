@@ -30,7 +30,8 @@ class Form:
         def product(x_TI, products):
             return multiply(products, prepare(products, x_TI))
 
-        y_TO = (lower(product, True) if self.compiled else product)(x_TI, products)
+        compiled = lower(product, [form for form, _ in products]) if self.compiled else product
+        y_TO = compiled(x_TI, products)
         return y_TO.reshape(*x.shape[:-1], -1)
 
 
