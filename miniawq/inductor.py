@@ -105,12 +105,14 @@ def lowered(
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
     device: torch.device,
     options: dict[str, Any],
+    choose: Callable[..., dict[str, int]],
 ) -> Callable[..., Any]:
     """A function of tensors of exactly these shapes and dtypes, compiled without Dynamo."""
     with FakeTensorMode():
         examples: list[Any] = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
         graph = make_fx(function)(*examples)
-    return torch._inductor.compile(graph, examples, options)
+    with V.set_choices_handler(BlockSizes(choose)):
+        return torch._inductor.compile(graph, examples, options)
 
 
 @register_lowering(SUM_OF_PRODUCTS, type_promotion_kind=None)

@@ -30,6 +30,7 @@ from miniawq.arrange import (
 )
 from miniawq.errors import InvalidInput
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, Quantized, unpack
+from miniawq.tiles import block_sizes
 
 WEIGHTS_PER_SLICE = 1 << 22
 CODES_PER_EAGER_SLICE = 1 << 20
@@ -168,10 +169,11 @@ def compiled_expand(
     outputs, _, groups = shape_OPG
     return import_module("miniawq.inductor").lowered(
         lambda words_OPG, grid_OG: expand(words_OPG, grid_OG, scale_dtype, dtype),
-        [((outputs, _, groups), torch.int32), ((outputs, groups), torch.int32)],
+        [(tuple(shape_OPG), torch.int32), ((outputs, groups), torch.int32)],
         device,
         # Below this threshold Inductor would cut it in two.
         EXPAND_IN_TILES | {"realize_opcount_threshold": 1000},
+        block_sizes,
     )
 
 
