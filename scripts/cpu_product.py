@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def int4pack(quantized: Quantized) -> Made:
 PEERS = {make.__name__: make for make in (ours, shared, eager, bfloat16, int4pack)}
 
 
-def medians(calls: dict[str, Callable[[], Tensor]], seconds: float, clock: Callable[[], int]) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], int]) -> dict[str, float]:
     """Microseconds of each call, called in turn for about so many seconds and at least 5 times."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.monotonic() + seconds
@@ -139,7 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="outputs x inputs (those of Llama 1B and 8B)")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help=",".join(map(str, ROWS)))
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"which of {','.join(PEERS)}")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help=f"which of {','.join(PEERS)}; the first is compared with"
+    )
     parser.add_argument("--threads", type=int, help="threads (torch's default)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line (1)")
     parser.add_argument("--json", type=Path, help="file to write everything to")
@@ -150,8 +153,8 @@ def main() -> None:
     names = arguments.peers.split(",")
     lines = []
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, microseconds")
-    peers = [name for name in names if name != "ours"]
-    print("| shape | rows |", *(f"{name} |" for name in names), *(f"{name} / ours |" for name in peers))
+    first, *peers = names
+    print("| shape | rows |", *(f"{name} |" for name in names), *(f"{name} / {first} |" for name in peers))
     for shape in arguments.shapes.split(","):
         outputs, inputs = map(int, shape.split("x"))
         quantized = random_quantized(outputs, inputs)
@@ -160,7 +163,7 @@ def main() -> None:
             taken = measure(made, weight_OI, rows, arguments.seconds)
             lines.append({"shape": shape, "rows": rows, "threads": torch.get_num_threads(), "microseconds": taken})
             times = [f"{taken[name]:.0f} |" if name in taken else "|" for name in names]
-            ratios = [f"{taken[name] / taken['ours']:.2f} |" if "ours" in taken else "|" for name in peers]
+            ratios = [f"{taken[name] / taken[first]:.2f} |" if {name, first} <= taken.keys() else "|" for name in peers]
             print(f"| {shape} | {rows} |", *times, *ratios, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(lines, indent=1))

@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 python scripts/peers/llama_cpp.py --libraries build/bin
 
 It is asked through ctypes, as it runs a model: weights in the buffer that rearranges them where it has one for the
-type, float32 activations, which it rounds to 8 bits itself (ours stay in float32). Ours and theirs are timed in turn;
-medians of processor time, in microseconds.
+type, float32 activations, which it rounds to 8 bits itself (ours stay in float32). Both take turns at four weights of a
+shape, four products in a call, as `cpu_product.shared`; medians of processor time for one product, in microseconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cpu_product import medians, ours, random_quantized
+from cpu_product import SHARING, medians, random_quantized, shared
 
 from miniawq.packing import dequantize
 
@@ -61,31 +61,28 @@ class Ggml:
         """A tensor [rows, columns]."""
         return self.pointer("ggml_new_tensor_2d", context, c_int(kind), c_int64(columns), c_int64(rows))
 
-    def product(self, kind: int, weight_OI: Tensor, x_TI: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
-        """A function that multiplies and gives y_TO, and the memory that it reads its result from."""
+    def products(self, kind: int, weight_OI: Tensor, x_TI: Tensor) -> tuple[Callable[[], Any], Tensor]:
+        """A function that multiplies with each of several copies of a weight, and y_TO."""
         (outputs, inputs), rows = weight_OI.shape, len(x_TI)
         weights, others = self.context(), self.context()
-        weight = self.matrix(weights, kind, outputs, inputs)
+        copies = [self.matrix(weights, kind, outputs, inputs) for _ in range(SHARING)]
         if not self.pointer("ggml_backend_alloc_ctx_tensors_from_buft", weights, self.rearranging):
             raise SystemExit("llama.cpp has no memory for the weight")
         data = ctypes.create_string_buffer(weight_OI.numel())
         floats = c_void_p(weight_OI.data_ptr())
         counts = (c_int64(0), c_int64(outputs), c_int64(inputs))
         size = self.pointer("ggml_quantize_chunk", c_int(kind), floats, data, *counts, None).value
-        self.pointer("ggml_backend_tensor_set", weight, data, c_size_t(0), c_size_t(size))
         x = self.matrix(others, FLOAT32, rows, inputs)
-        y = self.pointer("ggml_mul_mat", others, weight, x)
         graph = self.pointer("ggml_new_graph", others)
-        self.pointer("ggml_build_forward_expand", graph, y)
+        for weight in copies:
+            self.pointer("ggml_backend_tensor_set", weight, data, c_size_t(0), c_size_t(size))
+            y = self.pointer("ggml_mul_mat", others, weight, x)
+            self.pointer("ggml_build_forward_expand", graph, y)
         self.pointer("ggml_backend_alloc_ctx_tensors", others, self.backend)
         self.pointer("ggml_backend_tensor_set", x, c_void_p(x_TI.data_ptr()), c_size_t(0), c_size_t(x_TI.nbytes))
-        y_TO = torch.empty(rows, outputs)
-
-        def call() -> Tensor:
-            self.pointer("ggml_backend_graph_compute", self.backend, graph)
-            return y_TO
-
+        call = partial(self.pointer, "ggml_backend_graph_compute", self.backend, graph)
         call()
+        y_TO = torch.empty(rows, outputs)
         self.pointer("ggml_backend_tensor_get", y, c_void_p(y_TO.data_ptr()), c_size_t(0), c_size_t(y_TO.nbytes))
         return call, y_TO
 
@@ -106,17 +103,18 @@ def main() -> None:
     for shape in arguments.shapes.split(","):
         outputs, inputs = map(int, shape.split("x"))
         quantized = random_quantized(outputs, inputs)
-        weight_OI, (_, form) = dequantize(quantized, torch.float32), ours(quantized)
+        weight_OI, (_, form) = dequantize(quantized, torch.float32), shared(quantized)
         for rows in map(int, arguments.rows.split(",")):
             x_TI = torch.randn(rows, inputs)
             exact_TO = x_TI @ weight_OI.t()
-            calls = {"ours": partial(form(rows), x_TI)}
+            calls: dict[str, Callable[[], Any]] = {"ours": partial(form(rows), x_TI)}
             calls["ours"]()
             for name, kind in TYPES.items():
-                calls[name], y_TO = ggml.product(kind, weight_OI, x_TI)
+                calls[name], y_TO = ggml.products(kind, weight_OI, x_TI)
                 # Its weights are rounded again, to its own grid.
                 assert (y_TO - exact_TO).norm() < 0.2 * exact_TO.norm(), (name, shape, rows)
             taken = medians(calls, arguments.seconds, time.thread_time_ns)
+            taken = {name: time / SHARING for name, time in taken.items()}
             ratios = [f"{taken[name] / taken['ours']:.2f} |" for name in TYPES]
             print(f"| {shape} | {rows} |", *(f"{time:.0f} |" for time in taken.values()), *ratios, flush=True)
 
