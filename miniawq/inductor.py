@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from miniawq.operations import SUM_OF_PRODUCTS
+from miniawq.operations import SUM_OF_PRODUCTS, SUMS_IN_STEP
 
 __all__ = ["BlockSizes", "V", "lowered"]
 
@@ -136,3 +136,22 @@ def lowered_sum_of_products(lefts: Sequence[Any], rights: Sequence[Any]) -> Any:
         ranges=[*sizes, summands, rights[0].get_size()[-1]],
     )
     return make_reduction("dot")(sums, len(sizes))
+
+
+@register_lowering(SUMS_IN_STEP, type_promotion_kind=None)
+def lowered_sums_in_step(terms: Sequence[Any], sums: int) -> list[Any]:
+    """The first sum computes the others too, in step. Where these follow in the same loop, all they need is there."""
+    loaders = [term.make_loader() for term in terms]
+
+    def one(number: int, index: Sequence[Any]) -> Any:
+        return reduce(ops.add, (load(index) for load in loaders[number::sums]))
+
+    def all_in_step(index: Sequence[Any]) -> Any:
+        totals = [load(index) for load in loaders[:sums]]
+        for step in range(sums, len(loaders), sums):
+            totals = [ops.add(total, load(index)) for total, load in zip(totals, loaders[step:], strict=False)]
+        return totals[0]
+
+    device, dtype, size = terms[0].get_device(), terms[0].get_dtype(), list(terms[0].get_size())
+    functions = [all_in_step, *(partial(one, number) for number in range(1, sums))]
+    return [Pointwise.create(device=device, dtype=dtype, inner_fn=function, ranges=size) for function in functions]

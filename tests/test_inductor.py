@@ -1,8 +1,13 @@
-"""Sources of kernels that are made into products of matrices, and those that are better left alone."""
+"""What Inductor makes of our operations, and the sources that are made into products of matrices or left alone."""
+
+import re
 
 import pytest
+import torch
+from torch._inductor.utils import run_and_get_cpp_code
 
 from miniawq.inductor import with_matrices
+from miniawq.operations import sums_in_step
 
 BATCHED = """\
     yindex = yoffset + tl.arange(0, YBLOCK)[None, :, None, None]
@@ -75,3 +80,19 @@ def test_what_looks_different_stays_as_it_is(old, new):
     assert old in BATCHED
     source = BATCHED.replace(old, new)
     assert with_matrices(source) == source
+
+
+def test_sums_grow_in_step_in_one_loop():
+    """Which is what makes them an operation: written as sums they are computed one after the other."""
+
+    def function(x):
+        return [total.exp2() for total in sums_in_step([x.exp(), x.sin(), x.cos(), x.tan(), x.erf(), x.sqrt()], 2)]
+
+    x = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    results, source = run_and_get_cpp_code(torch.compile(function, dynamic=False, options={"fx_graph_cache": False}), x)
+    loop, *others = re.findall(r"for\(int64_t .*?\.store\(out_ptr\d+ .*?\n {8}\}", source, re.DOTALL)
+    assert not others
+    assert re.findall(r"\.(exp|sin|cos|tan|erf|sqrt|exp2)\(\)", loop) == [
+        "exp", "sin", "cos", "tan", "erf", "sqrt", "exp2", "exp2"
+    ]  # fmt: skip
+    torch.testing.assert_close(results, [(x.exp() + x.cos() + x.erf()).exp2(), (x.sin() + x.tan() + x.sqrt()).exp2()])
