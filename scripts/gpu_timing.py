@@ -43,11 +43,26 @@ def gpu_turn():
 
 def seconds_per_call(function, argument_sets, replays=15):
     """Median over replays of a graph that calls `function` on each set of arguments in turn, at least eight calls."""
-    sets = list(itertools.islice(itertools.cycle(argument_sets), max(8, len(argument_sets))))
+    (seconds,) = seconds_side_by_side([(function, argument_sets)], replays)
+    return seconds
+
+
+def seconds_side_by_side(calls, replays=15):
+    """`seconds_per_call` of several functions whose graphs are replayed in turn: the clock falls for all alike."""
+    recorded = [
+        record(function, list(itertools.islice(itertools.cycle(sets), max(8, len(sets))))) for function, sets in calls
+    ]
+    times = [[replay() for replay in recorded] for _ in range(replays + 3)]
+    return [median(column[3:]) for column in zip(*times, strict=True)]
+
+
+def record(function, sets):
+    """What replays a graph of `function` on each of the sets, and returns the seconds of a call."""
     if not CUDA:
         start = time.perf_counter()
         function(*sets[0])
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return lambda: seconds
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -61,15 +76,16 @@ def seconds_per_call(function, argument_sets, replays=15):
         for arguments in sets:
             function(*arguments)
         graph.capture_end()
-    times = []
-    for _ in range(replays + 3):
+
+    def replay():
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / len(sets))
-    return median(times[3:])
+        return begin.elapsed_time(end) * 1e-3 / len(sets)
+
+    return replay
 
 
 def copy_bandwidth():
