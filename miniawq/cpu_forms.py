@@ -15,6 +15,7 @@ from miniawq.packing import CODES_PER_WORD
 # For the rows of a tile, the parts of a weight that were fastest side by side (docs/log.md).
 PARTS_FOR_ROWS = {1: 4, 2: 4, 3: 2, 4: 2}
 EVEN_THEN_ODD = (0, 2, 4, 6, 1, 3, 5, 7)
+LANES_OF_AVX2 = 8
 
 
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -32,6 +33,15 @@ def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), means_CGR
 
 
+def as_loaded(words_KGPW: Tensor) -> Tensor:
+    """The words in the dtype in which Inductor loads vectors of them without a detour over the stack.
+
+    With AVX2 integers take it (`Vectorized<int32_t>::loadu` of torch 2.13) and floats do not. With AVX-512 integers are
+    loaded at once, and floats read as integers would take it, number by number.
+    """
+    return words_KGPW.view(torch.float32) if words_KGPW.shape[3] == LANES_OF_AVX2 else words_KGPW
+
+
 def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_CGR: Tensor) -> Tensor:
     """y [(C, R), O] in float32: `forms.reduce_planes` with conversions, at which a CPU is good, instead of subnormals.
 
@@ -42,10 +52,9 @@ def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_C
     several sums that do not wait for one another, an activation is loaded once for all parts, and memory is read at
     several places at a time.
 
-    The words come as float32 and are read as int32 here, because Inductor's vector load of integers goes through the
-    stack (`Vectorized<int32_t>::loadu` of torch 2.13 on AVX2) and that of floats does not. A nibble is converted where
-    it stands, as n * 256^i, which the activation's 256^-i undoes. One shift brings the odd nibbles to where the even
-    ones stand, so the highest is never read beside the sign, and four masks do for eight.
+    The words come `as_loaded`. A nibble is converted where it stands, as n * 256^i, which the activation's 256^-i
+    undoes. One shift brings the odd nibbles to where the even ones stand, so the highest is never read beside the sign,
+    and four masks do for eight.
     """
     rows = x_CGPRN.shape[3]
     parts = gcd(len(words_KGPW), PARTS_FOR_ROWS[rows])

@@ -326,7 +326,7 @@ def _join_int4(layers: Sequence[QuantLinear], rows: int) -> Product:
     if form in (EXPAND, MANY_ROWS):
         return Product(form, (words, grid, scale_like, bias_O))
     if form is WORDS:
-        return Product(form, (words.view(torch.float32), grid, bias_O))
+        return Product(form, (cpu_forms.as_loaded(words), grid, bias_O))
     if form is DOT:
         return Product(form, (words, grid, scale_like, magic_exponents(words.device, len(words)), bias_O))
     places = [2.0 ** (forms.PRESCALE - place) for _, place in forms.SUBNORMAL_PLACES]

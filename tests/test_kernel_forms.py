@@ -43,7 +43,7 @@ def words_product(x_TI, quantized, lanes=8):
         target = arrange.empty(*quantized.codes_OI.shape, quantized.codes_OI.shape[1] // groups, x_TI.device)
     arrange.arrange(quantized, target)
     x = cpu_forms.prescale_words(x_TI, target.grid.shape[1])
-    return cpu_forms.reduce_words(target.words.view(torch.float32), target.grid, *x)[: len(x_TI)]
+    return cpu_forms.reduce_words(cpu_forms.as_loaded(target.words), target.grid, *x)[: len(x_TI)]
 
 
 def dot_product(x_TI, quantized, splits=1, bias_O=None):
