@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from miniawq import __version__
 from miniawq.decode import DecodeStep
@@ -45,6 +47,8 @@ def what_decides(step: DecodeStep) -> dict[str, str]:
         device = f"{properties.name}, {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
     else:
         device = f"{step.device.type}, {platform.machine()}, {torch.get_num_threads()} threads, {_cpu_features()}"
+    weights = tree_leaves((step.layers[0], step.head, step.embedding_VD))
+    tensors = [leaf for leaf in weights if isinstance(leaf, Tensor)]
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.py")))
     return {
         "miniawq": f"{__version__}, {_digest(sources)}",
@@ -53,7 +57,8 @@ def what_decides(step: DecodeStep) -> dict[str, str]:
         "python": f"{sys.implementation.cache_tag}, {platform.system()}",
         "device": device,
         "model": str(step.config),
-        "dtype": str(step.embedding_VD.dtype),
+        "dtype": str(step.dtype),
+        "weights": ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors),
         "rows": str(len(step.ids_B)),
     }
 

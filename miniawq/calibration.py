@@ -122,10 +122,9 @@ def sample_calibration(
 
     Every window begins with the BOS token, or with any token of the vocabulary for a model that has none.
     """
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     rows = [
-        _sample(model, tokenizer, min(batch, num_samples - start), sequence_length, generator, device)
+        _sample(model, tokenizer, min(batch, num_samples - start), sequence_length, generator)
         for start in range(0, num_samples, batch)
     ]
     tokens_BL = torch.cat(rows)
@@ -133,16 +132,14 @@ def sample_calibration(
 
 
 @torch.inference_mode()
-def _sample(
-    model: Llama, tokenizer: Tokenizer, rows: int, length: int, generator: torch.Generator, device: torch.device
-) -> Tensor:
+def _sample(model: Llama, tokenizer: Tokenizer, rows: int, length: int, generator: torch.Generator) -> Tensor:
     if tokenizer.bos_id is None:
         tokens_BL = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
     else:
         tokens_BL = torch.full((rows, 1), tokenizer.bos_id)
-    cache = KVCache(model.config, rows, length, device=device, dtype=next(model.parameters()).dtype)
+    cache = KVCache(model.config, rows, length, device=model.device, dtype=model.dtype)
     while tokens_BL.shape[1] < length:
-        logits_BV = model(tokens_BL[:, -1:].to(device), cache)[:, -1].float().cpu()
+        logits_BV = model(tokens_BL[:, -1:].to(model.device), cache)[:, -1].float().cpu()
         # Drawn on the CPU, so that a seed means the same text on every device up to rounding.
         drawn_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
         tokens_BL = torch.cat((tokens_BL, drawn_B1), dim=1)

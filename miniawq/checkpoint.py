@@ -22,7 +22,7 @@ from miniawq.errors import UnsupportedCheckpoint
 from miniawq.hub import SMALL_FILES, LocalFiles, locate
 from miniawq.kernel import QuantLinear
 from miniawq.layouts import QuantizedLinear, TensorInfo, find_quantized
-from miniawq.model import LinearFactory, Llama, LlamaConfig, dense
+from miniawq.model import LinearFactory, Llama, LlamaConfig, dense, loaded_dtype
 from miniawq.packing import CODES_PER_WORD, LAYOUTS, SYMMETRIC_ZERO, Quantized, dequantize, pack
 from miniawq.quant_config import CONFIG_FILES, QuantizationConfig, read_block, refuse_layout
 from miniawq.shards import DTYPE_NAMES, write_bytes
@@ -277,10 +277,11 @@ def _headers(files: LocalFiles, weights: Mapping[str, set[str]], notices: list[s
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> Llama:
-    """The model with all its weights: dense tensors in `dtype`, packed layers as `QuantLinear`, scales as stored.
+    """The model with all its weights, to compute in `dtype`: packed layers as `QuantLinear`, scales as stored.
 
-    One tensor is read at a time, so a second copy of the model never exists. UnsupportedCheckpoint lists what is
-    missing, what is too much and what has another shape.
+    Dense tensors take `dtype`, except that matrices of 16 bits do not become wider. What keeps its dtype is a view of
+    the file on a CPU. One tensor is read at a time, so a second copy of the model never exists. UnsupportedCheckpoint
+    lists what is missing, what is too much and what has another shape.
     """
     model = skeleton(checkpoint)
     checkpoint.fetch()
@@ -298,12 +299,15 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
 
 
 def skeleton(checkpoint: Checkpoint) -> Llama:
-    """The model on the meta device: shapes without values, each linear layer packed or dense as it will be loaded.
+    """The model on the meta device: shapes without values, each linear layer packed or dense as it is stored.
 
     UnsupportedCheckpoint when the checkpoint's tensors are not those of this model.
     """
     model = meta_model(checkpoint.model_config, lambda *layer: _make_linear(checkpoint, *layer))
     _check_tensors(checkpoint, model)
+    for name, parameter in model.named_parameters():
+        if name in checkpoint.tensors and checkpoint.tensors[name].dtype.is_floating_point:
+            parameter.data = parameter.data.to(checkpoint.tensors[name].dtype)
     return model
 
 
@@ -311,7 +315,7 @@ def _make_linear(checkpoint: Checkpoint, name: str, inputs: int, outputs: int, b
     packed = checkpoint.quantized.get(name)
     # GEMM words hold eight outputs, the kernel's eight inputs of one group; a layer of other numbers is unpacked.
     if packed is None or outputs % CODES_PER_WORD or packed.group_size % CODES_PER_WORD:
-        return nn.Linear(inputs, outputs, bias=bias)
+        return dense(name, inputs, outputs, bias)
     scales = packed.tensors.get("scales") or packed.tensors["weight_scale"]
     return QuantLinear(inputs, outputs, bias, packed.group_size, checkpoint.tensors[scales].dtype)
 
@@ -332,7 +336,8 @@ def _values(
         yield "weight", dequantize(quantized, dtype)
     for leaf in ("weight", "bias"):
         if f"{name}.{leaf}" in checkpoint.tensors:
-            yield leaf, checkpoint.read(f"{name}.{leaf}", device).to(dtype)
+            tensor = checkpoint.read(f"{name}.{leaf}", device)
+            yield leaf, tensor.to(loaded_dtype(tensor.dtype, tensor.dim(), dtype))
 
 
 def _head_differs(checkpoint: Checkpoint) -> bool:

@@ -37,10 +37,9 @@ class PlainStep:
 
     def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
-        like = model.model.embed_tokens.weight
-        self.cache = KVCache(model.config, batch, max_seq_len, device=like.device, dtype=like.dtype)
+        self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
-        self.generator = torch.Generator(like.device)
+        self.generator = torch.Generator(model.device)
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
@@ -320,7 +319,7 @@ def complete(
 ) -> Completion:
     """Text behind a prompt, in pieces as it comes; `options` go to `generate`, `stop_ids` default to `eos_ids`."""
     stop_ids = tokenizer.eos_ids if stop_ids is None else stop_ids
-    tokens_BL = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.model.embed_tokens.weight.device)
+    tokens_BL = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
     steps = generate(model, tokens_BL, max_tokens=max_tokens, stop_ids=stop_ids, **options)
     ids = (token_id for (token_id,) in steps if token_id is not None)
     return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop, clock=clock)
@@ -334,16 +333,14 @@ def bytes_per_token(model: Llama) -> int:
     """Bytes of weights that one step of one row reads: all but the rows of the embedding that it does not look up."""
     packed = [part for layer in model.modules() if isinstance(layer, QuantLinear) for part in layer.arranged or ()]
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *packed)}
-    embedding = model.model.embed_tokens.weight
-    unread = 0 if model.config.tie_word_embeddings else embedding.nbytes
+    unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
     return sum(tensors.values()) - unread
 
 
 def peak_memory(model: Llama) -> int:
     """Bytes: on a GPU the most that torch has allocated there, on a CPU the most that the process has had."""
-    device = model.model.embed_tokens.weight.device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
     if resource is None:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024

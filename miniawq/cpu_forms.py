@@ -1,4 +1,4 @@
-"""The INT4 product of few rows on a CPU, as an expression that `torch.compile` turns into one loop of vectors.
+"""Products of few rows on a CPU, as expressions that `torch.compile` turns into one loop of vectors.
 
 Shapes: O outputs, in K blocks of W (8 or 16), V parts of as many blocks each; I inputs, G groups, P words of a group
 (S / 8), N nibbles (8); T rows, in C tiles of R.
@@ -18,16 +18,34 @@ EVEN_THEN_ODD = (0, 2, 4, 6, 1, 3, 5, 7)
 LANES_OF_AVX2 = 8
 
 
+def in_tiles(x_TI: Tensor) -> Tensor:
+    """x_CRI in float32: rows in as few tiles as there can be, filled up with zeros."""
+    tiles = -(-len(x_TI) // max(PARTS_FOR_ROWS))
+    tile = -(-len(x_TI) // tiles)
+    return torch.nn.functional.pad(x_TI.float(), (0, 0, 0, tiles * tile - len(x_TI))).unflatten(0, (tiles, tile))
+
+
+def reduce_dense(weight_OI: Tensor, x_CRI: Tensor) -> Tensor:
+    """y [(C, R), O] in float32, of a weight of any dtype.
+
+    A vector holds neighbouring inputs of an output. One loop goes through all inputs of an output in each part of the
+    weight, and each meets all rows of a tile: the weight is read once from memory, at several places at a time, and
+    several sums do not wait for one another.
+    """
+    rows = x_CRI.shape[1]
+    parts = gcd(len(weight_OI), PARTS_FOR_ROWS[rows])
+    weights_VO1I = weight_OI.unsqueeze(1).unflatten(0, (parts, -1))
+    y_OC = [(weight_O1I.float() * x_CI).sum(-1) for weight_O1I in weights_VO1I for x_CI in x_CRI.unbind(1)]
+    return torch.stack(y_OC).unflatten(0, (parts, rows)).permute(3, 1, 0, 2).flatten(2).flatten(0, 1)
+
+
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Activations as `reduce_words` wants them: x_CGPRN float32, nibbles divided by 256^(nibble // 2); means_CGR.
 
-    What one step of the loop reads lies together. As few tiles as there can be, filled up with zeros. A mean is the sum
-    of a group's activations, divided by its words: what one word's zeros take away.
+    What one step of the loop reads lies together. A mean is the sum of a group's activations, divided by its words:
+    what one word's zeros take away.
     """
-    tiles = -(-len(x_TI) // max(PARTS_FOR_ROWS))
-    tile = -(-len(x_TI) // tiles)
-    x_TI = torch.nn.functional.pad(x_TI.float(), (0, 0, 0, tiles * tile - len(x_TI)))
-    x_CRGPN = x_TI.unflatten(0, (tiles, tile)).unflatten(-1, (groups, -1, CODES_PER_WORD))
+    x_CRGPN = in_tiles(x_TI).unflatten(-1, (groups, -1, CODES_PER_WORD))
     powers_N = torch.tensor([256.0 ** -(nibble // 2) for nibble in range(CODES_PER_WORD)], device=x_TI.device)
     means_CGR = (x_CRGPN.sum(-1) / x_CRGPN.shape[3]).sum(-1).transpose(1, 2).contiguous()
     return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), means_CGR

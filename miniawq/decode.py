@@ -45,14 +45,13 @@ class DecodeStep:
         self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling | None = None, *, compile_: bool = True
     ) -> None:
         self.config, self.sampling = model.config, sampling or Sampling()
-        like = model.model.embed_tokens.weight
-        self.device = like.device
+        self.device, self.dtype = model.device, model.dtype
         # What is made in inference mode could not be used outside.
         with torch.inference_mode(False), torch.no_grad():
             self.layers = [Layer.of(block, batch) for block in model.model.layers]
             self.head = products_of((model.lm_head,), batch)
-            self.norm_D, self.embedding_VD = model.model.norm.weight.data, like.data
-        self.look = looking_on(like.device, self.config, like.dtype, compile_)
+            self.norm_D, self.embedding_VD = model.model.norm.weight.data, model.model.embed_tokens.weight.data
+        self.look = looking_on(self.device, self.config, self.dtype, compile_)
         self.functions = UNCOMPILED
         self.is_ready = not compile_
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -61,23 +60,22 @@ class DecodeStep:
 
     def _make_room(self, batch: int, max_seq_len: int) -> None:
         """All that belongs to the text."""
-        like = self.embedding_VD
         with torch.inference_mode(False), torch.no_grad():
-            positions_M = torch.arange(max_seq_len, device=like.device)
-            self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, like.dtype)
-            self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=like.dtype)
+            positions_M = torch.arange(max_seq_len, device=self.device)
+            self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, self.dtype)
+            self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=self.dtype)
             layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
             of_queries = batch * self.config.num_attention_heads // kv_heads
             shape = (layers, of_queries + 2 * batch * max_seq_len, kv_heads, size)
-            cache_NSJE = torch.zeros(shape, device=like.device, dtype=like.dtype)
+            cache_NSJE = torch.zeros(shape, device=self.device, dtype=self.dtype)
             kept_N2BMJE = cache_NSJE[:, of_queries:].unflatten(1, (2, batch, max_seq_len))
             self.cache.keys_NBMJE, self.cache.values_NBMJE = kept_N2BMJE.unbind(1)
-            self.ids_B = torch.zeros(batch, dtype=torch.long, device=like.device)
+            self.ids_B = torch.zeros(batch, dtype=torch.long, device=self.device)
             self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
             has_history = self.sampling.has_penalties
             self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
         self.caches = cache_NSJE.unbind()
-        self.generator = torch.Generator(like.device)
+        self.generator = torch.Generator(self.device)
 
     @torch.inference_mode()
     def compile(self, directory: Path | None = None) -> None:

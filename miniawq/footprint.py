@@ -15,7 +15,7 @@ from miniawq.arrange import group_as_arranged
 from miniawq.checkpoint import Checkpoint, skeleton
 from miniawq.errors import DoesNotFit
 from miniawq.kernel import CODES_PER_EXPANDED_SLICE, QuantLinear
-from miniawq.model import Llama, LlamaConfig
+from miniawq.model import Llama, LlamaConfig, loaded_dtype
 
 # Tokens of a prompt that run at once, of all rows together.
 PREFILL_CHUNK = 2048
@@ -101,12 +101,16 @@ def footprint(
 
 
 def weight_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
-    """Bytes of a loaded model's weights: packed layers as `QuantLinear.prepare` arranges them, the rest in `dtype`."""
+    """Bytes of the weights of a model as stored (a `skeleton`), once it is loaded to compute in `dtype`."""
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     packed = {id(tensor) for layer in layers for tensor in (layer.qweight, layer.qzeros, layer.scales)}
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    dense = sum(tensor.numel() for key, tensor in tensors.items() if key not in packed)
-    return dense * dtype.itemsize + sum(packed_bytes(layer, device) for layer in layers)
+    dense = [
+        tensor.numel() * loaded_dtype(tensor.dtype, tensor.dim(), dtype).itemsize
+        for key, tensor in tensors.items()
+        if key not in packed
+    ]
+    return sum(dense) + sum(packed_bytes(layer, device) for layer in layers)
 
 
 def packed_bytes(layer: QuantLinear, device: str) -> int:

@@ -239,7 +239,7 @@ class Writer:
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         self.is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
         self.limit = arguments.max_seq_len or model.config.max_position_embeddings
-        on_gpu = model.model.embed_tokens.weight.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
         self.compiles = on_gpu if arguments.compile is None else arguments.compile
         self.decoder: EagerStart | None = None
 

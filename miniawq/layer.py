@@ -189,7 +189,7 @@ def enter(
     """
     cos_ME, sin_ME = tables_ME
     starts = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
-    h_BD = written(embedding(ids_B.clamp_min(0), embedding_VD))
+    h_BD = written(embedding(ids_B.clamp_min(0), embedding_VD).to(first.input_norm_D.dtype))
     return Entry(
         h_BD,
         prepare_normed(first.qkv, h_BD, first.input_norm_D, config.rms_norm_eps),

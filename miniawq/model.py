@@ -14,11 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from miniawq.rope import Rope, RopeConfig, apply_rope, integer, refuse, rope_tables
 
 LinearFactory = Callable[[str, int, int, bool], nn.Module]
+
+HALVES = (torch.float16, torch.bfloat16)
+WEIGHTS_PER_SLICE = 1 << 20
 
 
 class Family(NamedTuple):
@@ -208,6 +211,32 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     return [layer(x) for layer in layers] if together is None else together(x, layers)
 
 
+def loaded_dtype(stored: torch.dtype, dimensions: int, dtype: torch.dtype) -> torch.dtype:
+    """What a dense tensor becomes in a model that computes in `dtype`: matrices of 16 bits do not become wider."""
+    return stored if dimensions == 2 and stored in HALVES and dtype.itemsize > stored.itemsize else dtype
+
+
+def dense_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`linear`, of a weight that may be narrower than x [..., I]: then a slice at a time takes the dtype of x."""
+    if weight_OI.dtype == x.dtype:
+        return linear(x, weight_OI, bias_O)
+    outputs, inputs = weight_OI.shape
+    step = min(outputs, max(1, WEIGHTS_PER_SLICE // inputs))
+    y, slice_OI = x.new_empty(*x.shape[:-1], outputs), x.new_empty(step, inputs)
+    for first in range(0, outputs, step):
+        narrow_OI = weight_OI[first : first + step]
+        y[..., first : first + step] = linear(x, slice_OI[: len(narrow_OI)].copy_(narrow_OI))
+    return y if bias_O is None else y + bias_O
+
+
+class DenseLinear(nn.Linear):
+    """`nn.Linear` by `dense_product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] to [..., O] in the dtype of x."""
+        return dense_product(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
 
@@ -278,7 +307,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """hidden_BLD after the final norm; the cache, if any, moves on by L positions."""
-        h_BLD = self.embed_tokens(tokens_BL)
+        h_BLD = self.embed_tokens(tokens_BL).to(self.norm.weight.dtype)
         past, padding_B = (0, None) if cache is None else (cache.length, cache.padding_B)
         rope, masks = self.positions(past, tokens_BL.shape[1], padding_B, h_BLD)
         for block, window in zip(self.layers, self.config.layer_windows, strict=True):
@@ -300,11 +329,14 @@ class Decoder(nn.Module):
 
 def dense(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
     """The linear factory of an unquantized model."""
-    return nn.Linear(in_features, out_features, bias=bias)
+    return DenseLinear(in_features, out_features, bias=bias)
 
 
 class Llama(nn.Module):
-    """A decoder-only language model of the Llama family."""
+    """A decoder-only language model of the Llama family.
+
+    It computes in the dtype of its norms; matrices may be narrower (`dense_product`).
+    """
 
     def __init__(self, config: LlamaConfig, linear: LinearFactory = dense) -> None:
         super().__init__()
@@ -317,6 +349,16 @@ class Llama(nn.Module):
         """Let the head share the embedding's matrix where the config says so; call again after replacing either."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of activations and of the kv cache."""
+        return self.model.norm.weight.dtype
 
     def hidden(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """hidden_BLD after the final norm, for callers that need the logits of few positions."""

@@ -79,14 +79,15 @@ def products_of(layers: Sequence[nn.Module], rows: int) -> tuple[Product, ...]:
 
     `rows` is the number of rows that the product will get.
     """
-    if all(type(layer) is nn.Linear for layer in layers):
-        return (_join_dense(layers, rows),)
+    dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len(dense) == len(layers) and len({layer.weight.dtype for layer in dense}) == 1:
+        return (_join_dense(dense, rows),)
     packed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.prepare().arranged]
     blocks = {layer.arranged.outputs_of_a_block for layer in packed if layer.arranged}
     alike = len(blocks) == 1 and len({(layer.group_size, layer.scale_dtype) for layer in packed}) == 1
     if len(packed) == len(layers) and alike:
         return (_join_int4(packed, rows),)
-    return tuple(_join_int4([layer], rows) if layer in packed else _alone(layer) for layer in layers)
+    return tuple(_alone(layer, rows) for layer in layers)
 
 
 def prepare(products: Sequence[Product], x_TI: Tensor) -> Prepared:
@@ -203,6 +204,17 @@ def multiply_dotted(
     return forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTPG, exponents_2O, bias_O, factors_T1)
 
 
+def library_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`linear`, where weight and activations have one dtype.
+
+    `model.dense_product` would be hundreds of slices to compile.
+    """
+    if x_TI.dtype == weight_OI.dtype:
+        return linear(x_TI, weight_OI, bias_O)
+    y_TO = cpu_forms.reduce_dense(weight_OI, written(cpu_forms.in_tiles(x_TI))).narrow(0, 0, len(x_TI))
+    return with_bias(y_TO, bias_O, x_TI.dtype)
+
+
 def summed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """A dense product of one row, as a sum for each output: it reads the weight faster than the library's."""
     y_TO = (weight_OI.float() * written(x_TI).float()).sum(1).unsqueeze(0)
@@ -211,8 +223,22 @@ def summed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Te
 
 def tiled_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """A dense product of many outputs, by tensor cores; of whole tiles of rows."""
+    if x_TI.dtype != weight_OI.dtype:
+        return library_product(x_TI, weight_OI, bias_O)
     stored_TI = written(forms.in_whole_tiles(x_TI))
     return written(with_bias(sum_of_products([weight_OI], [stored_TI.t()]).t(), bias_O, x_TI.dtype))
+
+
+def prepare_rows(x_TI: Tensor, _dtype: torch.dtype, *_: Any) -> Tensor:
+    """`cpu_forms.in_tiles`."""
+    return written(cpu_forms.in_tiles(x_TI))
+
+
+def multiply_rows(
+    x_CRI: Tensor, _means_TC: None, dtype: torch.dtype, weight_OI: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """`cpu_forms.reduce_dense`."""
+    return with_bias(cpu_forms.reduce_dense(weight_OI, x_CRI), bias_O, dtype)
 
 
 def prepare_words(
@@ -265,10 +291,11 @@ def sliced(group_size: int) -> Form:
 REDUCE = Form(prepare_reduced, multiply_reduced, prepare_normed_reduced, stays_float32=True)
 DOT = Form(prepare_dotted, multiply_dotted, prepare_normed_dotted)
 WORDS = Form(prepare_words, multiply_words)
+ROWS = Form(prepare_rows, multiply_rows)
 EXPAND, MANY_ROWS = map(in_one_step, (expand_product, many_rows_product))
-LINEAR, SUMMED, TILED = map(in_one_step, (linear, summed_product, tiled_product))
+LINEAR, SUMMED, TILED = map(in_one_step, (library_product, summed_product, tiled_product))
 # With the options of these Inductor would write a library's matmul itself.
-WRITTEN_BY_INDUCTOR = frozenset((REDUCE, DOT, WORDS, SUMMED, TILED))
+WRITTEN_BY_INDUCTOR = frozenset((REDUCE, DOT, WORDS, ROWS, SUMMED, TILED))
 
 
 def _form_for(device: torch.device, rows: int, groups: int) -> Form:
@@ -283,7 +310,7 @@ def _form_for(device: torch.device, rows: int, groups: int) -> Form:
 def _dense_form_for(device: torch.device, outputs: int, dtype: torch.dtype, rows: int) -> Form:
     """On CUDA the library reads 2.8 TB/s of a head where 3.0 to 3.2 can be read (docs/performance.md)."""
     if device.type != "cuda":
-        return LINEAR
+        return ROWS if rows <= MOST_ROWS_ON_CPU else LINEAR
     if rows == 1:
         return SUMMED
     return TILED if rows <= MOST_ROWS_TILED and outputs >= FEWEST_OUTPUTS_TILED and dtype.itemsize == 2 else LINEAR
@@ -303,10 +330,12 @@ def lower(
     return Compiled(function, needed | options, traced=traced)
 
 
-def _alone(layer: Any) -> Product:
-    if isinstance(layer, QuantLinear):
-        return Product(sliced(layer.group_size), (layer.qweight, layer.qzeros, layer.scales, layer.bias))
-    return Product(LINEAR, (layer.weight.data, layer.bias))
+def _alone(layer: Any, rows: int) -> Product:
+    if isinstance(layer, nn.Linear):
+        return _join_dense([layer], rows)
+    if layer.arranged:
+        return _join_int4([layer], rows)
+    return Product(sliced(layer.group_size), (layer.qweight, layer.qzeros, layer.scales, layer.bias))
 
 
 def _join_dense(layers: Sequence[Any], rows: int) -> Product:

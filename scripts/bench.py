@@ -37,7 +37,7 @@ from miniawq.footprint import (
     weight_bytes,
 )
 from miniawq.kernel import QuantLinear
-from miniawq.model import KVCache, Llama, LlamaConfig, dense
+from miniawq.model import KVCache, Llama, LlamaConfig, dense, loaded_dtype
 from miniawq.packing import Quantized, dequantize
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -94,23 +94,26 @@ class Clock:
 
 
 def empty_model(config: LlamaConfig, kind: str, group_size: int) -> Llama:
-    """The model without memory, INT4 but for its head, or dense."""
+    """The model without memory, INT4 but for its head, or dense; stored in 16 bits unless it is of float32."""
 
     def packed(name: str, *shape: int) -> nn.Module:
         return dense(name, *shape) if name == "lm_head" else QuantLinear(*shape, group_size)
 
     with torch.device("meta"):
-        return Llama(config, packed if kind == "int4" else dense)
+        model = Llama(config, packed if kind == "int4" else dense)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES.get(kind, torch.bfloat16))
+    return model
 
 
 def random_model(model: Llama, device: torch.device, dtype: torch.dtype) -> Llama:
-    """Independent random weights for an `empty_model`, in place."""
+    """Independent random weights for an `empty_model` that computes in `dtype`, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, random_int4(module, device))
             continue
         for key, meta in module.named_parameters(recurse=False):
-            tensor = torch.empty(meta.shape, device=device, dtype=dtype)
+            tensor = torch.empty(meta.shape, device=device, dtype=loaded_dtype(meta.dtype, meta.dim(), dtype))
             tensor = tensor.normal_(0, meta.shape[-1] ** -0.5) if meta.dim() == 2 else tensor.fill_(1)
             setattr(module, key, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()

@@ -270,9 +270,10 @@ def test_bytes_read_count_shared_weights_once_and_looked_up_rows_not_at_all():
     assert bytes_per_token(tied) == everything - matrix
 
 
-def test_bytes_read_count_packed_weights(tmp_path, device):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bytes_read_count_packed_weights(tmp_path, dtype, device):
     """In the form they are loaded in: the plan of the same checkpoint says the same."""
-    checkpoint = open_checkpoint(tiny_checkpoints.make(tmp_path)[0])
-    needed = footprint(checkpoint, torch.float16, device=device.type, max_seq_len=8)
-    model = load_model(checkpoint, device, torch.float16)
+    checkpoint = open_checkpoint(tiny_checkpoints.make(tmp_path, stored=torch.bfloat16)[0])
+    needed = footprint(checkpoint, dtype, device=device.type, max_seq_len=8)
+    model = load_model(checkpoint, device, dtype)
     assert bytes_per_token(model) == needed.weights - model.model.embed_tokens.weight.nbytes

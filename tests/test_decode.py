@@ -15,7 +15,7 @@ from miniawq.decode import DecodeStep
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.layer import most_probable
-from miniawq.model import KVCache, Llama, LlamaConfig, attention, dense
+from miniawq.model import DenseLinear, KVCache, Llama, LlamaConfig, attention, dense
 from miniawq.packing import quantize
 from miniawq.products import multiply, prepare, prepare_normed, products_of
 from miniawq.sampling import NOT_A_NUMBER, Sampling, sample
@@ -177,15 +177,19 @@ def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
         options = products.lower(torch.neg, [form]).options
         assert "triton.native_matmul" not in options
         assert options.keys() >= (arrange.EXPAND_IN_TILES.keys() if form is products.EXPAND else set())
-    for form in (products.REDUCE, products.DOT, products.WORDS, products.SUMMED, products.TILED):
+    for form in (products.REDUCE, products.DOT, products.WORDS, products.ROWS, products.SUMMED, products.TILED):
         assert products.lower(torch.neg, [form, products.LINEAR]).options["triton.native_matmul"]
 
 
-@pytest.mark.parametrize(("form", "rows"), [("SUMMED", 1), ("TILED", 1), ("TILED", 5), ("TILED", 17), ("LINEAR", 5)])
+@pytest.mark.parametrize(("form", "rows"), [
+    ("SUMMED", 1), ("TILED", 1), ("TILED", 5), ("TILED", 17), ("LINEAR", 1), ("LINEAR", 5), ("ROWS", 1), ("ROWS", 5),
+])  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
-def test_dense_forms_are_the_library_s_product(form, rows, bias, monkeypatch, device):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_dense_forms_are_the_library_s_product(stored, form, rows, bias, monkeypatch, device):
     monkeypatch.setattr(products, "_dense_form_for", lambda *_: getattr(products, form))
-    layer, x_TI = nn.Linear(64, 24, bias, device=device), torch.randn(rows, 64, device=device)
+    layer, x_TI = DenseLinear(64, 24, bias, device=device), torch.randn(rows, 64, device=device)
+    layer.weight.data = layer.weight.data.to(stored)
     with torch.no_grad():
         expected, found = layer(x_TI), products_of([layer], rows)
         torch.testing.assert_close(multiply(found, prepare(found, x_TI)), expected, rtol=0, atol=1e-5)
@@ -198,7 +202,9 @@ def test_dense_forms_are_the_library_s_product(form, rows, bias, monkeypatch, de
     ("cuda", 32768, torch.bfloat16, 65, "LINEAR"),
     ("cuda", 32768, torch.float32, 2, "LINEAR"),
     ("cuda", 16384, torch.bfloat16, 2, "LINEAR"),
-    ("cpu", 32768, torch.bfloat16, 1, "LINEAR"),
+    ("cpu", 8, torch.bfloat16, 1, "ROWS"),
+    ("cpu", 32768, torch.float32, 32, "ROWS"),
+    ("cpu", 32768, torch.bfloat16, 33, "LINEAR"),
 ])  # fmt: skip
 def test_the_dense_form_goes_by_device_rows_and_outputs(device, outputs, dtype, rows, form):
     assert products._dense_form_for(torch.device(device), outputs, dtype, rows) is getattr(products, form)
@@ -298,4 +304,8 @@ def test_layers_in_blocks_of_different_sizes_are_multiplied_one_by_one(monkeypat
 
 
 def test_mixed_layers_are_multiplied_one_by_one():
-    assert_multiplied_one_by_one([nn.Linear(64, 16), QuantLinear.from_quantized(quantize(torch.randn(24, 64), 32))])
+    dense_, half = DenseLinear(64, 16), DenseLinear(64, 16)
+    half.weight.data = half.weight.data.half()
+    with torch.no_grad():
+        for other in (half, QuantLinear.from_quantized(quantize(torch.randn(24, 64), 32))):
+            assert_multiplied_one_by_one([dense_, other])

@@ -196,6 +196,37 @@ def test_bounds_catch_the_smallest_fault(form, wrong):
     assert (error_TO > bound(x_TI, quantized)).any()
 
 
+def dense_product(x_TI, weight_OI):
+    return cpu_forms.reduce_dense(weight_OI, cpu_forms.in_tiles(x_TI))[: len(x_TI)]
+
+
+def dense_bound(x_TI, weight_OI):
+    """Products and sums, rounded to float32 each: off by 2^-24 of at most the sum of |weight| * |x|."""
+    return (x_TI.shape[1] + 1) * FLOAT32 * (x_TI.double().abs() @ weight_OI.double().abs().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outputs", [1, 6, 7, 8])
+@pytest.mark.parametrize("rows", ROWS)
+def test_dense_sums_stay_within_their_bound(rows, outputs, dtype):
+    """Outputs that fill four parts, two, or none."""
+    weight_OI, x_TI = random_rows(outputs, 96, dtype, seed=2), random_rows(rows, 96)
+    error_TO = (dense_product(x_TI, weight_OI).double() - x_TI.double() @ weight_OI.double().t()).abs()
+    assert (error_TO <= dense_bound(x_TI, weight_OI)).all()
+    faulty_OI = weight_OI.clone()
+    faulty_OI[-1, 5] *= 1 + 2.0**-7
+    error_TO = (dense_product(x_TI, faulty_OI).double() - x_TI.double() @ weight_OI.double().t()).abs()
+    assert (error_TO > dense_bound(x_TI, weight_OI)).any()
+
+
+def test_a_nan_stays_in_its_row_of_a_dense_sum():
+    x_TI = random_rows(6, 64)
+    x_TI[4, 3] = torch.nan
+    is_nan_TO = dense_product(x_TI, random_rows(10, 64)).isnan()
+    assert torch.equal(is_nan_TO.all(1), is_nan_TO.any(1))
+    assert is_nan_TO.any(1).tolist() == [row == 4 for row in range(6)]
+
+
 @pytest.mark.parametrize("places", ["SUBNORMAL_PLACES", "MAGIC_PLACES"])
 def test_bounds_catch_two_nibbles_exchanged(places, monkeypatch):
     product, bound = PRODUCTS["planes" if places == "SUBNORMAL_PLACES" else "dot"]

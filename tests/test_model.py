@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from miniawq import model as model_
 from miniawq.checkpoint import load_model, open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
-from miniawq.model import KVCache, Llama, LlamaConfig, attention
+from miniawq.model import HALVES, DenseLinear, KVCache, Llama, LlamaConfig, attention, loaded_dtype
 from miniawq.rope import RopeConfig
 from miniawq.tokenizer import Tokenizer
 
@@ -37,6 +38,40 @@ def test_logits_are_those_of_transformers(name, device):
         logits_BLV = load(name, device)(reference["tokens"].to(device)).cpu()
     error = (logits_BLV - reference["logits"]).norm() / reference["logits"].norm()
     assert error < 2e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_narrower_matrices_compute_what_wide_ones_do(name, device):
+    tokens_BL = torch.arange(22, device=device).view(2, 11) % 50
+    narrow, wide = load(name, device), load(name, device).float()
+    assert narrow.lm_head.weight.dtype == torch.bfloat16
+    assert narrow.dtype == wide.lm_head.weight.dtype == torch.float32
+    with torch.no_grad():
+        expected, found = wide(tokens_BL), narrow(tokens_BL)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("weights", [1, 64 * 7, 1 << 20])
+def test_a_narrow_weight_is_multiplied_in_slices(weights, shape, bias, monkeypatch, device):
+    monkeypatch.setattr(model_, "WEIGHTS_PER_SLICE", weights)
+    layer, x = DenseLinear(64, 24, bias, device=device).requires_grad_(False), torch.randn(shape, device=device)
+    layer.weight.data = layer.weight.half()
+    found, expected = layer(x), torch.nn.functional.linear(x, layer.weight.float(), layer.bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert found.shape == expected.shape
+
+
+def test_only_matrices_of_16_bits_are_narrower_than_the_model():
+    kept = {
+        (stored, dimensions, dtype)
+        for stored in (*HALVES, torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn)
+        for dimensions in (1, 2)
+        for dtype in (*HALVES, torch.float32)
+        if loaded_dtype(stored, dimensions, dtype) != dtype
+    }
+    assert kept == {(stored, 2, torch.float32) for stored in HALVES}
 
 
 @pytest.mark.parametrize("name", STATIC_NAMES)

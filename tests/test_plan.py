@@ -118,8 +118,9 @@ def loaded_bytes(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_weights_are_what_the_loaded_model_holds(tmp_path, packing, dtype, device):
-    directory, _ = tiny.make(tmp_path, family="llama-tied", **PACKINGS[packing])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_are_what_the_loaded_model_holds(tmp_path, packing, stored, dtype, device):
+    directory, _ = tiny.make(tmp_path, family="llama-tied", stored=stored, **PACKINGS[packing])
     checkpoint = open_checkpoint(directory)
     needed = footprint(checkpoint, dtype, device=device.type, max_seq_len=64)
     assert needed.weights == loaded_bytes(load_model(checkpoint, device, dtype))

@@ -127,11 +127,17 @@ def make(
     block: Mapping[str, Any] | None = None,
     shards: int = 0,
     changes: Mapping[str, Any] | None = None,
+    stored: torch.dtype = torch.float32,
     **packing: Any,
 ) -> tuple[Path, Llama]:
-    """A checkpoint and the dense model of the same codes. Block None stands for the usual one of the layout."""
+    """A checkpoint and the dense model of the same codes. Block None stands for the usual one of the layout.
+
+    Dense tensors are `stored` in that dtype, and in float32 in the model.
+    """
     config = config_of(family, **(changes or {}))
     tensors, model = copy.deepcopy(_packed(json.dumps(config), layout, **packing))
+    dense = tensors.keys() & model.state_dict().keys()
+    tensors |= {name: tensors[name].to(stored) for name in dense}
     if block is None:
         block = (
             CT_BLOCK
