@@ -56,6 +56,16 @@ def test_what_cannot_be_kept_is_compiled_as_usual(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_kept_is_compiled_once_with_its_options(tmp_path, monkeypatch):
+    """Without them the C++ compiler would be asked for the same source again, and make slower code of it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    for _ in range(2):
+        function = Compiled(doubled, {"cpp.enable_floating_point_contract_flag": "fast", "fx_graph_cache": False})
+        assert torch.equal(Kept(function, tmp_path / "doubled.aot")(torch.ones(6), 1.0), torch.full((6,), 3.0))
+    sources = [path.read_text() for path in (tmp_path / "inductor").rglob("*.main.cpp")]
+    assert len(sources) == len(set(sources)) == 1
+
+
 def test_an_alias_is_marked_and_the_tensor_is_not():
     x_MD = torch.ones(3, 4)
     alias = any_length(x_MD, 1)
