@@ -1,4 +1,4 @@
-"""One INT4 product on this machine's processor beside the others: ours compiled and eager, bfloat16, torch's own INT4.
+"""One INT4 product on this machine's processor beside the others: ours compiled and eager, dense, torch's own INT4.
 
     OMP_NUM_THREADS=1 python scripts/cpu_product.py
     python scripts/cpu_product.py --threads 2 --shapes 4096x4096 --rows 1,4,16,64 --seconds 2
@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq import products
 from miniawq.kernel import QuantLinear
+from miniawq.model import DenseLinear
 from miniawq.packing import Quantized, dequantize
 
 GROUP, SHARING = 128, 4
@@ -94,6 +95,24 @@ def bfloat16(quantized: Quantized) -> Made:
     return torch.bfloat16, lambda rows: lambda x_TI: linear(x_TI, weight_OI)
 
 
+def dense(quantized: Quantized) -> Made:
+    """The same weight and activations by the form that a decode step has for them."""
+    layer = DenseLinear(*quantized.codes_OI.shape[::-1], bias=False)
+    layer.weight.data = dequantize(quantized, torch.bfloat16)
+
+    def of(rows: int) -> Form:
+        of_layer = products.products_of([layer], rows)
+        return products.lower(lambda x_TI: product(of_layer, x_TI), [of_layer[0].form])
+
+    return torch.bfloat16, of
+
+
+def float32(quantized: Quantized) -> Made:
+    """`torch.nn.functional.linear` with all in float32."""
+    weight_OI = dequantize(quantized, torch.float32)
+    return torch.float32, lambda rows: lambda x_TI: linear(x_TI, weight_OI)
+
+
 def int4pack(quantized: Quantized) -> Made:
     """torch's INT4 kernel for processors, whose weight is (code - 8) * scale + offset."""
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.codes_OI.int(), 1)
@@ -104,7 +123,7 @@ def int4pack(quantized: Quantized) -> Made:
     return torch.bfloat16, lambda rows: lambda x_TI: multiply(x_TI, words, GROUP, grid_GO2)
 
 
-PEERS = {make.__name__: make for make in (ours, shared, eager, bfloat16, int4pack)}
+PEERS = {make.__name__: make for make in (ours, shared, eager, bfloat16, dense, float32, int4pack)}
 
 
 def medians(calls: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], int]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One token after another by llama.cpp, in Q4_0 and Q4_K, of the model that `scripts/bench.py` times by default on a CPU.
+"""One token after another by llama.cpp, in Q4_0 and Q4_K, of the model `tinyllama-1.1b` of `scripts/bench.py`.
 
     pip install numpy gguf                                        # in an environment of its own
     cmake --build build --target llama-bench llama-quantize       # as in `llama_cpp.py`
