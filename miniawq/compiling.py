@@ -66,11 +66,6 @@ def any_length(x: Tensor, dim: int = 0) -> Tensor:
     return alias
 
 
-def inductor_config() -> Any:
-    """Inductor's settings, imported when somebody compiles."""
-    return import_module("torch._inductor.config")
-
-
 class Kept:
     """A compiled function as an earlier process has left it at `path`, or compiled at its first call and left there.
 
@@ -94,7 +89,8 @@ class Kept:
     def _found(self, arguments: Arguments) -> Any:
         try:
             # What is kept is C++, with the options that wrote it, but not with those that a C++ compiler needs.
-            with self.path.open("rb") as file, inductor_config().patch(self.function.options):
+            settings = import_module("torch._inductor.config")
+            with self.path.open("rb") as file, settings.patch(self.function.options):
                 kept: Any = torch.compiler.load_compiled_function(file)
             return kept if kept.guard_check(*arguments) else None
         except FileNotFoundError:

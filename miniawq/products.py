@@ -205,14 +205,13 @@ def multiply_dotted(
 
 
 def library_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`linear`, where weight and activations have one dtype.
+    """`linear`, where weight and activations have one dtype, else what `ROWS` computes.
 
     `model.dense_product` would be hundreds of slices to compile.
     """
     if x_TI.dtype == weight_OI.dtype:
         return linear(x_TI, weight_OI, bias_O)
-    y_TO = cpu_forms.reduce_dense(weight_OI, written(cpu_forms.in_tiles(x_TI))).narrow(0, 0, len(x_TI))
-    return with_bias(y_TO, bias_O, x_TI.dtype)
+    return multiply_rows(prepare_rows(x_TI, x_TI.dtype), None, x_TI.dtype, weight_OI, bias_O)
 
 
 def summed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

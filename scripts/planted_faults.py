@@ -62,7 +62,7 @@ FAULTS = [
     Fault("compiling.py", "is not None and self.kept.guard_check(*arguments)", "is not None", "test_compiling"),
     Fault("compiling.py", "torch._dynamo.mark_dynamic(alias, dim)", "pass", "test_compiling"),
     Fault("compiling.py", "alias = x.detach()", "alias = x", "test_compiling"),
-    Fault("compiling.py", ", inductor_config().patch(self.function.options):", ":", "test_compiling"),
+    Fault("compiling.py", ", settings.patch(self.function.options):", ":", "test_compiling"),
     Fault("forms.py", "with_bias(y_KTO.squeeze(0), bias_O,", "with_bias(y_KTO.squeeze(0), None,", "test_kernel_forms"),
     Fault("forms.py", "with_bias(written(y_KTO).sum(0), bias_O,", "with_bias(written(y_KTO).sum(0), None,",
           "test_kernel_forms"),
