@@ -1,28 +1,38 @@
-"""`miniawq VERB` and `python -m miniawq VERB` run the same mains as `python -m miniawq.VERB`."""
+"""`miniawq VERB` and `python -m miniawq VERB`: find the verb's module and hand it the arguments."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from miniawq import __version__
 
+
+class Verb(NamedTuple):
+    """The module that has the `build_parser` and `main` of a verb, and what the verb does."""
+
+    module: str
+    does: str
+
+
 VERBS = {
-    "generate": "write text with a model",
-    "quantize": "make an AWQ INT4 checkpoint from a dense one",
-    "evaluate": "perplexity, and KL divergence against a reference",
-    "plan": "what is in a checkpoint, and what memory it needs",
-    "convert": "one INT4 layout to another, losslessly",
-    "oracle": "check any implementation of AWQ INT4 against the properties it must have",
+    "generate": Verb("miniawq.generate", "write text with a model"),
+    "quantize": Verb("miniawq.quantize.__main__", "make an AWQ INT4 checkpoint from a dense one"),
+    "evaluate": Verb("miniawq.commands.evaluate", "perplexity, and KL divergence against a reference"),
+    "plan": Verb("miniawq.commands.plan", "what is in a checkpoint, and what memory it needs"),
+    "convert": Verb("miniawq.commands.convert", "one INT4 layout to another, losslessly"),
+    "oracle": Verb("miniawq.oracle.__main__", "check any implementation of AWQ INT4 for the properties it must have"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand the arguments behind the verb to its module, importing no other."""
+    """Hand the arguments after the verb to its module; no other verb's module is imported."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in VERBS:
-        module = "miniawq.oracle.__main__" if arguments[0] == "oracle" else f"miniawq.{arguments[0]}"
-        return importlib.import_module(module).main(arguments[1:])
-    usage = "usage: miniawq VERB [--help] ...\n\n" + "".join(f"  {verb:10} {what}\n" for verb, what in VERBS.items())
+        return importlib.import_module(VERBS[arguments[0]].module).main(arguments[1:])
+    lines = [f"  {name:10} {verb.does}\n" for name, verb in VERBS.items()]
+    usage = "usage: miniawq VERB [--help] ...\n\n" + "".join(lines)
     match arguments:
         case ["--version"]:
             print(f"miniawq {__version__}")
@@ -31,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         case []:
             print(usage, end="", file=sys.stderr)
             return 2
-        case [verb, *_]:
-            print(f"miniawq: there is no verb {verb!r}\n{usage}", end="", file=sys.stderr)
+        case [word, *_]:
+            nearest = difflib.get_close_matches(word, VERBS, 1)
+            meant = f"  did you mean {nearest[0]!r}?\n" if nearest else ""
+            print(f"miniawq: there is no verb {word!r}\n{meant}{usage}", end="", file=sys.stderr)
             return 2
     return 0
 

@@ -1,396 +1,380 @@
-"""AWQ: scale the channels that meet large activations before rounding, and clip (Lin et al., arXiv 2306.00978).
+"""Chapter 2: AWQ as the paper has it (Lin et al., arXiv 2306.00978): scale up the channels that matter, clip, round.
 
-A linear layer y = W x is the same function when column i of W is multiplied by s_i and x_i divided by it. Rounding is
-not the same: a column scaled up is rounded more finely, at the cost of its group's neighbours. AWQ searches the s that
-lose least on calibration text and folds 1 / s into the operation that makes x: a norm's weight, or the rows of the
-linear before.
+A linear layer y = W x stays the same function when column i of W is multiplied by a factor t_i and x_i is divided by
+it. Its rounding does not stay the same: a column that is scaled up is rounded more finely, and the other columns of its
+group more coarsely. Columns that meet large activations matter most, so the candidates for t are
 
-    loss(s) = mean (f(x; Q(W diag(s)) diag(1 / s)) - f(x; W))^2        f: the attention, the MLP, or the layer alone
+    t_i = a_i^r, normalised        a_i = mean |x_i| on calibration text,  r = 0, 1/20, .. 1
 
-Then the range of every group is searched (clipping, rounding.py), and the folded weights are rounded.
+and AWQ takes the candidate that loses least:
 
-This file knows no model: a table of `Fold`s names the modules of a block. All searches are in float32 and contain plain
-rounding, which wins ties, so none loses more than it on the calibration text.
+    loss(t) = mean (f(x; Q(W diag(t)) diag(1 / t)) - f(x; W))^2        f: the attention, the MLP, or the layer alone
 
-Shapes: O outputs, I inputs, G groups of S inputs, P channels of the previous operation, T tokens, K candidates.
+It folds 1 / t into the operation that makes x: a norm's weight, or the rows of the linear layer before. Then it limits
+the range of each group of weights (clipping), and rounds. Plain rounding, r = 0 with nothing clipped, is always tried
+first and wins ties.
+
+`llama_folds` is the table of what is divided and what is multiplied, `quantize_block` is the loop, and the functions
+after it are its steps. `Method` holds the two searches: `PAPER` here, better ones in `quantize/recipes.py`.
+
+Shapes: O outputs, I inputs, G groups of S inputs, T tokens, P channels of a smooth layer (what a fold divides).
 """
 
-import itertools
+from __future__ import annotations  # so that the table and the loop can stand before the steps
+
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from miniawq.errors import UnsupportedCheckpoint
-from miniawq.packing import Quantized, dequantize, round_to_grid
-from miniawq.rounding import Rounding, compensated, layer_loss, limit_search, range_search, row_losses, triangle
+from miniawq.model import LlamaConfig
+from miniawq.packing import TOP_CODE, Grid, Quantized, asymmetric_grid, dequantize, grouped, round_to_grid
 
-Formula = Literal["activations", "duo"]
-Step = tuple[Formula, int]
-
-PLAIN: Step = ("activations", 0)
-SMALLEST = torch.finfo(torch.float32).tiny
-LARGEST_LOG_SCALE = math.log(1e4)
-EXACT = 1e-5
+RATIOS = [step / 20 for step in range(21)]  # exponents r of the candidates; the first is plain rounding
+CLIPPED_TO = [1 - step / 20 for step in range(10)]  # parts of a group's largest magnitude; the first clips nothing
+UNCLIPPED = ("q_proj", "k_proj")  # attention depends on their product, and clipping them does harm (the paper's code)
+LARGEST_LOG_FACTOR = math.log(1e4)  # float16 holds weights that are scaled by up to 1e4 either way
+EXACT = 1e-5  # relative error; the float32 sums of a block in another order differ by less
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """A row of the method's table: multiply the columns of `linears` by scales, divide the output of `previous`.
+    """A row of the table: divide the output of `smooth_layer`, multiply the columns of `balance_layers`.
 
-    `previous` is a norm or a linear layer, `linears` all that read its output, `compared` the module whose output
-    decides. Input channel i of the linears reads output channel `reads_I[i]` of `previous`; None: channel i.
+    The set of linears `balance_layers` is all that reads this output; `compared` is the module whose output decides.
+    Input channel i of the linears reads channel `reads_I[i]` of the smooth layer; None: channel i.
     """
 
-    previous: str
-    linears: tuple[str, ...]
+    smooth_layer: str
+    balance_layers: tuple[str, ...]
     compared: str
     reads_I: Tensor | None = None
 
-    def spread(self, scales_P: Tensor) -> Tensor:
-        """The scale of each input channel of the linears."""
-        return scales_P if self.reads_I is None else scales_P[self.reads_I.to(scales_P.device)]
+    @property
+    def compares_one_layer(self) -> bool:
+        """Whether the loss is that of a single linear layer, which second moments give without any text."""
+        return self.balance_layers == (self.compared,)
 
-    def gather(self, values_I: Tensor, channels: int) -> Tensor:
-        """The mean of `values_I` over the inputs that read each channel of `previous`."""
+    def spread(self, factors_P: Tensor) -> Tensor:
+        """The factor of each input channel of the balance layers."""
+        return factors_P if self.reads_I is None else factors_P[self.reads_I.to(factors_P.device)]
+
+    def gather(self, values_I: Tensor) -> Tensor:
+        """For each channel of the smooth layer the mean of `values_I` over the inputs that read it, [P]."""
         if self.reads_I is None:
             return values_I
         reads_I = self.reads_I.to(values_I.device)
-        sums_P = values_I.new_zeros(channels).index_add_(0, reads_I, values_I)
-        return sums_P / torch.bincount(reads_I, minlength=channels)
+        readers_P = torch.bincount(reads_I)
+        return values_I.new_zeros(len(readers_P)).index_add_(0, reads_I, values_I) / readers_P
 
 
-@dataclass(frozen=True)
-class Recipe(Rounding):
-    """What is searched, beside how weights are rounded.
+def llama_folds(config: LlamaConfig) -> list[Fold]:
+    """The table of the Llama family.
 
-    formulas: how candidate scales follow from the statistics; none is no scaling.
-    ratios, stride: exponents are multiples of 1 / ratios; every stride-th is tried, then those around the best.
-    clip: the paper's limits, both ends of each range (rounding.py), or none; layers named in `unclipped` keep theirs.
-    compensate: round with GPTQ's error compensation, which is no part of AWQ.
+    Under grouped-query attention several query heads read the same value channel, so several columns of o_proj share
+    its factor.
     """
-
-    formulas: tuple[Formula, ...] = ("activations", "duo")
-    ratios: int = 20
-    stride: int = 4
-    clip: Literal["none", "limits", "ranges"] = "ranges"
-    unclipped: tuple[str, ...] = ()
-    compensate: bool = False
-
-
-DEFAULT = Recipe()
-PAPER = Recipe(formulas=("activations",), stride=1, clip="limits", unclipped=("q_proj", "k_proj"))
-PLAIN_ROUNDING = Recipe(formulas=(), clip="none")
+    shared = config.num_attention_heads // config.num_key_value_heads
+    channels_JE = torch.arange(config.num_key_value_heads * config.head_dim).view(-1, config.head_dim)
+    reads_I = channels_JE.repeat_interleave(shared, dim=0).flatten()
+    return [
+        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
+        Fold("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj", reads_I),
+        Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
+        Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
+    ]
 
 
-class Call(NamedTuple):
-    """One recorded call of a module: arguments and result."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    output: Tensor
-
-
-@dataclass
-class Statistics:
-    """What the linears of a fold see: mean |x| per channel, C = mean(x x^T), and calls of the compared module."""
-
-    magnitude_I: Tensor
-    moments_II: Tensor
-    tokens: int = 0
-    calls: list[Call] = field(default_factory=list)
-
-    @property
-    def usable(self) -> bool:
-        """Whether there was text, and nothing in it became NaN or infinite."""
-        # With a finite diagonal all of C = mean(x x^T) is finite, and asking all of it would take copies of it.
-        return self.tokens > 0 and bool(self.moments_II.diagonal().isfinite().all())
-
-    def divide(self, scales_I: Tensor) -> None:
-        """Become the statistics of x / s."""
-        self.magnitude_I /= scales_I
-        self.moments_II /= scales_I[:, None]
-        self.moments_II /= scales_I
-
-
-@contextmanager
-def observe(block: nn.Module, folds: Sequence[Fold], kept_calls: Collection[int]) -> Iterator[dict[Fold, Statistics]]:
-    """Fill in the statistics of every fold while the block runs; of compared modules keep calls with these numbers."""
-    found, handles = {}, []
-    for fold in folds:
-        reader = block.get_submodule(fold.linears[0])
-        like = block.get_parameter(f"{fold.linears[0]}.weight").float()
-        inputs = like.shape[1]
-        found[fold] = Statistics(like.new_zeros(inputs, dtype=torch.float64), like.new_zeros(inputs, inputs))
-        handles.append(reader.register_forward_pre_hook(_inputs_hook(found[fold])))
-        if fold.linears != (fold.compared,):
-            hook = _calls_hook(found[fold], kept_calls)
-            handles.append(block.get_submodule(fold.compared).register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-    for statistics in found.values():
-        statistics.magnitude_I = (statistics.magnitude_I / max(1, statistics.tokens)).float()
-        statistics.moments_II /= max(1, statistics.tokens)
-        for here in triangle(len(statistics.moments_II)):
-            statistics.moments_II[: here.start, here] = statistics.moments_II[here, : here.start].t()
-
-
-def _inputs_hook(statistics: Statistics) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x_TI = arguments[0].detach().flatten(0, -2).float()
-        statistics.tokens += len(x_TI)
-        statistics.magnitude_I += x_TI.abs().sum(0)
-        # Contiguous along the tokens, over which is summed: so a GPU multiplies TF32 at its full rate.
-        x_IT = x_TI.t().contiguous()
-        for here in triangle(len(x_IT)):
-            statistics.moments_II[here, : here.stop].addmm_(x_IT[here], x_IT[: here.stop].t())
-
-    return hook
-
-
-def _calls_hook(statistics: Statistics, kept_calls: Collection[int]) -> Callable[..., None]:
-    numbers = itertools.count()
-
-    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-        if next(numbers) in kept_calls:
-            statistics.calls.append(Call(arguments, keywords, output))
-
-    return hook
-
-
-def candidate_scales(activation_P: Tensor, weight_P: Tensor, formula: Formula, ratio: float) -> Tensor:
-    """Scales from mean |x| and mean relative |w|: a^r (the paper), or a^r / w^(1 - r) ("duo", AutoAWQ).
-
-    Divided by sqrt(max * min). A channel that is never active, or has no weights, keeps the scale 1.
-    """
-    live_P = (activation_P > 0) & (weight_P > 0)
-    log_P = ratio * activation_P.log()
-    if formula == "duo":
-        log_P = log_P - (1 - ratio) * weight_P.log()
-    middle = (log_P.where(live_P, -torch.inf).max() + log_P.where(live_P, torch.inf).min()) / 2
-    return (log_P - middle).where(live_P, 0.0).clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE).exp()
-
-
-def relative_weight(weights: Sequence[Tensor], rounding: Rounding) -> Tensor:
-    """The mean over the rows of all layers of |w| / (the largest |w| of its group), per input channel."""
-    groups_OGS = rounding.grouped(torch.cat(list(weights)).abs_())
-    return groups_OGS.div_(groups_OGS.amax(-1, keepdim=True).clamp(min=SMALLEST)).mean(0).flatten()
-
-
-def loss_function(
-    block: nn.Module, fold: Fold, statistics: Statistics, rounding: Rounding
-) -> Callable[[Tensor], Tensor]:
-    """loss(s) of a fold: for one layer from the second moments, for a module by running it on the recorded calls."""
-    parameters = [block.get_parameter(f"{name}.weight") for name in fold.linears]
-    weights = [parameter.data for parameter in parameters]
-
-    def rounded(weight_OI: Tensor, scales_P: Tensor) -> Tensor:
-        return rounding.scaled(weight_OI, fold.spread(scales_P))
-
-    def loss_of_layer(scales_P: Tensor) -> Tensor:
-        return layer_loss(rounded(weights[0], scales_P).sub_(weights[0]), statistics.moments_II)
-
-    def loss_of_module(scales_P: Tensor) -> Tensor:
-        module = block.get_submodule(fold.compared)
-        try:
-            for parameter, weight_OI in zip(parameters, weights, strict=True):
-                parameter.data = rounded(weight_OI, scales_P)
-            squares = [
-                (module(*call.arguments, **call.keywords) - call.output).square().mean() for call in statistics.calls
-            ]
-        finally:
-            for parameter, weight_OI in zip(parameters, weights, strict=True):
-                parameter.data = weight_OI
-        return torch.stack(squares).mean()
-
-    return loss_of_layer if fold.linears == (fold.compared,) else loss_of_module
-
-
-class Trial(NamedTuple):
-    """One candidate and what it lost. Ratio 0 of the activations is plain rounding."""
-
-    formula: Formula
-    ratio: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class ScaleSearch:
-    """The scales chosen for a fold and all that was tried, plain rounding first."""
-
-    fold: Fold
-    scales_P: Tensor
-    chosen: Trial
-    trials: list[Trial]
-    note: str = ""
-
-
-def search_fold(block: nn.Module, fold: Fold, statistics: Statistics, recipe: Recipe) -> ScaleSearch:
-    """The candidate scales that lose least; ties, and text that became NaN, go to plain rounding."""
-    weights = [block.get_parameter(f"{name}.weight").data for name in fold.linears]
-    channels = len(block.get_parameter(f"{fold.previous}.weight"))
-    if not statistics.usable:
-        nothing = Trial(*PLAIN, math.nan)
-        ones_P = weights[0].new_ones(channels)
-        return ScaleSearch(fold, ones_P, nothing, [nothing], "no calibration text, or NaN or infinity in it")
-    activation_P = fold.gather(statistics.magnitude_I, channels)
-    weight_P = fold.gather(relative_weight(weights, recipe), channels)
-    loss = loss_function(block, fold, statistics, recipe)
-    trials: dict[Step, float] = {}
-
-    def scales(step: Step) -> Tensor:
-        return candidate_scales(activation_P, weight_P, step[0], step[1] / recipe.ratios)
-
-    def run(steps: Sequence[Step]) -> None:
-        # All losses are fetched at once: waiting for each would leave a GPU idle.
-        losses_K = torch.stack([loss(scales(step)) for step in steps]).nan_to_num(nan=torch.inf)
-        trials.update(zip(steps, losses_K.tolist(), strict=True))
-
-    coarse = [(formula, step) for formula in recipe.formulas for step in range(0, recipe.ratios + 1, recipe.stride)]
-    run([PLAIN, *(step for step in coarse if step != PLAIN)])
-    formula, best = min(trials, key=trials.__getitem__)
-    around = range(max(0, best - recipe.stride + 1), min(recipe.ratios, best + recipe.stride - 1) + 1)
-    if near := [(formula, step) for step in around if recipe.formulas and (formula, step) not in trials]:
-        run(near)
-    told = {step: Trial(step[0], step[1] / recipe.ratios, lost) for step, lost in trials.items()}
-    chosen = min(trials, key=trials.__getitem__)
-    dead = int((activation_P == 0).sum())
-    note = f"{dead} channels are never active" if dead else ""
-    return ScaleSearch(fold, scales(chosen), told[chosen], list(told.values()), note)
-
-
-def apply_fold(block: nn.Module, fold: Fold, scales_P: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Fold scales into a block; returns the scales that were folded.
-
-    Where a norm's weight divided by its scale is no number of `dtype`, in which it will be stored, the nearest number
-    is taken and the columns follow it, so that folding is exact for the stored numbers.
-    """
-    previous = block.get_parameter(f"{fold.previous}.weight")
-    if previous.dim() == 1:
-        stored_P = (previous.data / scales_P).to(dtype).to(previous.dtype)
-        kept_P = stored_P.isfinite() & (stored_P != 0)
-        scales_P = (previous.data / stored_P).where(kept_P, scales_P)
-        previous.data = stored_P
-    else:
-        previous.data = previous.data / scales_P[:, None]
-    bias = getattr(block.get_submodule(fold.previous), "bias", None)
-    if bias is not None:
-        bias.data = bias.data / scales_P
-    for name in fold.linears:
-        parameter = block.get_parameter(f"{name}.weight")
-        parameter.data = parameter.data * fold.spread(scales_P)
-    return scales_P
-
-
-def check_folds(block: nn.Module, folds: Sequence[Fold], forward: Callable[[], Tensor]) -> None:
-    """Refuse a fold that changes what the block computes because something unscaled reads the previous operation.
-
-    Powers of two fold without rounding, so the outputs must stay the same; `forward` runs the block on a little text.
-    UnsupportedCheckpoint names the fold.
-    """
-    before = forward()
-    generator = torch.Generator().manual_seed(0)
-    for fold in folds:
-        weight = block.get_parameter(f"{fold.previous}.weight")
-        scales_P = (2.0 ** torch.randint(-3, 4, (len(weight),), generator=generator)).to(weight.device)
-        apply_fold(block, fold, scales_P)
-        after = forward()
-        apply_fold(block, fold, 1 / scales_P)
-        if not (after - before).abs().max() <= EXACT * before.abs().max():
-            raise UnsupportedCheckpoint(
-                f"{fold.previous} cannot be divided by scales",
-                f"not all that reads its output is compensated by {', '.join(fold.linears)}",
-                "this architecture needs another table of folds",
-            )
-
-
-class Layer(NamedTuple):
-    """A quantized layer and its losses: with plain ranges, and as it is, both after folding."""
+class QuantizedLayer(NamedTuple):
+    """A quantized layer and its losses on the text, both after folding: with plain ranges, and as it is."""
 
     quantized: Quantized
     plain_loss: float
     loss: float
 
 
-@dataclass(frozen=True)
-class QuantizedBlock:
-    """What became of a block: the searches of its folds, and its layers by name."""
-
-    searches: list[ScaleSearch]
-    layers: dict[str, Layer]
-
-
 @torch.no_grad()
 def quantize_block(
-    block: nn.Module, statistics: dict[Fold, Statistics], recipe: Recipe, dtype: torch.dtype = torch.float16
-) -> QuantizedBlock:
-    """Search, fold, clip and round the linears of all folds; norms will be stored in `dtype`.
+    block: nn.Module, statistics: dict[Fold, Statistics], rounding: Rounding, method: Method, dtype: torch.dtype
+) -> tuple[list[FactorSearch], dict[str, QuantizedLayer]]:
+    """The loop: search the factors of every fold, fold them, then search ranges and round, layer by layer.
 
-    The block is changed: its norms are folded, and its linears hold the numbers that the codes stand for.
+    `statistics` come from `observe`; norms will be stored in `dtype`. The block is changed: its norms are folded, and
+    its linear layers hold the numbers that the codes stand for.
     """
-    searches = [search_fold(block, fold, seen, recipe) for fold, seen in statistics.items()]
+    searches = []
+    for fold, seen in statistics.items():
+        ones_P = torch.ones_like(fold.gather(seen.magnitude_I))
+        nothing = FactorSearch(fold, ones_P, [Trial("activations", 0, math.nan)])
+        searches.append(method.factors(block, fold, seen, rounding) if seen.usable else nothing)
     for index, search in enumerate(searches):
-        folded_P = apply_fold(block, search.fold, search.scales_P, dtype)
-        statistics[search.fold].divide(search.fold.spread(folded_P))
-        searches[index] = replace(search, scales_P=folded_P)
+        factors_P = apply_fold(block, search.fold, search.factors_P, dtype)
+        statistics[search.fold].divide(search.fold.spread(factors_P))
+        searches[index] = search._replace(factors_P=factors_P)
     layers = {}
     for fold, seen in statistics.items():
-        for name in fold.linears:
+        for name in fold.balance_layers:
             parameter = block.get_parameter(f"{name}.weight")
-            clip = "none" if name.rpartition(".")[2] in recipe.unclipped else recipe.clip
-            layers[name] = quantize_layer(parameter.data, seen, replace(recipe, clip=clip))
+            layers[name] = quantize_layer(name, parameter.data, seen, rounding, method)
             parameter.data = dequantize(layers[name].quantized, torch.float32)
-    return QuantizedBlock(searches, layers)
+    return searches, layers
 
 
-def quantize_layer(weight_OI: Tensor, statistics: Statistics, recipe: Recipe) -> Layer:
-    """Choose the range of every group and round to its codes; a row that would lose by its ranges keeps plain ones."""
-    moments_II, ends_OG2 = statistics.moments_II, recipe.ends(weight_OI)
-    plain_O = row_losses(recipe.plain(weight_OI).sub_(weight_OI), moments_II)
-    if statistics.usable and recipe.clip != "none":
-        search = limit_search if recipe.clip == "limits" else range_search
-        found_OG2 = search(weight_OI, moments_II, recipe)
-        error_OI = recipe.snap(recipe.grouped(weight_OI), found_OG2).flatten(1).sub_(weight_OI)
-        worse_O = row_losses(error_OI, moments_II) > plain_O
-        del error_OI
-        ends_OG2 = ends_OG2.where(worse_O[:, None, None], found_OG2)
-    scales_OG, zeros_OG = recipe.scales_and_zeros(ends_OG2)
-    if statistics.usable and recipe.compensate:
-        quantized = compensated(weight_OI, scales_OG, zeros_OG, moments_II)
+class Method(NamedTuple):
+    """The searches of AWQ, and what becomes of the nearest codes: the seam where other searches are plugged in.
+
+    factors(block, fold, statistics, rounding) -> FactorSearch; ranges(layer name, weight_OI, statistics, rounding) ->
+    ranges_OG2; codes(weight_OI, nearest codes, statistics) -> codes with the same scales and zeros.
+    """
+
+    factors: Callable[[nn.Module, Fold, Statistics, Rounding], FactorSearch]
+    ranges: Callable[[str, Tensor, Statistics, Rounding], Tensor]
+    codes: Callable[[Tensor, Quantized, Statistics], Quantized] = lambda weight_OI, nearest, statistics: nearest
+
+
+class Statistics:
+    """What the balance layers of a fold see: a = mean |x|, C = mean(x x^T), and some calls of the compared module."""
+
+    def __init__(self, inputs: int, device: torch.device | str = "cpu", stride: int = 1) -> None:
+        self.magnitude_I = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.moments_II = torch.zeros(inputs, inputs, device=device)
+        self.tokens, self.stride, self.calls_seen = 0, stride, 0
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []  # arguments, keywords, output
+
+    @property
+    def usable(self) -> bool:
+        """Whether there was text, and nothing in it became NaN or infinite. (C is finite if its diagonal is.)"""
+        return bool(self.moments_II.diagonal().isfinite().all())
+
+    def see_inputs(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.add(arguments[0].flatten(0, -2).float())
+
+    def see_call(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+        if self.calls_seen % self.stride == 0:
+            self.calls.append((arguments, keywords, output))
+        self.calls_seen += 1
+
+    def add(self, x_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        self.magnitude_I += x_TI.abs().sum(0)
+        self.moments_II += x_TI.t() @ x_TI
+
+    def finish(self) -> None:
+        """Turn sums into means, which are NaN if there was no text."""
+        self.magnitude_I = (self.magnitude_I / self.tokens).float()
+        self.moments_II /= self.tokens
+
+    def divide(self, factors_I: Tensor) -> None:
+        """Become the statistics of x / t."""
+        self.magnitude_I /= factors_I
+        self.moments_II /= factors_I[:, None]
+        self.moments_II /= factors_I
+
+    def losses(self, error_OI: Tensor) -> Tensor:
+        """The diagonal of E C E^T, [O]: the mean squared error of each output when the weight is off by E."""
+        return (error_OI @ self.moments_II).mul_(error_OI).sum(1)
+
+
+@contextmanager
+def observe(
+    block: nn.Module, folds: Sequence[Fold], stride: int = 1, kind: type[Statistics] = Statistics
+) -> Iterator[dict[Fold, Statistics]]:
+    """Fill in the statistics of every fold while the block runs; keep every `stride`-th call of compared modules."""
+    found, handles = {}, []
+    for fold in folds:
+        first: Any = block.get_submodule(fold.balance_layers[0])
+        found[fold] = seen = kind(first.in_features, first.weight.device, stride)
+        handles.append(first.register_forward_pre_hook(seen.see_inputs))
+        if not fold.compares_one_layer:
+            handles.append(block.get_submodule(fold.compared).register_forward_hook(seen.see_call, with_kwargs=True))
+    yield found
+    for handle in handles:
+        handle.remove()
+    for seen in found.values():
+        seen.finish()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Q: groups of `group_size` inputs (-1: all), and the grid that makes a scale and a zero of each group's range."""
+
+    group_size: int = 128
+    grid: Grid = asymmetric_grid
+    scale_dtype: torch.dtype = torch.float16
+
+    def ranges(self, weight_OI: Tensor) -> Tensor:
+        """The plain range of every group, [O, G, 2]: its lowest and its highest value, zero included."""
+        groups_OGS = grouped(weight_OI, self.group_size)
+        return torch.stack((groups_OGS.amin(-1).clamp(max=0), groups_OGS.amax(-1).clamp(min=0)), dim=-1)
+
+    def codes(self, weight_OI: Tensor, ranges_OG2: Tensor) -> Quantized:
+        """The codes that a file will hold: the nearest ones, by quotients in float64."""
+        return round_to_grid(weight_OI, *self.grid(ranges_OG2, self.scale_dtype))
+
+    def snap(self, groups: Tensor, ranges: Tensor) -> Tensor:
+        """Q for searches: groups [.., S] on the grids of ranges [.., 2], in float32.
+
+        It multiplies by reciprocals, so that next to a tie it can differ from `codes`.
+        """
+        scales, zeros = (grid.float().unsqueeze(-1) for grid in self.grid(ranges, self.scale_dtype))
+        # code - zero lies in -zero..15 - zero: small whole numbers, so clamping them before adding the zero is exact.
+        return (groups * scales.reciprocal()).round_().clamp_(-zeros, TOP_CODE - zeros).mul_(scales)
+
+    def plain(self, weight_OI: Tensor) -> Tensor:
+        """Q(W) with plain ranges, [O, I]."""
+        return self.snap(grouped(weight_OI, self.group_size), self.ranges(weight_OI)).flatten(1)
+
+    def scaled(self, weight_OI: Tensor, factors_I: Tensor) -> Tensor:
+        """Q(W diag(t)) diag(1 / t)."""
+        return self.plain(weight_OI * factors_I).mul_(factors_I.reciprocal())
+
+
+class Trial(NamedTuple):
+    """A candidate and its loss. The formula "activations" with ratio 0 is plain rounding."""
+
+    formula: str
+    ratio: float
+    loss: float
+
+
+class FactorSearch(NamedTuple):
+    """The factors found for a fold, and all candidates that were tried, plain rounding first."""
+
+    fold: Fold
+    factors_P: Tensor
+    trials: list[Trial]
+
+    @property
+    def chosen(self) -> Trial:
+        """The candidate that lost least, the first one in a tie."""
+        return min(self.trials, key=lambda trial: trial.loss)
+
+
+def search_factors(block: nn.Module, fold: Fold, statistics: Statistics, rounding: Rounding) -> FactorSearch:
+    """The factors t = a^r that lose least; a tie goes to the smaller r, and so to plain rounding."""
+    activation_P = fold.gather(statistics.magnitude_I)
+    candidates = [normalised(ratio * activation_P.log(), activation_P > 0) for ratio in RATIOS]
+    # All losses are fetched at once: a GPU would stand idle after each single answer.
+    losses_K = torch.stack([loss_of(block, fold, statistics, rounding, factors_P) for factors_P in candidates])
+    losses = losses_K.nan_to_num(nan=torch.inf).tolist()
+    trials = [Trial("activations", ratio, loss) for ratio, loss in zip(RATIOS, losses, strict=True)]
+    return FactorSearch(fold, candidates[losses.index(min(losses))], trials)
+
+
+def normalised(log_factors_P: Tensor, live_P: Tensor) -> Tensor:
+    """t / sqrt(max t * min t), from log t, so that t scales up as much as down; channels never active keep 1."""
+    middle = (log_factors_P.where(live_P, -torch.inf).max() + log_factors_P.where(live_P, torch.inf).min()) / 2
+    log_P = (log_factors_P - middle).where(live_P, 0.0)
+    return log_P.clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR).exp()
+
+
+def loss_of(block: nn.Module, fold: Fold, statistics: Statistics, rounding: Rounding, factors_P: Tensor) -> Tensor:
+    """loss(t): of one layer tr(E C E^T) / O, of a module by running it on the recorded calls."""
+    parameters = [block.get_parameter(f"{name}.weight") for name in fold.balance_layers]
+    weights = [parameter.data for parameter in parameters]
+    if fold.compares_one_layer:
+        error_OI = rounding.scaled(weights[0], fold.spread(factors_P)).sub_(weights[0])
+        return statistics.losses(error_OI).mean()
+    for parameter in parameters:
+        parameter.data = rounding.scaled(parameter.data, fold.spread(factors_P))
+    module = block.get_submodule(fold.compared)
+    squares = [
+        (module(*arguments, **keywords) - output).square().mean() for arguments, keywords, output in statistics.calls
+    ]
+    for parameter, weight_OI in zip(parameters, weights, strict=True):
+        parameter.data = weight_OI
+    return torch.stack(squares).mean()
+
+
+def apply_fold(block: nn.Module, fold: Fold, factors_P: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Fold factors into a block; returns the factors that were folded.
+
+    A norm is stored in `dtype`: its divided weight is rounded to that, and the columns follow the rounded numbers, so
+    that folding is exact for what the file holds.
+    """
+    smooth: Any = block.get_submodule(fold.smooth_layer)
+    weight = smooth.weight.data
+    if weight.dim() == 1:
+        smooth.weight.data = (weight / factors_P).to(dtype).to(weight.dtype)
+        exact_P = weight / smooth.weight.data
+        factors_P = exact_P.where(smooth.weight.data.isfinite() & (smooth.weight.data != 0), factors_P)
     else:
-        quantized = round_to_grid(weight_OI, scales_OG, zeros_OG)
-    loss = layer_loss(dequantize(quantized, torch.float32).sub_(weight_OI), moments_II)
-    return Layer(quantized, float(plain_O.mean()), float(loss))
+        smooth.weight.data = weight / factors_P[:, None]
+    if getattr(smooth, "bias", None) is not None:
+        smooth.bias.data = smooth.bias.data / factors_P
+    for name in fold.balance_layers:
+        parameter = block.get_parameter(f"{name}.weight")
+        parameter.data = parameter.data * fold.spread(factors_P)
+    return factors_P
 
 
-def _one_layer(weight_OI: Tensor, x_TI: Tensor) -> tuple[nn.Module, Fold, Statistics]:
-    block = nn.Module()
-    block.previous = nn.Module()
-    block.previous.weight = nn.Parameter(torch.ones_like(weight_OI[0], dtype=torch.float32), requires_grad=False)
-    block.linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-    block.linear.weight = nn.Parameter(weight_OI.float(), requires_grad=False)
-    fold = Fold("previous", ("linear",), "linear")
-    with observe(block, [fold], ()) as statistics:
-        block.linear(x_TI.float())
-    return block, fold, statistics[fold]
+def check_folds(block: nn.Module, folds: Sequence[Fold], forward: Callable[[], Tensor]) -> None:
+    """UnsupportedCheckpoint names a fold that changes the block: something not multiplied reads the smooth layer.
+
+    `forward` runs the block on a little text. Powers of two fold without rounding, so its outputs must stay the same.
+    """
+    before = forward()
+    for fold in folds:
+        weight = block.get_parameter(f"{fold.smooth_layer}.weight")
+        factors_P = 2.0 ** (torch.arange(len(weight), device=weight.device) % 7 - 3)
+        apply_fold(block, fold, factors_P)
+        after = forward()
+        apply_fold(block, fold, 1 / factors_P)
+        if not (after - before).abs().max() <= EXACT * before.abs().max():
+            raise UnsupportedCheckpoint(
+                f"{fold.smooth_layer} cannot be divided by factors",
+                f"not all that reads its output is multiplied in {', '.join(fold.balance_layers)}",
+                "this architecture needs another table of folds",
+            )
 
 
-@torch.no_grad()
-def search_scales(weight_OI: Tensor, x_TI: Tensor, group_size: int = 128) -> Tensor:
-    """The scales [I] (float32) for one layer on its own, for inputs x: the columns are to be multiplied by them."""
-    block, fold, statistics = _one_layer(weight_OI, x_TI)
-    return search_fold(block, fold, statistics, Recipe(group_size)).scales_P
+def quantize_layer(
+    name: str, weight_OI: Tensor, statistics: Statistics, rounding: Rounding, method: Method
+) -> QuantizedLayer:
+    """Search the ranges of a layer and round it.
+
+    A row that would lose more by its stored codes than by those of plain rounding gets those of plain rounding: so no
+    row loses by the search on the calibration text.
+    """
+
+    def losses(quantized: Quantized) -> Tensor:
+        return statistics.losses(dequantize(quantized, torch.float32).sub_(weight_OI))
+
+    found = plain = rounding.codes(weight_OI, rounding.ranges(weight_OI))
+    plain_O = losses(plain)
+    if statistics.usable:
+        found = rounding.codes(weight_OI, method.ranges(name, weight_OI, statistics, rounding))
+        worse_O1 = (losses(found) > plain_O)[:, None]
+        found = Quantized(*(safe.where(worse_O1, new) for safe, new in zip(plain, found, strict=True)))
+        found = method.codes(weight_OI, found, statistics)
+    return QuantizedLayer(found, float(plain_O.mean()), float(losses(found).mean()))
 
 
-@torch.no_grad()
-def search_clip(weight_OI: Tensor, x_TI: Tensor, group_size: int = 128) -> Tensor:
-    """The paper's clip limits [O, G] (float32) for one layer: magnitudes beyond are cut off before rounding."""
-    _, _, statistics = _one_layer(weight_OI, x_TI)
-    return limit_search(weight_OI.float(), statistics.moments_II, Rounding(group_size)).abs().amax(-1)
+def search_ranges(name: str, weight_OI: Tensor, statistics: Statistics, rounding: Rounding) -> Tensor:
+    """Ranges [O, G, 2], each clipped on both sides to the part of its largest magnitude that loses least.
+
+    Each group is searched by itself, as if the others had no error: the loss of group g is E_g C_gg E_g^T.
+    """
+    plain_OG2 = rounding.ranges(weight_OI)
+    if name.rpartition(".")[2] in UNCLIPPED:
+        return plain_OG2
+    groups_OGS = grouped(weight_OI, rounding.group_size)
+    size = groups_OGS.shape[-1]
+    moments_GSS = torch.stack([C_SI.split(size, 1)[g] for g, C_SI in enumerate(statistics.moments_II.split(size))])
+    best_OG2, lowest_OG = plain_OG2, plain_OG2.new_full(plain_OG2.shape[:2], torch.inf)
+    for part in CLIPPED_TO:
+        bound_OG1 = part * plain_OG2.abs().amax(-1, keepdim=True)
+        clipped_OG2 = plain_OG2.clamp(-bound_OG1, bound_OG1)
+        error_OGS = rounding.snap(groups_OGS, clipped_OG2).sub_(groups_OGS)
+        losses_OG = torch.einsum("ogs,gst->ogt", error_OGS, moments_GSS).mul_(error_OGS).sum(-1)
+        best_OG2 = clipped_OG2.where((losses_OG < lowest_OG)[..., None], best_OG2)
+        lowest_OG = torch.minimum(losses_OG, lowest_OG)
+    return best_OG2
+
+
+PAPER = Method(search_factors, search_ranges)

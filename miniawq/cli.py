@@ -6,8 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import torch
+
 from miniawq import __version__
-from miniawq.errors import MiniawqError
+from miniawq.errors import DoesNotFit, MiniawqError
 
 INTERRUPTED = 130
 
@@ -26,7 +28,7 @@ def _kebab(argument: str) -> str:
 
 
 def parser(verb: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser for `miniawq VERB` with the flags every verb has."""
+    """A parser for `miniawq VERB` with the flags that every verb has."""
     made = _Parser(prog=f"miniawq {verb}", description=description, epilog=epilog, allow_abbrev=False)
     made.add_argument("--debug", action="store_true", help="show the traceback of an error, and debug messages")
     made.add_argument("--version", action="version", version=f"miniawq {__version__}")
@@ -48,11 +50,6 @@ def run(
     logging.getLogger("miniawq").setLevel(level)
     try:
         return main_body(arguments) or 0
-    except MiniawqError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -60,3 +57,23 @@ def run(
         # The reader of our output has left (`| head`); stderr is closed too, or Python complains at exit.
         sys.stderr.close()
         return 0
+    except Exception as caught:
+        error = _known(caught)
+        if error is None:
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _known(error: Exception) -> MiniawqError | None:
+    """The error as a user is told it; None if it is a bug."""
+    if isinstance(error, MiniawqError):
+        return error
+    # torch reports a full GPU by a class of its own, and a full host by a plain RuntimeError.
+    is_full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if not is_full:
+        return None
+    why = str(error).partition("\n")[0] or "Python could not get more"
+    return DoesNotFit("the memory of the device is full", why, "ask for less, or see what fits with `miniawq plan`")

@@ -2,7 +2,7 @@
 
 
 class MiniawqError(Exception):
-    """Base of every error a user can meet. `exit_code` is the command line's exit status."""
+    """Base of every error that a user can meet. `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -15,11 +15,11 @@ class MiniawqError(Exception):
 
 
 class InvalidInput(MiniawqError, ValueError):
-    """A tensor, text or number outside the domain of the function it was given to."""
+    """A tensor, text or number that the function which it was given to is not defined for."""
 
 
 class UsageError(MiniawqError):
-    """Command-line flags that make no sense together."""
+    """A wish that makes no sense: flags that contradict each other, an unknown device, a destination that exists."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class UnsupportedCheckpoint(MiniawqError):
 
 
 class DoesNotFit(MiniawqError):
-    """The plan needs more memory or disk than there is."""
+    """The work needs more memory or disk than there is."""
 
     exit_code = 4
 

@@ -1,54 +1,50 @@
-"""Write text with a model: the command line, and the same in Python.
+"""Chapter 5: from a prompt to the last token, in Python and on the command line.
 
-model, tokenizer = load("owner/name-AWQ")
-for piece in complete(model, tokenizer, tokenizer.encode("Once upon a time"), max_tokens=100): ...
-for ids in generate(model, tokens_BL, max_tokens=100, stop_ids=tokenizer.eos_ids): ...
+    model, tokenizer = load("owner/name-AWQ")
+    for piece in complete(model, tokenizer, tokenizer.encode("Once upon a time"), max_tokens=100): ...
+    for ids in generate(model, tokens_BL, max_tokens=100, stop_ids=tokenizer.eos_ids): ...
+
+Shapes: B batch, L positions of the prompt, V vocabulary.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from miniawq import cli, prompts
-from miniawq.chat import Message
-from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
-from miniawq.completion import Completion, EagerStart, bytes_per_token, complete, generate, peak_memory
-from miniawq.decode import DecodeStep
-from miniawq.errors import DoesNotFit, InvalidInput, UsageError
-from miniawq.footprint import require_memory
+from miniawq import cli
+from miniawq.checkpoint.hub import hub_options
+from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
+from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.commands import prompts
+from miniawq.commands.figures import figures, report
+from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
+from miniawq.commands.interactive import converse
+from miniawq.engine.completion import Completion
+from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
+from miniawq.engine.sampling import NOT_A_NUMBER, Sampling, sample
+from miniawq.engine.start import Decoders, PlainStep, Step
+from miniawq.errors import InvalidInput, MiniawqError, UsageError
+from miniawq.hardware import pick_device, threads
 from miniawq.model import Llama
-from miniawq.repl import converse
-from miniawq.sampling import Sampling
-from miniawq.tokenizer import Tokenizer, read_object
+from miniawq.text.chat import Message
+from miniawq.text.tokenizer import Tokenizer, read_object
 
 __all__ = ["build_parser", "complete", "generate", "load", "main"]
 
 # Not __name__, which is __main__ for those who run this file.
 log = logging.getLogger("miniawq.generate")
 
-DEFAULT_MAX_TOKENS = 512
 DEMO_SEED = 0
-SMALLEST_CACHE = 1024
-SMALL_MODEL_BYTES = 32 << 20
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-FILTERS: dict[str, tuple[type, str]] = {
-    "top_k": (int, "draw from the N best tokens; 0 is off"),
-    "top_p": (float, "draw from the best tokens that together have probability X; 1 is off"),
-    "min_p": (float, "draw from tokens at least X times as probable as the best; 0 is off"),
-    "repetition_penalty": (float, "divide the logits of tokens in prompt and answer by X; 1 is off"),
-    "presence_penalty": (float, "subtract X from the logits of tokens in the answer; 0 is off"),
-    "frequency_penalty": (float, "subtract X for each time a token is in the answer; 0 is off"),
-}
+SMALL_MODEL_BYTES = 32 << 20  # 10 ms at the bandwidth of one core
 
 
 def load(
@@ -65,183 +61,158 @@ def load(
     """
     checkpoint = open_checkpoint(model, revision=revision, local_files_only=local_files_only)
     device = pick_device(device)
-    return load_model(checkpoint, device, dtype or pick_dtype(checkpoint, device)), Tokenizer(checkpoint.directory)
+    return load_model(checkpoint, device, dtype or default_dtype(checkpoint, device)), Tokenizer(checkpoint.directory)
 
 
-def pick_device(wanted: torch.device | str | None) -> torch.device:
-    """The device asked for, or the best there is; UsageError if there is none of this name here."""
-    if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=wanted)
-        return torch.device(wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {str(wanted)!r} cannot be used", str(error).splitlines()[0], "try cpu") from error
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    tokens_BL: Tensor,
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+    padding_B: Tensor | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    decoder: Step | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
+
+    A row ends with the first of `stop_ids`, which is still yielded; the iterator ends with the last row, or after
+    `max_tokens` steps. `padding_B` counts the padding at the start of each row. The prompts run in pieces of
+    `prefill_chunk` tokens, those of all rows together, to bound the memory they take. `sampling` defaults to greedy,
+    `seed` to torch's global generator. A `decoder` computes the steps after the prompt in place of the model; it must
+    have the same `sampling`.
+    """
+    sampling = sampling or Sampling()
+    check_prompt(model, tokens_BL, max_tokens)
+    batch, needed = len(tokens_BL), tokens_BL.shape[1] + max_tokens
+    decoder = decoder or PlainStep(model, batch, needed, sampling)
+    found = (decoder.sampling, decoder.cache.keys_NBMJE.shape[1], decoder.cache.max_seq_len >= needed)
+    if found != (sampling, batch, True):
+        why = f"wanted: {batch} rows, {needed} positions, {sampling}"
+        raise InvalidInput("the decoder was made for another text", why, "make one for this text, or give none")
+    decoder.begin(tokens_BL, padding_B, seed)
+    for chunk_BL in tokens_BL.split(max(1, prefill_chunk // batch), dim=1):
+        logits_BV = model.last_logits(chunk_BL, decoder.cache)
+    ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
+    running = [True] * batch
+    for left in reversed(range(max_tokens)):
+        ids = ids_B.tolist()
+        if NOT_A_NUMBER in ids:
+            fix = f"{logits_BV.dtype} may be too narrow for this model: try --dtype bfloat16 or float32"
+            raise MiniawqError("the model computed something that is not a number", "", fix)
+        yield [token_id if is_on else None for token_id, is_on in zip(ids, running, strict=True)]
+        running = [is_on and token_id not in stop_ids for token_id, is_on in zip(ids, running, strict=True)]
+        if not left or not any(running):
+            return
+        ids_B = decoder.step(ids_B)
 
 
-def pick_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The half precision that config.json states, float16 if it states none, and float32 on a CPU."""
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if stated == "bfloat16" else torch.float16
+def check_prompt(model: Llama, tokens_BL: Tensor, max_tokens: int) -> None:
+    """Raise InvalidInput if the prompt is empty, has ids unknown to the model, or leaves no room for `max_tokens`."""
+    length, limit = tokens_BL.shape[1], model.config.max_position_embeddings
+    if tokens_BL.numel() == 0:
+        raise InvalidInput("the prompt has no tokens", "this tokenizer puts no BOS before a text", "give it a word")
+    if int(tokens_BL.max()) >= model.config.vocab_size:
+        why = f"id {int(tokens_BL.max())}; config.json: vocab_size = {model.config.vocab_size}"
+        raise InvalidInput("the prompt has an id that the model does not know", why, "use the tokenizer of this model")
+    if max_tokens < 1 or length + max_tokens > limit:
+        why = f"{length} in the prompt and {max_tokens} new; config.json: max_position_embeddings = {limit}"
+        raise InvalidInput("prompt and answer do not fit into the context", why, "shorten the prompt or max_tokens")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of `miniawq generate`."""
-    parser = cli.parser(
-        "generate",
-        "Write text with a model. Text goes to stdout, everything else to stderr. Without a model, the demo that comes "
-        "with miniawq tells a story.",
-    )
-    add = parser.add_argument
-    add("model", nargs="?", help="directory, Hub id or id@revision (default: the demo)")
-    add("--model", "-m", dest="model_flag", metavar="MODEL", help="the same, as a flag")
-    prompts.add_flags(parser)
-    add = parser.add_argument_group("length").add_argument
-    add(
-        "--max-tokens",
-        "-n",
-        type=int,
-        metavar="N",
-        help=f"most tokens to generate, -1 for all that fit ({DEFAULT_MAX_TOKENS})",
-    )
-    add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together (the model's context)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    add("--ignore-eos", action="store_true", help="go on behind the model's own end")
-    group = parser.add_argument_group(
-        "sampling", "defaults: generation_config.json if it asks for sampling, else greedy"
-    )
-    temperature = group.add_mutually_exclusive_group()
-    temperature.add_argument("--temperature", type=float, metavar="X", help="0 takes the most probable token")
-    temperature.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help="--temperature 0")
-    for name, (kind, meaning) in FILTERS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=meaning)
-    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text, on one machine (random, and shown)")
-    group.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="texts to write, with seeds S, S+1, ... (1)"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object a text instead of the text")
-    detail = output.add_mutually_exclusive_group()
-    detail.add_argument("--stats", action="store_true", help="speed, memory and settings on stderr")
-    detail.add_argument("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
-    add = parser.add_argument_group("loading").add_argument
-    add("--device", help="cuda, cuda:1, cpu (cuda if there is one)")
-    add(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="of activations (auto: config.json's; float32 on CPU)",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the steps (on a GPU); kept in ~/.cache/miniawq",
-    )
-    add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
-    add("--revision", help="branch, tag or commit on the Hub")
-    add("--local-files-only", action="store_true", help="never use the network")
-    add("--cache-dir", help="where downloads are kept")
-    add("--token", help="access token of the Hub")
-    return parser
+def complete(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    stop_ids: frozenset[int] | None = None,
+    **options: Any,
+) -> Completion:
+    """The text after a prompt, in pieces as it comes; `options` go to `generate`, `stop_ids` default to `eos_ids`."""
+    stop_ids = tokenizer.eos_ids if stop_ids is None else stop_ids
+    tokens_BL = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
+    steps = generate(model, tokens_BL, max_tokens=max_tokens, stop_ids=stop_ids, **options)
+    ids = (token_id for (token_id,) in steps if token_id is not None)
+    return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. See `build_parser`."""
+    """The command line: `commands/flags.py` has the flags, `commands/prompts.py` reads what they name."""
     return cli.run(_run, build_parser(), argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.quiet:
-        logging.getLogger("miniawq").setLevel(logging.ERROR)
-    _check_flags(arguments)
-    try:
-        _write(arguments)
-    except torch.OutOfMemoryError as error:
-        fix = "give a smaller --max-tokens, or ask `miniawq plan` what fits"
-        raise DoesNotFit("the memory of the device is full", str(error).splitlines()[0], fix) from error
-
-
-def _write(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
-    checkpoint = open_checkpoint(
-        arguments.model,
-        revision=arguments.revision,
-        local_files_only=arguments.local_files_only,
-        token=arguments.token,
-        cache_dir=arguments.cache_dir,
-    )
+    check_flags(arguments)
+    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
     # Whatever can be refused is refused before the weights are read.
     device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
     stated = read_object(checkpoint.directory / "generation_config.json")
-    sampling = Sampling.choose(stated, **{name: getattr(arguments, name) for name in ("temperature", *FILTERS)})
-    prompt = None if arguments.interactive else prompts.read(arguments, tokenizer)
+    sampling = Sampling.choose(stated, **sampling_flags(arguments))
+    prompt = None if arguments.interactive else prompts.read_prompt(arguments, tokenizer)
     if prompt is None and not tokenizer.has_chat_template:
         raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
-    limit = checkpoint.model_config.max_position_embeddings
-    if not 0 < (arguments.max_seq_len or limit) <= limit:
-        why = f"config.json: max_position_embeddings = {limit}"
-        raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {limit} or less")
-    dtype = DTYPES.get(arguments.dtype) or pick_dtype(checkpoint, device)
+    dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
+    writer = Writer(arguments, checkpoint, tokenizer, sampling, device)
     if arguments.memory_check:
-        at_least = arguments.max_seq_len or min(limit, max(arguments.max_tokens or 0, DEFAULT_MAX_TOKENS))
-        require_memory(checkpoint, device, dtype, max_seq_len=at_least)
+        require_memory(checkpoint, device, dtype, max_seq_len=writer.positions(prompt))
     model = load_model(checkpoint, device, dtype)
-    writer = Writer(arguments, model, tokenizer, sampling, load_seconds=time.perf_counter() - started)
-    with threads_for(model):
+    with threads(threads_for(model)):
+        writer.use(model, time.perf_counter() - started)
         if prompt is None:
             converse(writer.answer, prompts.system_message(arguments))
         else:
             writer.write_all(*prompt)
-        writer.wait_for_compiler()
+        writer.decoders.wait()
 
 
-@contextmanager
-def threads_for(model: Llama) -> Iterator[None]:
-    """One thread for a model that is done before a second one has woken up; all of them for the others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if bytes_per_token(model) < SMALL_MODEL_BYTES else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _check_flags(arguments: argparse.Namespace) -> None:
-    if arguments.model and arguments.model_flag:
-        raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
-    arguments.model = arguments.model or arguments.model_flag
-    prompts.check_flags(arguments)
-    if arguments.interactive and (arguments.json or arguments.num_samples > 1):
-        raise UsageError("--interactive goes with neither --json nor --num-samples")
-    if arguments.num_samples < 1:
-        raise UsageError(f"--num-samples {arguments.num_samples} makes no sense", "", "give 1 or more")
-    if arguments.max_tokens is not None and arguments.max_tokens < 1 and arguments.max_tokens != -1:
-        raise UsageError(f"--max-tokens {arguments.max_tokens} makes no sense", "", "give 1 or more, or -1 for all")
+def threads_for(model: Llama) -> int | None:
+    """One thread for a model that is done before a second one has woken up; all of them (None) for others."""
+    return 1 if bytes_per_token(model) < SMALL_MODEL_BYTES else None
 
 
 class Writer:
-    """A loaded model with the user's settings, writing texts to stdout and figures to stderr."""
+    """The user's settings, and then a model, writing texts to stdout and figures to stderr."""
 
     def __init__(
         self,
         arguments: argparse.Namespace,
-        model: Llama,
+        checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         sampling: Sampling,
-        load_seconds: float,
+        device: torch.device,
     ) -> None:
-        self.arguments, self.model, self.tokenizer, self.sampling = arguments, model, tokenizer, sampling
-        self.load_seconds = load_seconds
-        self.tells_story = not prompts.is_given(arguments)
+        self.arguments, self.tokenizer, self.sampling = arguments, tokenizer, sampling
+        longest = checkpoint.model_config.max_position_embeddings
+        self.limit = arguments.max_seq_len or longest
+        if not 0 < self.limit <= longest:
+            why = f"config.json: max_position_embeddings = {longest}"
+            raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {longest} or less")
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
-        self.is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
-        self.limit = arguments.max_seq_len or model.config.max_position_embeddings
-        on_gpu = model.device.type == "cuda"
-        self.compiles = on_gpu if arguments.compile is None else arguments.compile
-        self.decoder: EagerStart | None = None
+        is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
+        wanted: bool | None = arguments.compile
+        self.decoders = Decoders(sampling, self.limit, device, wanted=wanted, streams=not is_reproducible)
+
+    def positions(self, prompt: tuple[str, bool] | None) -> int:
+        """Positions that the kv cache will have: of prompt and answer, or of a conversation as far as --max-seq-len
+        says.
+        """
+        if prompt is None:
+            wanted = self.arguments.max_seq_len or max(self.arguments.max_tokens or 0, DEFAULT_MAX_TOKENS)
+            return self.decoders.room(min(self.limit, wanted))
+        length = len(self.encode(*prompt))
+        return self.decoders.room(length + self.room(length))
+
+    def use(self, model: Llama, load_seconds: float) -> None:
+        """Write with this model from now on."""
+        self.model, self.load_seconds = model, load_seconds
+        self.decoders.use(model)
 
     def write_all(self, prompt: str, is_chat: bool) -> None:
         """All samples of one prompt."""
@@ -250,21 +221,13 @@ class Writer:
             try:
                 if self.arguments.json:
                     list(completion)
-                    print(json.dumps({"prompt": prompt} | self.figures(completion, seed), ensure_ascii=False))
+                    print(json.dumps({"prompt": prompt} | figures(self, completion, seed), ensure_ascii=False))
                 else:
-                    print("\n" if number else "", prompt if self.tells_story else "", sep="", end="")
-                    self.write_text(completion)
+                    is_story = not prompts.is_given(self.arguments)
+                    print("\n" if number else "", prompt if is_story else "", sep="", end="")
+                    write_text(completion)
             finally:
-                self.report(completion, seed)
-
-    @staticmethod
-    def write_text(completion: Completion) -> None:
-        """Each piece as it comes, and an end of line even if it is interrupted."""
-        try:
-            for piece in completion:
-                print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
+                report(self, completion, seed)
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
         """The next turn of a conversation."""
@@ -275,16 +238,19 @@ class Writer:
         finally:
             if self.arguments.stats:
                 print(file=sys.stderr)
-                self.report(completion, seed)
+                report(self, completion, seed)
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion with the next seed."""
         if self.arguments.show_prompt:
             print(prompt, file=sys.stderr)
-        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=not is_chat)
+        prompt_ids = self.encode(prompt, is_chat)
         seed, self.next_seed = self.next_seed, self.next_seed + 1
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
-        max_tokens = self.room(len(prompt_ids))
+        max_tokens, wanted = self.room(len(prompt_ids)), self.arguments.max_tokens
+        if wanted is not None and wanted > max_tokens:
+            told = "only %d new tokens fit after a prompt of %d in a context of %d"
+            log.info(told, max_tokens, len(prompt_ids), self.limit)
         completion = complete(
             self.model,
             self.tokenizer,
@@ -294,30 +260,13 @@ class Writer:
             stop_ids=frozenset() if self.arguments.ignore_eos else ends,
             sampling=self.sampling,
             seed=seed,
-            decoder=self.compiled(len(prompt_ids) + max_tokens) if self.compiles else None,
+            decoder=self.decoders.for_text(len(prompt_ids) + max_tokens),
         )
         return completion, seed
 
-    def compiled(self, positions: int) -> EagerStart:
-        """One decode step for all texts, made again when a text is longer than its cache."""
-        if self.decoder is None or self.decoder.cache.max_seq_len < positions:
-            self.wait_for_compiler()
-            self.decoder = None
-            room = max(SMALLEST_CACHE, 1 << (positions - 1).bit_length())
-            step = DecodeStep(self.model, 1, min(room, self.limit), self.sampling)
-            self.decoder = EagerStart(self.model, step, streams=not self.is_reproducible)
-        return self.decoder
-
-    def wait_for_compiler(self) -> None:
-        """Let the compiler finish what it has begun, so that the next process finds it."""
-        if self.decoder is not None and self.decoder.is_compiling:
-            log.info("still compiling, so that the next text begins faster (Ctrl-C leaves it)")
-            self.decoder.wait()
-            log.info("compiled in %.1f s", self.compile_seconds())
-
-    def compile_seconds(self) -> float:
-        """Time that compiling the decode step has taken."""
-        return 0.0 if self.decoder is None else self.decoder.compiled.build_seconds
+    def encode(self, prompt: str, is_chat: bool) -> list[int]:
+        """The ids of a prompt; a chat template writes its own special tokens."""
+        return self.tokenizer.encode(prompt, add_special_tokens=not is_chat)
 
     def room(self, prompt_length: int) -> int:
         """How many tokens to generate: as many as asked for, or as fit."""
@@ -325,47 +274,16 @@ class Writer:
         if left < 1:
             why = f"it has {prompt_length} tokens, and prompt and answer together may have {self.limit}"
             raise InvalidInput("the prompt does not fit into the context", why, "shorten it, or begin again")
-        if wanted is not None and wanted > left:
-            log.info("only %d new tokens fit behind a prompt of %d in a context of %d", left, prompt_length, self.limit)
         return left if wanted == -1 else min(wanted or DEFAULT_MAX_TOKENS, left)
 
-    def figures(self, completion: Completion, seed: int) -> dict[str, Any]:
-        """All that is known about one text, for --json."""
-        ahead = 0 if self.decoder is None else self.decoder.ahead
-        return completion.record() | {
-            "model": self.arguments.model or "demo",
-            "sampling": dataclasses.asdict(self.sampling),
-            "seed": seed,
-            "load_s": self.load_seconds,
-            "compile_s": self.compile_seconds(),
-            "tokens_before_compiled": ahead,
-            "compiled_tps": completion.rate_behind(ahead + 2) if self.compiles else 0.0,
-            "peak_memory": peak_memory(self.model) / 1e9,
-            "gigabytes_per_s": completion.generation_rate * bytes_per_token(self.model) / 1e9,
-        }
 
-    def report(self, completion: Completion, seed: int) -> None:
-        """Say on stderr how it went."""
-        if self.arguments.quiet:
-            return
-        found = self.figures(completion, seed)
-        generation = f"Generation: {found['generation_tokens']} tokens, {found['generation_tps']:.1f} tokens-per-sec"
-        if found["compiled_tps"]:
-            generation += f", {found['compiled_tps']:.1f} by the compiled step"
-        if not self.arguments.stats:
-            print(generation, "" if self.sampling.temperature == 0 else f"(seed {seed})", file=sys.stderr)
-            return
-        settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
-        print(
-            f"Prompt: {found['prompt_tokens']} tokens, {found['prompt_tps']:.1f} tokens-per-sec",
-            f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second",
-            f"Time to first token: {found['first_token_s']:.3f} s",
-            f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s",
-            f"Peak memory: {found['peak_memory']:.3f} GB",
-            f"Sampling: {settings}, seed {seed}",
-            sep="\n",
-            file=sys.stderr,
-        )
+def write_text(completion: Completion) -> None:
+    """Each piece as it comes, and an end of line even if it is interrupted."""
+    try:
+        for piece in completion:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,45 @@
-"""The Llama family as one decoder: Llama 1 to 3.3, Mistral, Qwen2, Qwen2.5 and dense Qwen3.
+"""Chapter 4: the Llama family as one decoder: Llama 1 to 3.3, Mistral, Qwen2, Qwen2.5 and dense Qwen3.
 
-The families differ in five switches, all read from `config.json`: biases, norms of queries and keys, head size, sliding
-window, and the kind of rotary embedding. Module names are Hugging Face's, so a checkpoint loads with no renaming.
-The linear layers are made by a function that is passed in; this file knows no quantizer.
+The families differ in five switches of `LlamaConfig`: biases, norms of queries and keys, head size, sliding windows,
+and the kind of rotary embedding. `checkpoint/config.py` reads them from `config.json`. Modules have Hugging Face's
+names, so a checkpoint loads with no renaming. The linear layers are made by a function that is passed in; this file
+knows no quantizer.
 
 Shapes: B batch, L positions in this call, M positions in the cache, D model width, F feed-forward width, V vocabulary,
-H query heads, J key/value heads, R query heads that share a key/value head (H = J R), E size of one head.
+H query heads, J key/value heads, E size of one head, N layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
-
-from miniawq.rope import Rope, RopeConfig, apply_rope, integer, refuse, rope_tables
-
-LinearFactory = Callable[[str, int, int, bool], nn.Module]
-
-HALVES = (torch.float16, torch.bfloat16)
-WEIGHTS_PER_SLICE = 1 << 20
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 
-class Family(NamedTuple):
-    """What an architecture has that its config.json does not say."""
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: `rope_scaling` (transformers 4) or `rope_parameters` (5), all defaults filled in."""
 
-    qkv_bias: bool = False
-    reads_attention_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: Literal["ignored", "always", "switched"] = "ignored"
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(reads_attention_bias=True),
-    "MistralForCausalLM": Family(sliding_window="always"),
-    "Qwen2ForCausalLM": Family(qkv_bias=True, sliding_window="switched"),
-    "Qwen3ForCausalLM": Family(reads_attention_bias=True, qk_norm=True, sliding_window="switched"),
-}
+    rope_type: str
+    rope_theta: float
+    head_dim: int
+    max_position_embeddings: int
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The part of a Hugging Face `config.json` that decides what the decoder computes."""
+    """What decides the decoder's computation, under the names of `config.json`; the last seven are the switches."""
 
     architecture: str
     vocab_size: int
@@ -52,7 +48,6 @@ class LlamaConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -60,63 +55,88 @@ class LlamaConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    head_dim: int
     layer_windows: tuple[int | None, ...]
     rope: RopeConfig
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Read a parsed `config.json`; UnsupportedCheckpoint names the key that cannot be honoured."""
-        architectures = config.get("architectures") or ["missing"]
-        if architectures[0] not in FAMILIES:
-            refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
-        if (activation := config.get("hidden_act", "silu")) != "silu":
-            refuse("hidden_act", activation, "supported: silu")
-        family = FAMILIES[architectures[0]]
-        heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
-        kv_heads = integer(config, "num_key_value_heads", heads)
-        head_dim = integer(config, "head_dim", hidden // heads)
-        if heads % kv_heads:
-            refuse("num_key_value_heads", kv_heads, f"{heads} query heads do not divide among them")
-        if head_dim % 2:
-            refuse("head_dim", head_dim, "the rotary embedding turns pairs of channels")
-        attention_bias = family.reads_attention_bias and bool(config.get("attention_bias", False))
-        return cls(
-            architecture=architectures[0],
-            vocab_size=integer(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=integer(config, "intermediate_size"),
-            num_hidden_layers=integer(config, "num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family.qkv_bias or attention_bias,
-            o_bias=attention_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=family.qk_norm,
-            layer_windows=_layer_windows(config, family),
-            rope=RopeConfig.from_dict(config, head_dim),
-        )
+
+# Rotary position embedding (RoFormer, arXiv 2104.09864): each pair of channels (e, e + E/2) of a query or key is turned
+# by position * frequency_e. The types differ in how they lower the frequencies for texts longer than the training
+# texts.
 
 
-def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None for full attention.
+def plain_frequencies(rope: RopeConfig, theta: float) -> Tensor:
+    """theta^(-2 i / E) for pair i, float32 [E/2]."""
+    return theta ** -(torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim)
 
-    Qwen configs state a `sliding_window` that holds only with `use_sliding_window`, from layer `max_window_layers` on;
-    transformers 5 writes `layer_types` instead.
+
+def default_frequencies(rope: RopeConfig, length: int) -> Tensor:
+    """As trained."""
+    return plain_frequencies(rope, rope.rope_theta)
+
+
+def linear_frequencies(rope: RopeConfig, length: int) -> Tensor:
+    """Position interpolation (arXiv 2306.15595): all frequencies divided by `factor`."""
+    return plain_frequencies(rope, rope.rope_theta) / rope.factor
+
+
+def dynamic_frequencies(rope: RopeConfig, length: int) -> Tensor:
+    """NTK scaling: theta grows once the text is longer than the training texts."""
+    ratio = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
+    growth = rope.factor * ratio - (rope.factor - 1)
+    return plain_frequencies(rope, rope.rope_theta * growth ** (rope.head_dim / (rope.head_dim - 2)))
+
+
+def llama3_frequencies(rope: RopeConfig, length: int) -> Tensor:
+    """Llama 3.1: low frequencies are divided by `factor`, high ones are kept, those between are interpolated."""
+    plain = plain_frequencies(rope, rope.rope_theta)
+    turns = rope.original_max_position_embeddings * plain / (2 * math.pi)
+    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / rope.factor
+
+
+def yarn_frequencies(rope: RopeConfig, length: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): channels that turn less than `beta_slow` times in the trained length are interpolated,
+    those that turn more than `beta_fast` times are kept.
     """
-    layers, window = integer(config, "num_hidden_layers"), config.get("sliding_window")
-    switched_on = family.sliding_window == "always" or config.get("use_sliding_window", False)
-    if window is None or family.sliding_window == "ignored" or not switched_on:
-        return (None,) * layers
-    if types := config.get("layer_types"):
-        if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-            refuse("layer_types", types, "supported: one of full_attention and sliding_attention for each layer")
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    first = config.get("max_window_layers", layers) if family.sliding_window == "switched" else 0
-    return tuple(window if layer >= first else None for layer in range(layers))
+
+    def channel(turns: float) -> float:
+        wave = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return rope.head_dim * math.log(wave) / (2 * math.log(rope.rope_theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    ramp = (torch.arange(rope.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    plain, stretch = plain_frequencies(rope, rope.rope_theta), ramp.clamp(0, 1)
+    return plain * (1 - stretch) + plain / rope.factor * stretch
+
+
+INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
+    "default": default_frequencies,
+    "linear": linear_frequencies,
+    "dynamic": dynamic_frequencies,
+    "llama3": llama3_frequencies,
+    "yarn": yarn_frequencies,
+}
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_tables(rope: RopeConfig, positions_L: Tensor, length: int, dtype: torch.dtype) -> Rope:
+    """cos_LE and sin_LE of the angles at each position; `length` counts all positions of the text so far."""
+    frequencies = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_L.device)
+    angles_LE = torch.outer(positions_L.float(), frequencies).repeat(1, 2)
+    factor = rope.attention_factor
+    return (angles_LE.cos() * factor).to(dtype), (angles_LE.sin() * factor).to(dtype)
+
+
+def apply_rope(x_BHLE: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of channels (e, e + E/2) by its angle."""
+    cos_LE, sin_LE = rope
+    first, second = x_BHLE.chunk(2, dim=-1)
+    return x_BHLE * cos_LE + torch.cat((-second, first), dim=-1) * sin_LE
 
 
 class KVCache:
@@ -143,11 +163,11 @@ class KVCache:
 
     @property
     def max_seq_len(self) -> int:
-        """Positions there is room for."""
+        """How many positions have room."""
         return self.keys_NBMJE.shape[2]
 
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; return all of them up to now, [B, J, M, E]."""
+        """Store one layer's new keys and values; return all of them so far, [B, J, M, E]."""
         end = self.length + k_BJLE.shape[2]
         assert end <= self.max_seq_len, f"{end} positions in a cache of {self.max_seq_len}"
         keys_BJME = self.keys_NBMJE[layer, :, :end].transpose(1, 2)
@@ -159,9 +179,9 @@ class KVCache:
 def attention_mask(
     past: int, new: int, window: int | None, padding_B: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Which of the past + new positions each new one may see, bool [B or 1, 1, L, M].
+    """Which of the past + new positions each new one sees, bool [B or 1, 1, L, M].
 
-    None where the plain causal rule says it: a new position sees itself and all before it.
+    None where the plain causal rule is enough: a new position sees itself and all before it.
     """
     total = past + new
     windowed = window is not None and total > window
@@ -177,13 +197,13 @@ def attention_mask(
 
 
 def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention [B, H, L, E] that reads each key once for the query heads that share it."""
-    (batch, heads, new, size), shared = q_BHLE.shape, k_BJME.shape[1]
+    """Grouped-query attention [B, H, L, E]: H / J query heads share each key head."""
+    (batch, heads, new, size), kv_heads = q_BHLE.shape, k_BJME.shape[1]
     if mask is None and new > 1:
-        return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, is_causal=True, enable_gqa=heads != shared)
-    # The R query heads of one key head stand as R times L queries of one head.
-    q_BJTE = q_BHLE.reshape(batch, shared, heads // shared * new, size)
-    rows = None if mask is None else mask.repeat(1, 1, heads // shared, 1)
+        return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, is_causal=True, enable_gqa=heads != kv_heads)
+    # The query heads that share a key head stand as further queries of one head, so each key is read once.
+    q_BJTE = q_BHLE.reshape(batch, kv_heads, heads // kv_heads * new, size)
+    rows = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)
     return scaled_dot_product_attention(q_BJTE, k_BJME, v_BJME, attn_mask=rows).reshape(batch, heads, new, size)
 
 
@@ -201,40 +221,24 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
         return rms_norm(x, self.weight, self.eps)
 
 
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What layers make of the same input. A class of layers that can do it faster for all at once has `together`."""
+    """[layer(x) for layer in layers]. A class of layers that can do all by one product has a method `together`."""
     together = getattr(layers[0], "together", None)
     return [layer(x) for layer in layers] if together is None else together(x, layers)
 
 
-def loaded_dtype(stored: torch.dtype, dimensions: int, dtype: torch.dtype) -> torch.dtype:
-    """What a dense tensor becomes in a model that computes in `dtype`: matrices of 16 bits do not become wider."""
-    return stored if dimensions == 2 and stored in HALVES and dtype.itemsize > stored.itemsize else dtype
+class LinearFactory(Protocol):
+    """Makes the linear layer of this full name, such as `model.layers.0.mlp.up_proj`."""
+
+    def __call__(self, name: str, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
 
 
-def dense_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`linear`, of a weight that may be narrower than x [..., I]: then a slice at a time takes the dtype of x."""
-    if weight_OI.dtype == x.dtype:
-        return linear(x, weight_OI, bias_O)
-    outputs, inputs = weight_OI.shape
-    step = min(outputs, max(1, WEIGHTS_PER_SLICE // inputs))
-    y, slice_OI = x.new_empty(*x.shape[:-1], outputs), x.new_empty(step, inputs)
-    for first in range(0, outputs, step):
-        narrow_OI = weight_OI[first : first + step]
-        y[..., first : first + step] = linear(x, slice_OI[: len(narrow_OI)].copy_(narrow_OI))
-    return y if bias_O is None else y + bias_O
-
-
-class DenseLinear(nn.Linear):
-    """`nn.Linear` by `dense_product`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] to [..., O] in the dtype of x."""
-        return dense_product(x, self.weight, self.bias)
+def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    """The factory of an unquantized model."""
+    return nn.Linear(in_features, out_features, bias=bias)
 
 
 class Attention(nn.Module):
@@ -253,7 +257,6 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Attend to the positions of this call and to those in the cache."""
         projected = outputs_of((self.q_proj, self.k_proj, self.v_proj), x_BLD)
         q_BLHE, k_BLJE, v_BLJE = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         q_BHLE = apply_rope(self.q_norm(q_BLHE).transpose(1, 2), rope)
@@ -274,13 +277,12 @@ class MLP(nn.Module):
         self.down_proj = linear(f"{name}.down_proj", inner, width, config.mlp_bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Each position on its own."""
         gate_BLF, up_BLF = outputs_of((self.gate_proj, self.up_proj), x_BLD)
         return self.down_proj(silu(gate_BLF) * up_BLF)
 
 
 class DecoderBlock(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual path."""
+    """Attention and MLP, each after a norm, each added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
@@ -290,7 +292,6 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(config, layer, linear)
 
     def forward(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """One block of the residual stream."""
         h_BLD = h_BLD + self.self_attn(self.input_layernorm(h_BLD), rope, mask, cache)
         return h_BLD + self.mlp(self.post_attention_layernorm(h_BLD))
 
@@ -319,7 +320,7 @@ class Decoder(nn.Module):
     def positions(
         self, past: int, new: int, padding_B: Tensor | None, like: Tensor
     ) -> tuple[Rope, dict[int | None, Tensor | None]]:
-        """What all blocks share in one call: rotary tables, and the mask of each sliding window."""
+        """What all blocks of one call share: rotary tables, and the mask of each sliding window."""
         # Padding shifts a row's positions, which changes nothing: rotary attention sees only differences of positions.
         positions_L = torch.arange(past, past + new, device=like.device)
         rope = rope_tables(self.config.rope, positions_L, past + new, like.dtype)
@@ -327,18 +328,13 @@ class Decoder(nn.Module):
         return rope, {window: attention_mask(past, new, window, padding_B, like.device) for window in windows}
 
 
-def dense(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
-    """The linear factory of an unquantized model."""
-    return DenseLinear(in_features, out_features, bias=bias)
-
-
 class Llama(nn.Module):
     """A decoder-only language model of the Llama family.
 
-    It computes in the dtype of its norms; matrices may be narrower (`dense_product`).
+    It computes in the dtype of its norms; matrices may be narrower (`checkpoint/loading.py`).
     """
 
-    def __init__(self, config: LlamaConfig, linear: LinearFactory = dense) -> None:
+    def __init__(self, config: LlamaConfig, linear: LinearFactory = dense_linear) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config, linear)
@@ -352,17 +348,20 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
         return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of activations and of the kv cache."""
+        """The dtype of activations and of the kv cache."""
         return self.model.norm.weight.dtype
 
     def hidden(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """hidden_BLD after the final norm, for callers that need the logits of few positions."""
         return self.model(tokens_BL, cache)
+
+    def last_logits(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
+        """logits_BV of the last of these positions; no other position is projected to the vocabulary."""
+        return self.lm_head(self.hidden(tokens_BL, cache)[:, -1])
 
     def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """logits_BLV of every position."""

@@ -7,7 +7,7 @@
 Weights are made on the device, so no checkpoint is needed; `--shape` also takes a config.json. Before anything is
 timed, a model of two layers is compared with the same model in float32, run by `model.py`. The first run on a machine
 compiles (cold), a second one finds the artifacts (warm). Prints as it goes, what does not fit too; `--json` appends one
-line a measurement, for `scripts/tables.py`. Of a trace that `--profile` leaves, `scripts/picture.py` makes a picture.
+line a measurement; `--profile` leaves traces.
 """
 
 import argparse
@@ -26,18 +26,20 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from miniawq.completion import bytes_per_token, last_logits, peak_memory
-from miniawq.decode import DecodeStep
-from miniawq.footprint import (
+from miniawq.checkpoint.config import llama_config
+from miniawq.checkpoint.loading import DTYPES, DenseLinear, loaded_dtype
+from miniawq.engine.memory import (
     OVERHEAD,
     PREFILL_CHUNK,
-    device_memory,
+    bytes_per_token,
     kv_bytes_per_token,
     prefill_bytes,
     weight_bytes,
 )
+from miniawq.engine.step import DecodeStep
+from miniawq.hardware import device_memory, peak_memory
 from miniawq.kernel import QuantLinear
-from miniawq.model import KVCache, Llama, LlamaConfig, dense, loaded_dtype
+from miniawq.model import KVCache, Llama, LlamaConfig, dense_linear
 from miniawq.packing import Quantized, dequantize
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -70,7 +72,6 @@ SHAPES = {
     "llama-3.1-70b": shape(LLAMA, 128256, 8192, 28672, 80, 64, 8, rope_theta=5e5),
     "qwen3-8b": shape(QWEN3, 151936, 4096, 12288, 36, 32, 8, head_dim=128),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WORST_ERROR = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-4}
 
 
@@ -97,10 +98,10 @@ def empty_model(config: LlamaConfig, kind: str, group_size: int) -> Llama:
     """The model without memory, INT4 but for its head, or dense; stored in 16 bits unless it is of float32."""
 
     def packed(name: str, *shape: int) -> nn.Module:
-        return dense(name, *shape) if name == "lm_head" else QuantLinear(*shape, group_size)
+        return dense_linear(name, *shape) if name == "lm_head" else QuantLinear(*shape, group_size)
 
     with torch.device("meta"):
-        model = Llama(config, packed if kind == "int4" else dense)
+        model = Llama(config, packed if kind == "int4" else dense_linear)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES.get(kind, torch.bfloat16))
     return model
@@ -116,6 +117,8 @@ def random_model(model: Llama, device: torch.device, dtype: torch.dtype) -> Llam
             tensor = torch.empty(meta.shape, device=device, dtype=loaded_dtype(meta.dtype, meta.dim(), dtype))
             tensor = tensor.normal_(0, meta.shape[-1] ** -0.5) if meta.dim() == 2 else tensor.fill_(1)
             setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+        if type(module) is nn.Linear and module.weight.dtype != dtype:
+            model.set_submodule(name, DenseLinear.of(module))
     model.tie_weights()
     return model
 
@@ -136,15 +139,15 @@ def check(config: LlamaConfig, kind: str, rows: int, arguments: argparse.Namespa
     config = dataclasses.replace(config, num_hidden_layers=2, layer_windows=config.layer_windows[:2])
     model = random_model(empty_model(config, kind, arguments.group_size), arguments.device, arguments.activations)
     exact = float32_of(model)
-    step = DecodeStep(model, rows, 64, compile_=arguments.compile)
+    step = DecodeStep(model, rows, 64, compiles=arguments.compile)
     exact_cache = KVCache(config, rows, 64, device=arguments.device)
     tokens_BL = torch.randint(config.vocab_size, (rows, 20), device=arguments.device)
     step.begin(tokens_BL)
-    last_logits(model, tokens_BL[:, :17], step.cache)
-    last_logits(exact, tokens_BL[:, :17], exact_cache)
+    model.last_logits(tokens_BL[:, :17], step.cache)
+    exact.last_logits(tokens_BL[:, :17], exact_cache)
     worst = 0.0
     for ids_B in tokens_BL[:, 17:].unbind(1):
-        expected_BV = last_logits(exact, ids_B[:, None], exact_cache)
+        expected_BV = exact.last_logits(ids_B[:, None], exact_cache)
         step.step(ids_B)
         worst = max(worst, float((step.logits_BV - expected_BV).norm() / expected_BV.norm()))
     return worst
@@ -185,14 +188,14 @@ def decode_rate(
     """Time `new_tokens` steps behind `context` positions: random keys and values, and a last piece of the prompts."""
     device, steps = arguments.device, arguments.new_tokens
     room = context + steps + 2
-    step, clock = DecodeStep(model, rows, room, compile_=arguments.compile), Clock(device)
+    step, clock = DecodeStep(model, rows, room, compiles=arguments.compile), Clock(device)
     ids_B = torch.randint(model.config.vocab_size, (rows,), device=device)
     step.begin(ids_B[:, None])
     step.cache.keys_NBMJE.normal_()
     step.cache.values_NBMJE.normal_()
     piece = min(context, max(1, PREFILL_CHUNK // rows))
     step.cache.length = context - piece
-    last_logits(model, torch.randint(model.config.vocab_size, (rows, piece), device=device), step.cache)
+    model.last_logits(torch.randint(model.config.vocab_size, (rows, piece), device=device), step.cache)
     with clock():
         ids_B = step.step(ids_B)
     first = clock.seconds
@@ -208,7 +211,7 @@ def decode_rate(
         "GB_per_s": read / seconds / 1e9,
         "share_of_bandwidth": read / seconds / arguments.bandwidth,
         "compile_s": first,
-        "by_length": step.reads_by_length,
+        "by_blocks": step.by_blocks,
     }
 
 
@@ -221,17 +224,17 @@ def first_token(model: Llama, prompt: int, arguments: argparse.Namespace) -> dic
         cache.length = 0
         with clock():
             for chunk_BL in tokens_BL.split(PREFILL_CHUNK, dim=1):
-                logits_BV = last_logits(model, chunk_BL, cache)
+                logits_BV = model.last_logits(chunk_BL, cache)
             logits_BV.argmax(-1)
         best = min(best, clock.seconds)
     return {"prompt": prompt, "prefill_s": best, "prefill_tokens_per_s": prompt / best}
 
 
-def planned(model: Llama, rows: int, room: int, arguments: argparse.Namespace) -> int:
-    """What `miniawq plan` says, without the overhead of the runtime, which torch does not count."""
+def planned(skeleton: Llama, rows: int, room: int, arguments: argparse.Namespace) -> int:
+    """What `miniawq plan` says of an `empty_model`, without the overhead of the runtime, which torch does not count."""
     dtype, device = arguments.activations, arguments.device.type
-    cache = rows * room * kv_bytes_per_token(model.config, dtype)
-    return weight_bytes(model, dtype, device) + cache + prefill_bytes(model, dtype, device, rows, room)
+    cache = rows * room * kv_bytes_per_token(skeleton.config, dtype)
+    return weight_bytes(skeleton, dtype, device) + cache + prefill_bytes(skeleton, dtype, device, rows, room)
 
 
 def fits(nbytes: int, what: dict[str, Any], arguments: argparse.Namespace) -> bool:
@@ -252,9 +255,10 @@ def forget(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def memory_of(model: Llama, rows: int, room: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def memory_of(skeleton: Llama, rows: int, room: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The most that torch has allocated, what was planned for it, and all that is in use on a GPU."""
-    found = {"peak_GB": peak_memory(model) / 1e9, "planned_GB": planned(model, rows, room, arguments) / 1e9}
+    peak, plan = peak_memory(arguments.device), planned(skeleton, rows, room, arguments)
+    found = {"peak_GB": peak / 1e9, "planned_GB": plan / 1e9}
     if arguments.device.type == "cuda":
         memory = device_memory(arguments.device)
         found["in_use_GB"] = (memory.total - memory.free) / 1e9
@@ -307,21 +311,21 @@ def bench(kind: str, config: LlamaConfig, arguments: argparse.Namespace) -> None
             if not right:
                 raise SystemExit("the step does not compute the model: nothing was timed")
     forget(device)
-    model = empty_model(config, kind, arguments.group_size)
-    weights = weight_bytes(model, arguments.activations, device.type)
+    skeleton = empty_model(config, kind, arguments.group_size)
+    weights = weight_bytes(skeleton, arguments.activations, device.type)
     if not fits(weights, {"kind": kind}, arguments):
         return
     with clock():
-        random_model(model, device, arguments.activations)
+        model = random_model(empty_model(config, kind, arguments.group_size), device, arguments.activations)
     show({"kind": kind, "make_s": clock.seconds, "weights_GB": weights / 1e9}, arguments)
     for rows, context in itertools.product(arguments.rows, arguments.context):
         what = {"kind": kind, "rows": rows, "context": context}
         forget(device)
-        needed = planned(model, rows, context + arguments.new_tokens + 2, arguments)
+        needed = planned(skeleton, rows, context + arguments.new_tokens + 2, arguments)
         if not fits(needed - weights, what, arguments):
             continue
         step, result = decode_rate(model, rows, context, arguments)
-        show(what | result | memory_of(model, rows, step.cache.max_seq_len, arguments), arguments)
+        show(what | result | memory_of(skeleton, rows, step.cache.max_seq_len, arguments), arguments)
         if arguments.profile and device.type == "cuda":
             trace = arguments.profile / f"{arguments.shape}-{kind}-{rows}-{context}.json"
             show(what | kernels_of(step, trace), arguments)
@@ -364,7 +368,7 @@ def main() -> None:
     raw = SHAPES[arguments.shape] if arguments.shape in SHAPES else json.loads(Path(arguments.shape).read_text())
     if arguments.layers:
         raw = raw | {"num_hidden_layers": arguments.layers}
-    config, device = LlamaConfig.from_dict(raw), arguments.device
+    config, device = llama_config(raw), arguments.device
     on_gpu = device.type == "cuda"
     arguments.device_name = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     chosen, default = arguments.activations, torch.bfloat16 if on_gpu else torch.float32

@@ -37,19 +37,22 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from miniawq import awq, fused, quantize
-from miniawq.background import Behind
-from miniawq.calibration import Calibration, sample_calibration
-from miniawq.checkpoint import Checkpoint, load_model, open_checkpoint
-from miniawq.convert import convert_checkpoint
-from miniawq.evaluate import evaluate
-from miniawq.memory import plan_memory
-from miniawq.model import LlamaConfig
+from miniawq import awq
+from miniawq.checkpoint.background import Background
+from miniawq.checkpoint.blocks import BlockStream
+from miniawq.checkpoint.config import llama_config
+from miniawq.checkpoint.loading import load_model
+from miniawq.checkpoint.opening import Checkpoint, build_skeleton, open_checkpoint
+from miniawq.commands.convert import convert_checkpoint
+from miniawq.commands.evaluate import evaluate
 from miniawq.packing import Quantized
-from miniawq.quantize import Quantizer, Settings, quantize_checkpoint
-from miniawq.report import Report
-from miniawq.stream import BlockStream
-from miniawq.tokenizer import Tokenizer
+from miniawq.quantize import factors, job, recipes
+from miniawq.quantize.calibration import Calibration, sample_calibration
+from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
+from miniawq.quantize.memory import plan_memory
+from miniawq.quantize.moments import SymmetricStatistics
+from miniawq.quantize.report import QuantizationReport
+from miniawq.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "tests" / "data" / "fairytales"
@@ -62,15 +65,16 @@ STEPS = [
     (Quantizer, "process", "everything else of a block"),
     (Quantizer, "advance", "forward passes"),
     (awq, "check_folds", "forward passes"),
-    (awq, "search_fold", "scale search"),
+    (SymmetricStatistics, "add", "statistics"),
+    (factors, "search_coarse_to_fine", "factor search"),
     (awq, "apply_fold", "folding"),
     (awq, "quantize_layer", "rounding and losses"),
-    (awq, "range_search", "range search"),
+    (recipes, "independent_sides", "range search"),
     (Quantizer, "_tensors", "packing and fetching"),
-    (Behind, "run", "waiting for the disk"),
-    (quantize, "_write_block", "writing, in its thread"),
-    (quantize, "_write_dense", "dense tensors"),
-    (quantize, "verify", "verifying"),
+    (Background, "run", "waiting for the disk"),
+    (job, "_write_block", "writing, in its thread"),
+    (job, "_write_dense", "dense tensors"),
+    (job, "verify", "verifying"),
 ]
 
 
@@ -110,12 +114,9 @@ class Stopwatch:
 
     @contextmanager
     def on_all_steps(self) -> Iterator[None]:
-        hook = awq._inputs_hook
         with ExitStack() as patches:
             for owner, name, told in STEPS:
                 patches.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name), told)))
-            timed_hook = lambda statistics: self.timed(hook(statistics), "statistics")  # noqa: E731
-            patches.enter_context(mock.patch.object(awq, "_inputs_hook", timed_hook))
             yield
 
 
@@ -157,7 +158,9 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(checkpoint.model_config.vocab_size, shape, generator=generator)
 
-    def quantized(self, checkpoint: Checkpoint, directory: Path, device: str | None = None) -> tuple[Report, Any]:
+    def quantized(
+        self, checkpoint: Checkpoint, directory: Path, device: str | None = None
+    ) -> tuple[QuantizationReport, Any]:
         """Quantize; the report, and what the run took in time and memory."""
         shutil.rmtree(directory, ignore_errors=True)
         tokens_BL, where = self.text(checkpoint), torch.device(device or self.device)
@@ -208,13 +211,11 @@ class Bench:
         shapes, layers = self.arguments.large, self.arguments.large_layers
         checkpoint = open_checkpoint(self.dense(shapes, layers))
         of_all = _config_of(shapes)["num_hidden_layers"]
-        # A few blocks are searched in the way in which all would be.
-        with mock.patch.object(fused, "COMPILING_PAYS", fused.COMPILING_PAYS * layers / of_all):
-            _, taken = self.quantized(checkpoint, self.work / "few")
-            warm = taken["blocks"][1:]
-            taken["all blocks, extrapolated, seconds"] = of_all * sum(warm) / len(warm)
-            self.tell("large", run=taken)
-            self.tell("large", watched=self._watched(checkpoint))
+        _, taken = self.quantized(checkpoint, self.work / "few")
+        warm = taken["blocks"][1:]
+        taken["all blocks, extrapolated, seconds"] = of_all * sum(warm) / len(warm)
+        self.tell("large", run=taken)
+        self.tell("large", watched=self._watched(checkpoint))
         if shapes != self.arguments.shapes:
             shutil.rmtree(self.work / f"dense-{shapes}")
 
@@ -230,7 +231,7 @@ class Bench:
         fast, taken = self.quantized(checkpoint, self.work / "fast")
         self.tell("choices", **{f"{name}, as it is": taken["blocks"]})
         for other in others:
-            plain = mock.patch.object(quantize, "tensor_cores", nullcontext)
+            plain = mock.patch.object(job, "tensor_cores", nullcontext)
             with plain if other == "float32" else nullcontext():
                 report, taken = self.quantized(checkpoint, self.work / other, "cpu" if other == "cpu" else None)
             agreement = compared(fast, report) | codes_compared(self.work / "fast", self.work / other)
@@ -290,15 +291,20 @@ def first_blocks(checkpoint: Checkpoint, layers: int) -> Checkpoint:
         numbers = {name: re.match(r"model\.layers\.(\d+)\.", name) for name in entries}
         return {name: entries[name] for name, found in numbers.items() if not found or int(found[1]) < layers}
 
-    config = checkpoint.config | {"num_hidden_layers": layers}
+    config, tensors = checkpoint.config | {"num_hidden_layers": layers}, kept(checkpoint.tensors)
+    model_config = llama_config(config)
     return replace(
-        checkpoint, config=config, model_config=LlamaConfig.from_dict(config), tensors=kept(checkpoint.tensors),
+        checkpoint,
+        config=config,
+        model_config=model_config,
+        tensors=tensors,
         linears=kept(checkpoint.linears),
-    )  # fmt: skip
+        skeleton=build_skeleton(model_config, tensors, {}),
+    )
 
 
-def compared(fast: Report, plain: Report) -> dict[str, Any]:
-    """How many searches of scales ended alike, and what the fast one's choice loses by the plain one's measure."""
+def compared(fast: QuantizationReport, plain: QuantizationReport) -> dict[str, Any]:
+    """How many searches of factors ended alike, and what the fast one's choice loses by the plain one's measure."""
     pairs = [
         (one, other)
         for ours, theirs in zip(fast.blocks, plain.blocks, strict=True)
@@ -310,7 +316,7 @@ def compared(fast: Report, plain: Report) -> dict[str, Any]:
         lost = {(formula, ratio): loss for formula, ratio, loss in other["trials"]}
         # What the plain search did not try has only the fast one's measure.
         regrets.append(lost.get((one["formula"], one["ratio"]), one["loss"]) / other["loss"] - 1)
-    return {"scale searches alike": f"{same} of {len(pairs)}", "loss of the fast choice above the best": regrets}
+    return {"factor searches alike": f"{same} of {len(pairs)}", "loss of the fast choice above the best": regrets}
 
 
 def codes_compared(first: Path, second: Path) -> dict[str, float]:

@@ -3,7 +3,7 @@
     python scripts/make_vectors.py [DIRECTORY]
 
 One JSON and one safetensors file a level, and L4.tar.xz with the checkpoint directories. vectors/README.md explains
-them. The contents are reproducible: tests/test_oracle_vectors.py makes them again and compares.
+them. The contents are reproducible: tests/oracle/test_vectors.py makes them again and compares.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniawq.oracle import cases, checkpoints, storage, truth
-from miniawq.oracle.cases import Layer, exact_rows, exact_scales, half_scales, normal, random_layer, random_weight
+from miniawq.oracle.cases import PackedCase, exact_rows, exact_scales, half_scales, normal, random_layer, random_weight
 from miniawq.oracle.contract import CONTRACT, FLAGS
 from miniawq.oracle.dequantization import counting_codes
 from miniawq.oracle.multiplication import error_bound, product
@@ -120,7 +120,7 @@ def storage_vectors() -> Vectors:
     return made
 
 
-def add_layer(made: Vectors, check: str, comment: str, layer: Layer, flags: tuple[str, ...] = ()) -> None:
+def add_layer(made: Vectors, check: str, comment: str, layer: PackedCase, flags: tuple[str, ...] = ()) -> None:
     """A case of L1."""
     qweight, qzeros, scales, group_size = layer.packed
     inputs = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
@@ -140,23 +140,23 @@ def dequantization_vectors() -> Vectors:
     made = Vectors("L1", "(code - zero) * scale, rounded once to float16. Comparisons are exact but for the sign of 0.")
     zeros = torch.arange(16, dtype=torch.uint8)[None]
     ones = torch.ones(1, 16, dtype=torch.float16)
-    add_layer(made, "L1.all-pairs", "16 codes against 16 zeros", Layer(counting_codes(32, 16), zeros, ones, 32))
+    add_layer(made, "L1.all-pairs", "16 codes against 16 zeros", PackedCase(counting_codes(32, 16), zeros, ones, 32))
     spread = torch.arange(0, cases.LARGEST_HALF_BITS, 31)[:1016] + 1
     scales = spread.to(torch.int16).view(torch.float16)[None]
-    layer = Layer(counting_codes(32, 1016), cases.codes(Random(3), 1, 1016), scales, 32)
+    layer = PackedCase(counting_codes(32, 1016), cases.codes(Random(3), 1, 1016), scales, 32)
     add_layer(made, "L1.all-scales", "1016 scales over all exponents", layer, ("TwoRoundings", "FlushedSubnormals"))
     tiny = torch.tensor([[1, 2, 3, 0x200, 0x3FF, 0x400, 0x401, 0x7FF]], dtype=torch.int16).view(torch.float16)
-    layer = Layer(counting_codes(32, 8), torch.full((1, 8), 3, dtype=torch.uint8), tiny, 32)
+    layer = PackedCase(counting_codes(32, 8), torch.full((1, 8), 3, dtype=torch.uint8), tiny, 32)
     add_layer(made, "L1.subnormals", "scales at and below 2**-14", layer, ("FlushedSubnormals",))
     large = torch.full((1, 8), 60000.0, dtype=torch.float16)
-    layer = Layer(counting_codes(32, 8), torch.ones(1, 8, dtype=torch.uint8), large, 32)
+    layer = PackedCase(counting_codes(32, 8), torch.ones(1, 8, dtype=torch.uint8), large, 32)
     add_layer(made, "L1.overflow", "products beyond 65504 are infinite", layer)
     for group_size in GROUP_SIZES:
         k = 128 if group_size == -1 else 3 * group_size
         groups = cases.groups_of(k, group_size)
         scales = torch.arange(1, groups * 16 + 1).reshape(groups, 16).to(torch.float16)
         zeros = ((torch.arange(groups)[:, None] + torch.arange(16)) % 15).to(torch.uint8)
-        layer = Layer(torch.full((k, 16), 15, dtype=torch.uint8), zeros, scales, group_size)
+        layer = PackedCase(torch.full((k, 16), 15, dtype=torch.uint8), zeros, scales, group_size)
         add_layer(made, "L1.group-boundaries", f"all scales differ, groups of {group_size}", layer)
         add_layer(made, "L1.random", f"groups of {group_size}", random_layer(group_size, k, 24, group_size))
     add_layer(made, "L1.random-scales", "any scales", random_layer(9, 96, 24, 32, half_scales), ("TwoRoundings",))
@@ -263,7 +263,7 @@ def multiplication_vectors() -> Vectors:
         "gives these bits. `within`: |y - expected| <= bound, elementwise (miniawq/oracle/multiplication.py).",
     )
 
-    def add(check: str, comment: str, x: Tensor, layer: Layer, bias: Tensor | None = None) -> None:
+    def add(check: str, comment: str, x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> None:
         qweight, qzeros, scales, group_size = layer.packed
         inputs = {"x": x, "qweight": qweight, "qzeros": qzeros, "scales": scales}
         inputs |= {} if bias is None else {"bias": bias}

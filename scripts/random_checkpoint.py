@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from miniawq.layouts import part_shapes
-from miniawq.model import Llama, LlamaConfig
-from miniawq.shards import ShardWriter, Spec
+from miniawq.checkpoint.config import llama_config
+from miniawq.checkpoint.layouts import part_shapes
+from miniawq.checkpoint.shards import ShardWriter, Spec
+from miniawq.model import Llama
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "fairytales"
 COMMON = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
@@ -108,7 +109,7 @@ def main() -> None:
     if arguments.layers:
         config["num_hidden_layers"] = arguments.layers
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(config))
+        model = Llama(llama_config(config))
     if arguments.int4:
         config |= {"quantization_config": AWQ}
     specs = specs_of(model, arguments.int4)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from miniawq.model import Llama, LlamaConfig
+from miniawq.checkpoint.config import llama_config
+from miniawq.model import Llama
 
 END_OF_TEXT = "<|endoftext|>"
 # The books come without titles; these openings are where one story ends and the next begins.
@@ -205,7 +206,7 @@ def main() -> int:
     tokens, valid = encode(tokenizer, text), encode(tokenizer, valid_text)
     config = hugging_face_config(arguments, tokenizer.get_vocab_size())
     torch.manual_seed(arguments.seed)
-    model = Llama(LlamaConfig.from_dict(config))
+    model = Llama(llama_config(config))
     initialise(model)
     model.to(arguments.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers import DATA
+
 # The same examples on every run: a red test is red for everybody.
 settings.register_profile("miniawq", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("miniawq")
@@ -50,4 +52,4 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def fairytales() -> Path:
     """The demo model in bfloat16, before quantization."""
-    return Path(__file__).parent / "data" / "fairytales"
+    return DATA / "fairytales"

@@ -9,23 +9,23 @@ import subprocess
 import sys
 
 import pytest
-import tiny_checkpoints
-import tiny_tokenizers
 import torch
 
-from miniawq import generate, prompts
-from miniawq.completion import complete
-from miniawq.decode import DecodeStep
-from miniawq.errors import NotFound, UsageError
-from miniawq.footprint import DeviceMemory
-from miniawq.generate import build_parser, load, main
-from miniawq.tokenizer import Tokenizer
+from miniawq import generate, hardware
+from miniawq.commands import prompts
+from miniawq.engine.step import DecodeStep
+from miniawq.errors import DoesNotFit, NotFound, UsageError
+from miniawq.generate import build_parser, complete, load, main
+from miniawq.hardware import DeviceMemory
+from miniawq.text.tokenizer import Tokenizer
+from tests.helpers import tiny_checkpoints, tiny_tokenizers
 
 FLAGS = """
 --cache-dir --chat-template-kwargs --compile --debug --device --dtype --file --frequency-penalty --greedy --help
 --ignore-eos --interactive --json --local-files-only --max-seq-len --max-tokens --messages --min-p --model
---no-compile --no-memory-check --num-samples --presence-penalty --prompt --quiet --raw --repetition-penalty --revision
---seed --show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version -h -i -m -n -p -q
+--no-compile --no-memory-check --num-samples --offline --presence-penalty --prompt --quiet --raw --repetition-penalty
+--revision --seed --show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version
+-h -i -m -n -p -q
 """
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -69,7 +69,7 @@ def test_the_demo_tells_a_story():
     messages = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert len(messages) == 1
     assert re.match(r"Generation: 180 tokens, \d+\.\d tokens-per-sec \(seed 0\)", messages[0])
-    assert re.search(r"\| +miniawq\.completion$", done.stderr, re.MULTILINE)
+    assert re.search(r"\| +miniawq\.engine\.completion$", done.stderr, re.MULTILINE)
     assert not re.search(r"\| +miniawq\.generate$", done.stderr, re.MULTILINE), "imported twice"
 
 
@@ -289,7 +289,7 @@ def test_sigint_ends_a_story_at_once():
         (["-p", "x", "--system-prompt", "y"], 1, "this checkpoint has no chat template"),
         (["-p", "king " * 600], 1, "the prompt does not fit into the context\n  it has 6"),
         (["-p", "king", "--max-seq-len", "2"], 1, "prompt and answer together may have 2"),
-        (["--file", "no/such/file"], 5, "no/such/file cannot be read"),
+        (["--file", "no/such/file"], 5, "cannot read the text no/such/file"),
         (["no/such/directory/", "-p", "x"], 5, "there is no directory no/such/directory/"),
     ],
 )
@@ -328,7 +328,7 @@ def test_flags_that_cannot_be_parsed_are_usage_errors(capsys, flags, message):
         (b'["hello"]', "the messages cannot be read"),
         (b"3", "the messages cannot be read"),
         (b"[]", "there are no messages"),
-        (b"\xff\xfe", "the prompt is not UTF-8"),
+        (b"\xff\xfe", "messages.json is not text"),
     ],
 )
 def test_message_files_that_cannot_be_read_are_refused(capsys, tmp_path, chat_model, content, message):
@@ -345,7 +345,7 @@ def test_the_context_shortens_an_answer_and_says_so(capsys, caplog, chat_model):
         assert code == 0
         assert record["prompt_tokens"] + record["generation_tokens"] == 128
         assert record["finish_reason"] == "length"
-        assert "new tokens fit behind a prompt of" in caplog.text
+        assert "new tokens fit after a prompt of" in caplog.text
         caplog.clear()
         every = json.loads(run(capsys, chat_model, "-p", "Once", "--raw", "-n", -1, "--ignore-eos", "--json")[1])
         assert every["generation_tokens"] == record["generation_tokens"]
@@ -358,12 +358,12 @@ def test_the_compiled_step_writes_the_same_text(capsys, monkeypatch, chat_model)
     made = []
 
     def step(*arguments, **options):
-        made.append(DecodeStep(*arguments, **options, compile_=False))
+        made.append(DecodeStep(*arguments, **options, compiles=False))
         made[-1].build_seconds = 1e3
         return made[-1]
 
-    monkeypatch.setattr(generate, "DecodeStep", step)
-    monkeypatch.setattr(generate, "SMALLEST_CACHE", 8)
+    monkeypatch.setattr("miniawq.engine.start.DecodeStep", step)
+    monkeypatch.setattr("miniawq.engine.memory.SMALLEST_CACHE", 8)
     flags = [chat_model, "-p", "Once", "--raw", "-n", 9, "--temperature", 2, "--seed", 1, "--num-samples", 2, "--json"]
     plain = [json.loads(line) for line in run(capsys, *flags, "--no-compile")[1].splitlines()]
     assert not made
@@ -379,10 +379,10 @@ def test_a_longer_conversation_gets_a_longer_cache(capsys, monkeypatch, chat_mod
 
     def step(model, batch, room, sampling):
         rooms.append(room)
-        return DecodeStep(model, batch, room, sampling, compile_=False)
+        return DecodeStep(model, batch, room, sampling, compiles=False)
 
-    monkeypatch.setattr(generate, "DecodeStep", step)
-    monkeypatch.setattr(generate, "SMALLEST_CACHE", 8)
+    monkeypatch.setattr("miniawq.engine.start.DecodeStep", step)
+    monkeypatch.setattr("miniawq.engine.memory.SMALLEST_CACHE", 8)
     lines = iter(["Hi", "And?", "/bye"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert run(capsys, chat_model, "-i", "-n", 3, "--compile")[0] == 0
@@ -403,14 +403,37 @@ def test_a_full_device_is_told_apart(capsys, monkeypatch, fairytales):
 def test_what_cannot_fit_is_told_before_the_weights_are_read(capsys, monkeypatch, fairytales):
     small = DeviceMemory("cpu", 8 << 20, 4 << 20)
     with monkeypatch.context() as patch:
-        patch.setattr("miniawq.footprint.device_memory", lambda _: small)
+        patch.setattr("miniawq.engine.memory.device_memory", lambda _: small)
         patch.setattr(generate, "load_model", None)
         code, _, err = run(capsys, fairytales, "-p", "Once")
         assert code == 4
         assert "does not fit on cpu" in err
         assert "4.00 MiB of 8.00 MiB are free" in err
-    monkeypatch.setattr("miniawq.footprint.device_memory", lambda _: small)
+    monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: small)
     assert run(capsys, fairytales, "-p", "Once", "-n", 2, "--no-memory-check")[0] == 0
+
+
+@pytest.mark.parametrize(("words", "flags", "positions"), [
+    (1, ["-n", 5], lambda prompt: prompt + 5),
+    (300, ["-n", 3], lambda prompt: prompt + 3),
+    (1, ["-n", -1], lambda prompt: 512),
+    (1, ["-n", -1, "--max-seq-len", 99], lambda prompt: 99),
+    (1, [], lambda prompt: 512),
+    (1, ["-n", 3, "--compile"], lambda prompt: 512),
+])  # fmt: skip
+def test_the_plan_counts_prompt_and_answer_and_the_room_of_a_compiled_step(
+    words, flags, positions, capsys, monkeypatch
+):
+    """All positions of the cache that will be made: with -1, a long prompt, and a step that rounds up."""
+    prompt, seen = "king " * words, []
+
+    def refuse(*_, max_seq_len):
+        seen.append(max_seq_len)
+        raise DoesNotFit("seen")
+
+    monkeypatch.setattr(generate, "require_memory", refuse)
+    assert run(capsys, "-p", prompt, *flags)[0] == 4
+    assert seen == [positions(len(load()[1].encode(prompt)))]
 
 
 @pytest.mark.parametrize(("layers", "threads"), [(1, 1), (30, 2)])
@@ -418,7 +441,7 @@ def test_a_small_model_runs_in_one_thread(layers, threads):
     model = tiny_checkpoints.dense_model(tiny_checkpoints.config_of(num_hidden_layers=layers, intermediate_size=768))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    with generate.threads_for(model):
+    with hardware.threads(generate.threads_for(model)):
         assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)

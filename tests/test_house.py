@@ -1,65 +1,153 @@
 """The rules of CONTRIBUTING.md that a machine can check."""
 
 import ast
-import importlib.util
+import importlib
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
 
 import pytest
 import torch
 
+from miniawq import compiled
 from miniawq.__main__ import VERBS, main
-from miniawq.completion import generate
-from miniawq.generate import load
-from miniawq.packing import LAYOUTS, quantize, symmetric_grid
+from miniawq.checkpoint.layouts import LAYOUTS
+from miniawq.compiled import products, proof
+from miniawq.engine.step import DecodeStep
+from miniawq.generate import generate, load
+from miniawq.oracle.contract import FUNCTIONS
+from miniawq.packing import quantize
+from miniawq.quantize.grids import symmetric_grid
+from tests.helpers import ROOT
+from tests.planted import stale
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "miniawq"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the foundation up: a file imports only from files of earlier lines, and from those before it in its own.
-LADDER = """
-    errors cli
-    packing arrange operations inductor tiles compiling forms cpu_forms kernel
-    rope model
-    fused rounding awq
-    hub quant_config shards reading layouts checkpoint footprint
-    chat tokenizer
-    sampling products attend layer decode artifacts completion prompts repl generate
-    calibration background stream memory journal verify report quantize
-    evaluate plan convert
+# The one table of imports: a room, or a file of the top folder, imports from those to its left and from nothing else.
+TABLE = """
+    errors cli hardware packing
+    model compiled kernel awq
+    checkpoint text
+    engine quantize
+    commands generate oracle
 """.split()
+BLIND = {"engine", "quantize"}  # to each other
+CHAPTERS = {"packing": 215, "awq": 400, "kernel": 215, "model": 450, "generate": 300}  # lines at most
 
 
-def imports(path: Path) -> set[str]:
-    """The miniawq modules that a file imports, anywhere in it."""
+def room_of(path: Path) -> str:
+    """The room of a file of the package, or the name of a file of the top folder."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, also by `import_module`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("miniawq."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "miniawq":
-            found |= {alias.name for alias in node.names if alias.name != "__version__"}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("miniawq.")}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            assert isinstance(node.args[0], ast.Constant | ast.Attribute | ast.Name), ast.unparse(node)
+            if isinstance(node.args[0], ast.Constant):
+                found.add(node.args[0].value)
     return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms whose names a file imports."""
+    known = {*TABLE, "__main__"}
+    return {name.split(".")[1] for name in imported(path) if name.startswith("miniawq.")} & known
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent == PACKAGE], ids=lambda path: path.stem)
-def test_imports_point_down_the_ladder(path):
-    if path.stem in ("__init__", "__main__"):
-        assert not imports(path) - {"errors"}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_to_the_left_in_the_table(path):
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        assert rooms_imported(path) <= {"errors", "cli"}
         return
-    below = LADDER[: LADDER.index(path.stem)]
-    assert imports(path) <= set(below), f"{path.stem} imports from above itself"
-    assert f"`{path.stem}.py`" in (ROOT / "README.md").read_text()
+    allowed = {*TABLE[: TABLE.index(room)], room} - (BLIND - {room} if room in BLIND else set())
+    assert rooms_imported(path) <= allowed, f"{room} imports from its right"
+
+
+@pytest.mark.parametrize("room", ["compiled", "checkpoint", "text", "engine", "quantize", "commands", "oracle"])
+def test_inside_a_room_files_do_not_go_round_in_circles(room):
+    files = {path.stem: path for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__"}
+    graph = {
+        stem: {name.split(".")[2] for name in imported(path) if name.startswith(f"miniawq.{room}.")} & files.keys()
+        for stem, path in files.items()
+    }
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_the_rooms_are_those_of_the_table():
+    found = {room_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert found == set(TABLE)
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{room}/`" in readme or f"`{room}.py`" in readme for room in TABLE)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_is_short(chapter):
+    assert (PACKAGE / f"{chapter}.py").read_text().count("\n") <= CHAPTERS[chapter]
+
+
+PRIVATE = re.compile(r"\btorch\._(?!_)|\btorch\.ops\.aten\._|\b_(?:inductor|dynamo)\b|torch\.compile\b|torch\.utils\._")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_room_of_the_compiler_touches_private_torch(path):
+    if room_of(path) == "compiled":
+        return
+    code = ast.unparse(without_docstrings(ast.parse(path.read_text())))
+    assert not PRIVATE.findall(code)
+    assert not {name for name in imported(path) if PRIVATE.search(name)}
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_compiler_is_used_through_its_door(path):
+    """Other rooms import the names that `compiled/__init__.py` lists, and none of its files."""
+    if room_of(path) == "compiled":
+        return
+    files = {file.stem for file in (PACKAGE / "compiled").glob("*.py")}
+    used = {name.split(".")[2] for name in imported(path) if name.startswith("miniawq.compiled.")}
+    assert not used & files
+    assert used <= set(compiled.__all__)
+
+
+CONTRACT = {*FUNCTIONS, "main", "build_parser"}
+
+
+def test_no_two_things_have_one_name():
+    """Classes and functions of the package, but for the functions that every target of the oracle must have."""
+    seen: dict[str, str] = {}
+    for path in FILES:
+        if "planted" in path.parts:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in CONTRACT and node.name != "_":
+                where = str(path.relative_to(PACKAGE))
+                assert node.name not in seen, f"{node.name} is in {seen[node.name]} and in {where}"
+                seen[node.name] = where
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -118,7 +206,8 @@ def test_the_shape_checker_sees_a_wrong_name():
     assert "I is 3" in misnamed(mixed()[0])[0]
 
 
-def test_names_of_tensors_tell_their_shapes():
+def watched(work: Callable[[], object]) -> set[str]:
+    """What is misnamed in functions of the package while something runs."""
     wrong: set[str] = set()
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
@@ -127,21 +216,50 @@ def test_names_of_tensors_tell_their_shapes():
 
     sys.setprofile(watch)
     try:
-        model, tokenizer = load(None, device="cpu")
-        prompt_BL = torch.tensor([tokenizer.encode("Once upon a time")] * 2)
-        for _ in generate(model, prompt_BL, max_tokens=3):
-            pass
-        for encode, decode in LAYOUTS.values():
-            decode(encode(quantize(torch.randn(24, 64), 32, symmetric_grid)), 32)
+        work()
     finally:
         sys.setprofile(None)
+    return wrong
+
+
+def write_text() -> None:
+    model, tokenizer = load(None, device="cpu")
+    prompt_BL = torch.tensor([tokenizer.encode("Once upon a time")] * 2)
+    list(generate(model, prompt_BL, max_tokens=3))
+    for encode, decode in LAYOUTS.values():
+        decode(encode(quantize(torch.randn(24, 64), 32, symmetric_grid)), 32)
+
+
+def step_through_text() -> None:
+    """The functions of a compiled step, uncompiled, and the forms of a GPU on a CPU."""
+    model, _ = load(None, device="cpu")
+    step = DecodeStep(model, 2, 32, compiles=False)
+    list(generate(model, torch.ones(2, 4, dtype=torch.long), max_tokens=3, decoder=step))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("miniawq.compiled.proof.compile_with_forms", lambda function, forms: function)
+        patch.setattr("miniawq.compiled.prepacked.wants_planes", lambda _: True)
+        for form in (products.REDUCE, products.DOT, products.EXPAND):
+            assert not proof.problem_of(form, torch.device("cpu"), torch.float16, None)
+
+
+def quantize_by(recipe: str, directory: Path, source: Path) -> None:
+    text = directory / "text.txt"
+    text.write_text("Once upon a time there was a king who had three sons. " * 20)
+    flags = ["--calib", text, "--num-samples", 2, "--sequence-length", 48, "--recipe", recipe]
+    assert main(["quantize", *map(str, (source, directory / recipe, *flags))]) == 0
+
+
+@pytest.mark.parametrize("work", ["text", "step", "default", "paper"])
+def test_names_of_tensors_tell_their_shapes(work, tmp_path, fairytales):
+    run = {"text": write_text, "step": step_through_text}.get(work, lambda: quantize_by(work, tmp_path, fairytales))
+    wrong = watched(run)
     assert not wrong, "\n".join(sorted(wrong))
 
 
 def documented_commands() -> list[str]:
     """The miniawq command lines in code blocks of the README and the guides."""
     found = set()
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         fenced = False
         for line in path.read_text().splitlines():
             fenced ^= line.lstrip().startswith("```")
@@ -154,17 +272,12 @@ def documented_commands() -> list[str]:
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_have_the_flags_they_use(command):
     words = shlex.split(command.replace("python -m miniawq.", "miniawq ").split(">")[0])
-    module = "miniawq.oracle.__main__" if words[1] == "oracle" else f"miniawq.{words[1]}"
-    importlib.import_module(module).build_parser().parse_args(words[2:])
+    importlib.import_module(VERBS[words[1]].module).build_parser().parse_args(words[2:])
 
 
 def test_planted_faults_are_planted():
     """A fault whose text is gone would be planted nowhere, and pass for caught by nobody."""
-    specification = importlib.util.spec_from_file_location("planted_faults", ROOT / "scripts" / "planted_faults.py")
-    planted = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(planted)
-    stale = [fault for fault in planted.FAULTS if (PACKAGE / fault.file).read_text().count(fault.was) != 1]
-    assert not stale
+    assert not stale()
 
 
 def test_every_verb_answers_help(capsys):

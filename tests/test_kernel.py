@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from miniawq import arrange, kernel
-from miniawq.kernel import QuantLinear, dequantize, matmul, matmul_reference
-from miniawq.packing import LAYOUTS, Quantized
+from miniawq import kernel
+from miniawq.compiled import WORKSHOP, eager, prepacked
+from miniawq.errors import InvalidInput
+from miniawq.kernel import QuantLinear, dequantize_words, matmul, matmul_reference
+from miniawq.packing import Quantized, encode_awq
 from miniawq.packing import dequantize as dequantize_codes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -21,7 +23,7 @@ def random_quantized(outputs, inputs, group_size, seed=0, device="cpu", scale_dt
 
 
 def awq_tensors(quantized):
-    return tuple(LAYOUTS["awq"].encode(quantized)[name] for name in ("qweight", "qzeros", "scales"))
+    return tuple(encode_awq(quantized)[name] for name in ("qweight", "qzeros", "scales"))
 
 
 def bound(x_TI, quantized, rounded_weights=True, bias_O=None):
@@ -48,15 +50,15 @@ def exact(x_TI, quantized, bias_O=None):
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_dequantize_is_the_packed_weight_transposed(group_size, device):
     quantized = random_quantized(24, 256, 256 if group_size == -1 else group_size, device=device)
-    weight_IO = dequantize(*awq_tensors(quantized), group_size)
+    weight_IO = dequantize_words(*awq_tensors(quantized), group_size)
     assert torch.equal(weight_IO.t(), dequantize_codes(quantized))
 
 
 def test_dequantize_rounds_once(device):
     quantized = random_quantized(16, 64, 32, device=device)
-    exact_IO = dequantize(*awq_tensors(quantized), 32, torch.float64)
+    exact_IO = dequantize_words(*awq_tensors(quantized), 32, torch.float64)
     for dtype in DTYPES:
-        assert torch.equal(dequantize(*awq_tensors(quantized), 32, dtype), exact_IO.to(dtype))
+        assert torch.equal(dequantize_words(*awq_tensors(quantized), 32, dtype), exact_IO.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,12 +91,12 @@ def test_matmul_never_holds_more_than_a_slice(monkeypatch, device):
     sizes = []
 
     def recording(*arguments):
-        weight_IO = dequantize(*arguments)
+        weight_IO = dequantize_words(*arguments)
         sizes.append(weight_IO.numel())
         return weight_IO
 
-    monkeypatch.setattr(kernel, "WEIGHTS_PER_SLICE", 128 * 24)
-    monkeypatch.setattr(kernel, "dequantize", recording)
+    monkeypatch.setattr(kernel, "WEIGHTS_AT_ONCE", 128 * 24)
+    monkeypatch.setattr(kernel, "dequantize_words", recording)
     assert torch.allclose(matmul(x_TI, *awq_tensors(quantized), 32), whole_TO, atol=1e-5)
     assert max(sizes) == 128 * 24
     assert sum(sizes) == 128 * 64
@@ -127,10 +129,10 @@ def test_nan_stays_in_its_row(rows, device):
 def test_layer_keeps_its_codes_under_the_published_names(group_size, scale_dtype, device):
     quantized = random_quantized(32, 128, group_size, device=device, scale_dtype=scale_dtype)
     bias_O = torch.randn(32, device=device).to(scale_dtype)
-    layer = QuantLinear.from_quantized(quantized, bias_O)
+    layer = QuantLinear.from_quantized(quantized, bias_O).publish()
     state = layer.state_dict()
     assert set(state) == {"qweight", "qzeros", "scales", "bias"}
-    for name, tensor in LAYOUTS["awq"].encode(quantized).items():
+    for name, tensor in encode_awq(quantized).items():
         assert torch.equal(state[name], tensor)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.to_quantized(), quantized, strict=True))
 
@@ -142,7 +144,7 @@ def test_layer_keeps_its_codes_under_the_published_names(group_size, scale_dtype
 
 @pytest.fixture(params=[True, False], ids=["planes", "words"])
 def in_planes(request, monkeypatch):
-    monkeypatch.setattr(arrange, "wants_planes", lambda _: request.param)
+    monkeypatch.setattr(prepacked, "wants_planes", lambda _: request.param)
     return request.param
 
 
@@ -175,15 +177,13 @@ def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_expanded_product_rounds_sums_and_bias_once(dtype, with_bias, monkeypatch, device):
-    monkeypatch.setattr(arrange, "wants_planes", lambda _: True)
-    plain = lambda *_: lambda words, grid: arrange.expand(words, grid, torch.float16, dtype)  # noqa: E731
-    monkeypatch.setattr(kernel, "compiled_expand", plain)
-    monkeypatch.setattr(kernel, "CODES_PER_EXPANDED_SLICE", 16 * 256)
+    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(WORKSHOP, "accepts", lambda *_: False)
+    monkeypatch.setattr(eager, "CODES_PER_EXPANDED_SLICE", 8 * 16 * 256)
     quantized = random_quantized(40, 256, 64, device=device)
     x_TI = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     bias_O = torch.linspace(-9, 9, 40, device=device).to(dtype) if with_bias else None
-    arranged = QuantLinear.from_quantized(quantized).prepare().arranged
-    y_TO = kernel.expanded_product(x_TI, arranged, quantized.scales_OG.dtype, bias_O)
+    y_TO = eager.expanded_product(x_TI, prepacked.prepack(quantized), bias_O)
     assert y_TO.dtype == dtype
     assert ((y_TO.double() - exact(x_TI, quantized, bias_O)).abs() <= bound(x_TI, quantized, bias_O=bias_O)).all()
 
@@ -199,63 +199,80 @@ def test_the_prepared_bound_catches_one_wrong_code(device):
 
 @pytest.mark.parametrize(("inputs", "group_size"), GROUPINGS)
 @pytest.mark.parametrize("scale_dtype", DTYPES)
-def test_prepared_layer_gives_its_published_tensors_back(
+def test_a_layer_holds_one_form_of_its_weight_and_publishes_when_asked(
     inputs, group_size, scale_dtype, in_planes, monkeypatch, device
 ):
+    monkeypatch.setattr(prepacked, "CODES_AT_ONCE", {"cuda": 16 * inputs, "cpu": 16 * inputs})
     quantized = random_quantized(48, inputs, group_size, device=device, scale_dtype=scale_dtype)
-    monkeypatch.setattr(kernel, "WEIGHTS_PER_SLICE", 16 * inputs)
-    layer = QuantLinear.from_quantized(quantized)
-    published = layer.state_dict()
+    published = encode_awq(quantized)
+    layer = QuantLinear(inputs, 48, False, group_size, scale_dtype).to(device)
+    layer.load_state_dict(published)
     layer.prepare()
-    assert layer.state_dict().keys() == published.keys()
-    for name, tensor in published.items():
-        assert torch.equal(layer.state_dict()[name], tensor)
-        assert torch.equal(getattr(layer, name), tensor)
+    fits = prepacked.can_prepack(device, scale_dtype)
+    assert (layer.prepacked is not None) == fits
+    assert (layer.qweight is None) == fits
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.to_quantized(), quantized, strict=True))
-    fresh = QuantLinear(inputs, 48, False, group_size, scale_dtype).to(device).prepare()
-    fresh.load_state_dict(published)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fresh.to_quantized(), quantized, strict=True))
+    direct = QuantLinear.from_quantized(quantized).prepacked
+    if fits:
+        assert torch.equal(layer.prepacked.words, direct.words)
+        assert torch.equal(layer.prepacked.grid, direct.grid)
+    state = layer.publish().state_dict()
+    assert layer.prepacked is None
+    assert state.keys() == published.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in published.items())
+
+
+def test_a_prepared_layer_is_neither_saved_nor_loaded_into(device):
+    """Its words are gone: a state dict without them would be a checkpoint without weights."""
+    layer = QuantLinear.from_quantized(random_quantized(16, 64, 32, device=device))
+    with pytest.raises(InvalidInput, match=r"cannot be saved\n.*\n  call publish"):
+        torch.nn.Sequential(layer).state_dict()
+    with pytest.raises(InvalidInput, match="cannot be loaded into"):
+        layer.load_state_dict({})
 
 
 def test_preparing_keeps_no_second_copy(device):
-    layer = QuantLinear.from_quantized(random_quantized(64, 512, 128, device=device)).prepare()
+    layer = QuantLinear.from_quantized(random_quantized(64, 512, 128, device=device)).publish().prepare()
     assert not list(layer.buffers())
-    assert layer.arranged.words.nbytes == 64 * 512 // 2
+    assert layer.prepacked.words.nbytes == 64 * 512 // 2
 
 
-def test_fused_layers_share_one_memory(in_planes, device):
+def test_joined_layers_share_one_memory(in_planes, device):
     layers = [
-        QuantLinear.from_quantized(random_quantized(outputs, 256, 64, outputs)).to(device) for outputs in (32, 16)
+        QuantLinear.from_quantized(random_quantized(outputs, 256, 64, outputs, device=device)) for outputs in (32, 16)
     ]
     x_TI = torch.randn(3, 256, device=device)
-    apart = [layer.prepare()(x_TI) for layer in layers]
-    joined = kernel.fuse(layers)
-    words, grid = joined
-    assert joined.outputs == 48
-    assert len(words) == len(grid)
-    assert {layer.arranged.words.untyped_storage().data_ptr() for layer in layers} == {words.data_ptr()}
+    apart = [layer(x_TI) for layer in layers]
+    for layer, part in zip(layers, prepacked.join([layer.prepacked for layer in layers]), strict=True):
+        layer.prepacked = part
+    whole = prepacked.joined([layer.prepacked for layer in layers])
+    assert whole.outputs == 48
+    assert len(whole.words) == len(whole.grid)
+    assert {layer.prepacked.words.untyped_storage().data_ptr() for layer in layers} == {whole.words.data_ptr()}
     assert all(torch.equal(layer(x_TI), alone) for layer, alone in zip(layers, apart, strict=True))
-    assert kernel.fuse(layers).words.data_ptr() == words.data_ptr()
+    again = prepacked.join([layer.prepacked for layer in layers])
+    assert again[0].words.data_ptr() == whole.words.data_ptr()
 
 
-def test_moving_a_prepared_layer_arranges_it_again(in_planes, device):
+def test_moving_a_prepared_layer_prepacks_it_again(in_planes, device):
     quantized = random_quantized(16, 128, 32)
-    layer = QuantLinear.from_quantized(quantized).prepare().to(device).half()
-    assert layer.arranged is not None
+    layer = QuantLinear.from_quantized(quantized).to(device).half()
+    assert layer.prepacked is not None
     assert torch.equal(layer.to_quantized().codes_OI.cpu(), quantized.codes_OI)
 
 
 def test_layers_that_lie_together_are_multiplied_at_once(monkeypatch, device):
     layers = [QuantLinear.from_quantized(random_quantized(n, 256, 64, seed, device)) for seed, n in enumerate((24, 8))]
     x_BLI = torch.randn(2, 3, 256, device=device)
-    assert kernel.joined_words(layers) is None
-    apart = [layer.prepare()(x_BLI) for layer in layers]
-    assert kernel.joined_words(layers) is None
-    kernel.fuse(layers)
+    apart = [layer(x_BLI) for layer in layers]
     calls = []
-    product = kernel.arranged_product
-    monkeypatch.setattr(kernel, "arranged_product", lambda *arguments: calls.append(1) or product(*arguments))
+    product = kernel.multiply_prepacked
+    monkeypatch.setattr(kernel, "multiply_prepacked", lambda *arguments: calls.append(1) or product(*arguments))
+    QuantLinear.together(x_BLI, layers)
+    assert len(calls) == 2
+    for layer, part in zip(layers, prepacked.join([layer.prepacked for layer in layers]), strict=True):
+        layer.prepacked = part
     at_once = QuantLinear.together(x_BLI, layers)
-    assert len(calls) == 1
+    assert len(calls) == 3
     for y, expected in zip(at_once, apart, strict=True):
         torch.testing.assert_close(y, expected)

@@ -1,7 +1,6 @@
 """The decoder against transformers' logits, against itself with a cache, and what it refuses."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,30 +9,31 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from miniawq import model as model_
-from miniawq.checkpoint import load_model, open_checkpoint
+from miniawq.checkpoint import loading
+from miniawq.checkpoint.config import llama_config, rope_config
+from miniawq.checkpoint.loading import HALVES, DenseLinear, load_model, loaded_dtype
+from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
-from miniawq.model import HALVES, DenseLinear, KVCache, Llama, LlamaConfig, attention, loaded_dtype
-from miniawq.rope import RopeConfig
-from miniawq.tokenizer import Tokenizer
+from miniawq.model import KVCache, Llama, attention
+from miniawq.text.tokenizer import Tokenizer
+from tests.helpers import MODELS
 
-GOLDEN = Path(__file__).parent / "golden" / "models"
-NAMES = sorted(path.name for path in GOLDEN.iterdir())
+NAMES = sorted(path.name for path in MODELS.iterdir())
 # Past its trained length, NTK scaling turns old keys by the frequencies of their own time, in transformers too.
 STATIC_NAMES = [name for name in NAMES if name != "llama-dynamic"]
 
 
 def config_of(name: str) -> dict:
-    return json.loads((GOLDEN / name / "config.json").read_text())
+    return json.loads((MODELS / name / "config.json").read_text())
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Llama:
-    return load_model(open_checkpoint(GOLDEN / name), torch.device(device), torch.float32)
+    return load_model(open_checkpoint(MODELS / name), torch.device(device), torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name, device):
-    reference = load_file(GOLDEN / name / "reference.safetensors")
+    reference = load_file(MODELS / name / "reference.safetensors")
     with torch.no_grad():
         logits_BLV = load(name, device)(reference["tokens"].to(device)).cpu()
     error = (logits_BLV - reference["logits"]).norm() / reference["logits"].norm()
@@ -55,7 +55,7 @@ def test_narrower_matrices_compute_what_wide_ones_do(name, device):
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)])
 @pytest.mark.parametrize("weights", [1, 64 * 7, 1 << 20])
 def test_a_narrow_weight_is_multiplied_in_slices(weights, shape, bias, monkeypatch, device):
-    monkeypatch.setattr(model_, "WEIGHTS_PER_SLICE", weights)
+    monkeypatch.setattr(loading, "WEIGHTS_PER_SLICE", weights)
     layer, x = DenseLinear(64, 24, bias, device=device).requires_grad_(False), torch.randn(shape, device=device)
     layer.weight.data = layer.weight.half()
     found, expected = layer(x), torch.nn.functional.linear(x, layer.weight.float(), layer.bias)
@@ -77,7 +77,7 @@ def test_only_matrices_of_16_bits_are_narrower_than_the_model():
 @pytest.mark.parametrize("name", STATIC_NAMES)
 def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
     model = load(name, device)
-    tokens_BL = load_file(GOLDEN / name / "reference.safetensors")["tokens"].to(device)
+    tokens_BL = load_file(MODELS / name / "reference.safetensors")["tokens"].to(device)
     with torch.no_grad():
         whole = model(tokens_BL)
         for cuts in ((1, 2, 3, 40), (7, 40), (39, 40), tuple(range(1, 41))):
@@ -89,7 +89,7 @@ def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
 @pytest.mark.parametrize("name", STATIC_NAMES)
 def test_left_padded_rows_give_what_single_rows_give(name, device):
     model = load(name, device)
-    tokens_BL = load_file(GOLDEN / name / "reference.safetensors")["tokens"].to(device)
+    tokens_BL = load_file(MODELS / name / "reference.safetensors")["tokens"].to(device)
     padding = 13
     padded_BL = tokens_BL.clone()
     padded_BL[1] = torch.cat((torch.full((padding,), 5, device=device), tokens_BL[1, :-padding]))
@@ -122,19 +122,19 @@ def test_both_spellings_of_the_rotary_embedding_are_read(name):
     old["rope_theta"] = scaling.pop("rope_theta")
     kind = scaling.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
-    head_dim = LlamaConfig.from_dict(new).head_dim
-    assert RopeConfig.from_dict(old, head_dim) == RopeConfig.from_dict(new, head_dim)
+    head_dim = llama_config(new).head_dim
+    assert rope_config(old, head_dim) == rope_config(new, head_dim)
 
 
 def test_a_qwen_window_holds_only_where_it_is_switched_on():
     config = config_of("qwen2-window")
-    assert LlamaConfig.from_dict(config).layer_windows == (None, 8)
+    assert llama_config(config).layer_windows == (None, 8)
     del config["layer_types"]
-    assert LlamaConfig.from_dict(config).layer_windows == (None, 8)
+    assert llama_config(config).layer_windows == (None, 8)
     config["use_sliding_window"] = False
-    assert LlamaConfig.from_dict(config).layer_windows == (None, None)
-    assert LlamaConfig.from_dict(config_of("mistral-window")).layer_windows == (8, 8)
-    assert LlamaConfig.from_dict(config_of("llama") | {"sliding_window": 8}).layer_windows == (None, None)
+    assert llama_config(config).layer_windows == (None, None)
+    assert llama_config(config_of("mistral-window")).layer_windows == (8, 8)
+    assert llama_config(config_of("llama") | {"sliding_window": 8}).layer_windows == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_qwen_window_holds_only_where_it_is_switched_on():
 )
 def test_what_cannot_be_honoured_is_refused_by_key(change, said):
     with pytest.raises(UnsupportedCheckpoint) as caught:
-        LlamaConfig.from_dict(config_of("llama") | change)
+        llama_config(config_of("llama") | change)
     assert said in str(caught.value)
 
 

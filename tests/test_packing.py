@@ -1,6 +1,7 @@
 """The INT4 number: golden words, round trips, and the half-scale bound on every kind of group."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,19 +11,17 @@ from hypothesis import strategies as st
 from miniawq.errors import InvalidInput
 from miniawq.packing import (
     AWQ_ORDER,
-    GRIDS,
-    LAYOUTS,
     SEQUENTIAL,
     Quantized,
     asymmetric_grid,
-    autoawq_grid,
     dequantize,
     pack,
     quantize,
     round_up,
-    symmetric_grid,
     unpack,
 )
+from miniawq.quantize.grids import autoawq_grid, symmetric_grid
+from tests.helpers import ROOT
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -180,7 +179,7 @@ def test_groups_and_rows_are_independent():
 def test_large_weights_are_rounded_in_slices_like_small_ones(monkeypatch):
     weight_OI = torch.randn(10, 64)
     whole = quantize(weight_OI, 32)
-    monkeypatch.setattr("miniawq.packing.WEIGHTS_PER_SLICE", 3 * 64)
+    monkeypatch.setattr("miniawq.packing.WEIGHTS_AT_ONCE", 3 * 64)
     sliced = quantize(weight_OI, 32)
     assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
     assert torch.equal(dequantize(whole), dequantize(sliced))
@@ -232,62 +231,19 @@ def test_inputs_that_do_not_divide_into_groups_are_refused(group_size):
         quantize(torch.randn(4, 64), group_size)
 
 
-@pytest.mark.parametrize(
-    ("layout", "grid"),
-    [(layout, grid) for layout in LAYOUTS for grid in GRIDS if "symmetric" not in layout or grid == "symmetric"],
-)
-@pytest.mark.parametrize(
-    ("outputs", "inputs", "group_size"), [(16, 64, 32), (8, 128, 128), (24, 192, 64), (16, 96, -1)]
-)
-def test_every_layout_gives_back_the_same_numbers(layout, outputs, inputs, group_size, grid):
-    quantized = quantize(torch.randn(outputs, inputs), group_size, GRIDS[grid])
-    encode, decode = LAYOUTS[layout]
-    tensors = encode(quantized)
-    assert all(tensor.is_contiguous() for tensor in tensors.values())
-    again = decode(tensors, group_size)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(quantized, again, strict=True))
-    assert all(torch.equal(tensor, encode(again)[name]) for name, tensor in tensors.items())
-
-
-def test_compressed_tensors_pads_odd_shapes():
-    quantized = quantize(torch.randn(5, 20), 4)
-    tensors = LAYOUTS["compressed-tensors"].encode(quantized)
-    assert tensors["weight_packed"].shape == (5, 3)
-    assert tensors["weight_zero_point"].shape == (1, 5)
-    assert tensors["weight_shape"].tolist() == [5, 20]
-    again = LAYOUTS["compressed-tensors"].decode(tensors, 4)
-    assert all(torch.equal(a, b) for a, b in zip(quantized, again, strict=True))
-
-
-def test_published_shapes():
-    quantized = quantize(torch.randn(16, 256), 64)
-    awq, gemv = LAYOUTS["awq"].encode(quantized), LAYOUTS["gemv"].encode(quantized)
-    assert {name: tuple(tensor.shape) for name, tensor in awq.items()} == {
-        "qweight": (256, 2),
-        "qzeros": (4, 2),
-        "scales": (4, 16),
-    }
-    assert {name: tuple(tensor.shape) for name, tensor in gemv.items()} == {
-        "qweight": (16, 32),
-        "qzeros": (16, 2),
-        "scales": (16, 16),
-    }
-
-
-@pytest.mark.parametrize(
-    ("inputs", "group_size", "words"),
-    [(4096, 128, 4), (11008, 128, 11), (14336, 128, 14), (4096, 64, 8), (896, 64, 2), (896, 128, 1), (1536, 128, 2),
-     (8960, 128, 9), (4096, 32, 16)],
-)  # fmt: skip
-def test_gemv_padding_is_autoawqs(inputs, group_size, words):
-    quantized = Quantized(
-        torch.zeros(8, inputs, dtype=torch.uint8),
-        torch.ones(8, inputs // group_size, dtype=torch.float16),
-        torch.zeros(8, inputs // group_size, dtype=torch.uint8),
-    )
-    assert LAYOUTS["gemv"].encode(quantized)["qzeros"].shape == (8, words)
-
-
-def test_the_symmetric_layout_refuses_other_zeros():
-    with pytest.raises(InvalidInput, match="not symmetric"):
-        LAYOUTS["compressed-tensors-symmetric"].encode(quantize(torch.rand(8, 32), 32))
+def test_the_worked_group_of_the_specification():
+    text = (ROOT / "docs" / "specification.md").read_text()
+    told = {key: values.split() for key, values in re.findall(r"^    ([a-z]+)  +(-?[0-9][^=\n]*)$", text, re.MULTILINE)}
+    weight_OI = torch.tensor([[float(value) for value in told["weights"]]])
+    quantized = quantize(weight_OI, 8)
+    back_OI = dequantize(quantized, torch.float32)
+    assert [float(value) for value in told["range"]] == [-0.30, 0.42]
+    assert torch.equal(weight_OI.aminmax()[0], torch.tensor(-0.30))
+    assert quantized.scales_OG.item() == float(told["scale"][0])
+    assert quantized.scales_OG.view(torch.int16).item() == 0x2A25
+    assert quantized.zeros_OG.item() == int(told["zero"][0])
+    assert quantized.codes_OI[0].tolist() == [int(value) for value in told["codes"]]
+    assert back_OI[0].tolist() == [float(value) for value in told["back"]]
+    assert pack(quantized.codes_OI).item() & 0xFFFFFFFF == int(told["word"][0], 16)
+    assert torch.equal(unpack(pack(quantized.codes_OI)), quantized.codes_OI)
+    assert f"{(back_OI - weight_OI).abs().max():.4f}" in text

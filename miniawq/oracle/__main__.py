@@ -12,14 +12,13 @@ from miniawq.oracle.check import PROFILES, Check, Profile
 from miniawq.oracle.contract import FLAGS, LEVELS
 from miniawq.oracle.door import chosen, conformance, load_target
 from miniawq.oracle.paste import save_arguments
-from miniawq.oracle.report import Report, as_json, as_junit, as_text, badge, read_expected_failures
+from miniawq.oracle.report import ConformanceReport, as_json, as_junit, as_text, badge, read_expected_failures
 from miniawq.oracle.stdio import Program
 
 DEFAULT_TARGET = "miniawq.oracle.target"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
     parser = cli.parser(
         "oracle",
         __doc__ or "",
@@ -76,7 +75,7 @@ def body(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def run_on(arguments: argparse.Namespace, checks: Sequence[Check]) -> Report:
+def run_on(arguments: argparse.Namespace, checks: Sequence[Check]) -> ConformanceReport:
     """The report on a module, object or program."""
     profile: Profile = PROFILES[arguments.profile]
     if arguments.seed is not None:
@@ -94,7 +93,7 @@ def run_on(arguments: argparse.Namespace, checks: Sequence[Check]) -> Report:
     )
 
 
-def save_examples(report: Report, directory: Path) -> None:
+def save_examples(report: ConformanceReport, directory: Path) -> None:
     """The arguments of each failing call as `<check id>.safetensors`."""
     directory.mkdir(parents=True, exist_ok=True)
     for result in report.results:
@@ -103,7 +102,6 @@ def save_examples(report: Report, directory: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
     return cli.run(body, build_parser(), argv)
 
 

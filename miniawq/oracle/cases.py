@@ -13,12 +13,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miniawq.oracle import truth
+import miniawq.oracle.truth as truth
 from miniawq.oracle.contract import Limits
 
-LARGEST_HALF_BITS = 0x7BFF
-ONE_BITS = 0x3C00
-EVERYWHERE = 1 << 30
+LARGEST_HALF_BITS = 0x7BFF  # float16 65504
+ONE_BITS = 0x3C00  # float16 1.0
+EVERYWHERE = 1 << 30  # more places than any case has
 
 
 def codes(random: Random, *shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def sparsely(random: Random, values: Tensor, count: int, default: Tensor) -> Ten
 
 
 @dataclass(frozen=True)
-class Layer:
+class PackedCase:
     """A quantized layer, unpacked; the packed form follows from it."""
 
     codes: Tensor
@@ -91,12 +91,12 @@ def groups_of(k: int, group_size: int) -> int:
 
 def random_layer(
     seed: int, k: int, n: int, group_size: int, scales: Callable[..., Tensor] = usual_scales, count: int = EVERYWHERE
-) -> Layer:
+) -> PackedCase:
     """A layer with `count` random weights; the others have code and zero 8, so they are zero."""
     random = Random(seed)
     groups = groups_of(k, group_size)
     eight, one = torch.tensor(8, dtype=torch.uint8), torch.tensor(1.0, dtype=torch.float16)
-    return Layer(
+    return PackedCase(
         sparsely(random, codes(random, k, n), count, eight),
         sparsely(random, codes(random, groups, n), count, eight),
         sparsely(random, scales(random, groups, n), count, one),
@@ -125,11 +125,11 @@ def smallest(limits: Limits, groups: int = 1, columns: int = 1) -> tuple[int, in
     return shape(group_size, groups, columns, limits)
 
 
-def layers(scales: Callable[..., Tensor]) -> Callable[[Limits], st.SearchStrategy[Layer]]:
+def layers(scales: Callable[..., Tensor]) -> Callable[[Limits], st.SearchStrategy[PackedCase]]:
     """Random layers with scales of one kind."""
 
-    def strategy(limits: Limits) -> st.SearchStrategy[Layer]:
-        def build(seed: int, shape: tuple[int, int, int], count: int) -> Layer:
+    def strategy(limits: Limits) -> st.SearchStrategy[PackedCase]:
+        def build(seed: int, shape: tuple[int, int, int], count: int) -> PackedCase:
             return random_layer(seed, *shape, scales=scales, count=count)
 
         return st.builds(build, st.integers(0, 2**16), shapes(limits), st.sampled_from([1, 4, EVERYWHERE]))
@@ -200,7 +200,7 @@ def exact_scales(random: Random, *shape: int) -> Tensor:
 
 
 def exact_rows(random: Random, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Activations [rows, K] of which so few are not 0, and those +1 or -1, that every partial sum is representable.
+    """Activations [rows, K], zeros but for a few +1 and -1: so few that every partial sum is representable.
 
     With scales of `exact_scales` a product is a whole number of units, at most 30. 64 of them stay below 2048, where
     float16 holds every integer; 8 stay below 256, where bfloat16 does. Any order and any format of the sum, scales

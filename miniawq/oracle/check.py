@@ -91,7 +91,7 @@ class Subject:
         except NotImplementedError as lack:
             raise Lacking(f"{function}: {lack}") from lack
         except Exception as error:
-            raise Broken("a result", f"{type(error).__name__}: {first_line(error)}") from error
+            raise Broken("a result", f"{type(error).__name__}: {message_of(error)}") from error
 
     def tensor(self, function: str, arguments: tuple[Any, ...], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """The one tensor a function must return, with its dtype and shape compared to what they must be."""
@@ -108,7 +108,7 @@ class Subject:
         except error as refusal:
             return str(refusal)
         except Exception as other:
-            got = f"{type(other).__name__}: {first_line(other)}"
+            got = f"{type(other).__name__}: {message_of(other)}"
             raise Broken(f"{error.__name__} because of {why}", got) from other
         name = "an exception" if error is Exception else error.__name__
         raise Broken(f"{name} because of {why}", "a result, with no error")
@@ -130,7 +130,7 @@ def as_tensors(result: Any) -> Any:
     return torch.as_tensor(result).detach().cpu()
 
 
-def first_line(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).splitlines() or [""])[0][:200]
 
@@ -201,7 +201,7 @@ class Check:
         return self.id.split(".")[0]
 
 
-def check(
+def rule(
     id: str, *needs: str, flags: tuple[str, ...] = (), effort: float = 1.0, **drawn: Any
 ) -> Callable[[Callable[..., None]], Check]:
     """Make a check of a body; its docstring's first paragraph is the rule that a failure prints.
@@ -240,7 +240,7 @@ class Result:
     seconds: float = field(default=0.0, compare=False)
 
 
-def run(check: Check, subject: Subject, profile: Profile) -> Result:
+def run_check(check: Check, subject: Subject, profile: Profile) -> Result:
     """Run one check; no exception of the target gets past here."""
     lacking = [name for name in check.needs if not subject.has(name)]
     if lacking:
@@ -264,7 +264,7 @@ def attempt(check: Check, subject: Subject, profile: Profile) -> Result:
     except Broken as broken:
         return Result(check, "failed", broken=broken)
     except Exception as error:  # a flaky target, or a result that no rule foresaw
-        unforeseen = Broken("a result that can be compared", f"{type(error).__name__}: {first_line(error)}")
+        unforeseen = Broken("a result that can be compared", f"{type(error).__name__}: {message_of(error)}")
         unforeseen.call = subject.last
         return Result(check, "failed", broken=unforeseen)
     return Result(check, "passed")

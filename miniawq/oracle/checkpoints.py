@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from miniawq.oracle import cases
-from miniawq.oracle.check import Broken, Check, Crash, Subject, check, expect_equal, expect_tensor
+import miniawq.oracle.cases as cases
+from miniawq.oracle.check import Broken, Check, Crash, Subject, expect_equal, expect_tensor, rule
 from miniawq.oracle.directories import (
     ATTENTION,
     AWQ_BLOCK,
@@ -70,7 +70,7 @@ def changed(edit: Callable[[Model], object], start: Callable[[], Model] = model)
     return make
 
 
-def block(start: Callable[[], Model] = model, **keys: object) -> Callable[[], Model]:
+def with_block(start: Callable[[], Model] = model, **keys: object) -> Callable[[], Model]:
     """A model with other keys in its quantization block; None removes one."""
 
     def edit(made: Model) -> None:
@@ -162,7 +162,7 @@ def without(*names: str) -> Callable[[Model], None]:
     return edit
 
 
-def cut(directory: Path) -> None:
+def cut_short(directory: Path) -> None:
     """The file loses its last third."""
     data = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(data[: len(data) * 2 // 3])
@@ -251,28 +251,30 @@ CASES = [
     either("compressed-channel", "compressed-tensors with one group of all inputs", channelwise),
     either("compressed-zeros-unexpected", "the config says symmetric, but zeros are stored, and not 8",
            lambda: model(compressed, compressed_block(symmetric=True))),
-    valid("transformers-keys", "the keys transformers 4 adds to the block", block(
+    valid("transformers-keys", "the keys transformers 4 adds to the block", with_block(
         backend="autoawq", do_fuse=False, exllama_config={}, fuse_max_seq_len=0, modules_to_fuse={})),
     either("zero-point-false", "auto-round: zero_point false, and qzeros that are all 8",
-           block(lambda: model(symmetric=True), zero_point=False)),
+           with_block(lambda: model(symmetric=True), zero_point=False)),
     either("zero-point-absent", "zero_point false and no qzeros: zeros are 8", changed(
         lambda m: [m.tensors.pop(name) for name in list(m.tensors) if name.endswith("qzeros")],
-        block(lambda: model(symmetric=True), zero_point=False))),
+        with_block(lambda: model(symmetric=True), zero_point=False))),
     either("file-name", "one file under AutoAWQ's old name", model,
            lambda d: (d / WEIGHTS).rename(d / "awq_model_w4_g128.safetensors")),
     either("head-packed", "the head is packed too", changed(packed_head)),
     either("gemv", "AutoAWQ GEMV, named so", lambda: model(gemv, AWQ_BLOCK | {"version": "gemv"})),
-    invalid("group-size-mismatch", "config.json says 64, the scales say 32", "group", block(group_size=64)),
+    invalid("group-size-mismatch", "config.json says 64, the scales say 32", "group", with_block(group_size=64)),
     invalid("gemv-called-gemm", "GEMV tensors under version gemm", "gemv layout shape qweight qzeros version",
             lambda: model(gemv, AWQ_BLOCK)),
     invalid("gptq", "GPTQ, named so", "gptq", lambda: model(gptq, AWQ_BLOCK | {"quant_method": "gptq"})),
     invalid("gptq-called-awq", "GPTQ tensors under quant_method awq", "gptq g_idx layout shape qweight",
             lambda: model(gptq, AWQ_BLOCK)),
-    invalid("bits-3", "three bits", "bit", block(bits=3)),
-    invalid("bits-8", "eight bits, under the old name", "bit", block(bits=None, w_bit=8)),
-    invalid("version-gemv-fast", "another layout by name", "gemv_fast gemvfast version", block(version="gemv_fast")),
-    invalid("version-marlin", "another layout by name", "marlin version", block(version="marlin")),
-    invalid("method-unknown", "a method nobody knows", "quant_method method squeeze", block(quant_method="squeeze")),
+    invalid("bits-3", "three bits", "bit", with_block(bits=3)),
+    invalid("bits-8", "eight bits, under the old name", "bit", with_block(bits=None, w_bit=8)),
+    invalid("version-gemv-fast", "another layout by name", "gemv_fast gemvfast version",
+            with_block(version="gemv_fast")),
+    invalid("version-marlin", "another layout by name", "marlin version", with_block(version="marlin")),
+    invalid("method-unknown", "a method nobody knows", "quant_method method squeeze",
+            with_block(quant_method="squeeze")),
     invalid("qzeros-missing", "zero_point true, but a layer has no qzeros", "qzeros q_proj",
             changed(without(f"{Q}.qzeros"))),
     invalid("scales-missing", "a layer has no scales", "scales q_proj", changed(without(f"{Q}.scales"))),
@@ -295,7 +297,7 @@ CASES = [
             lambda: model(compressed_symmetric, compressed_block())),
     invalid("compressed-shape", "weight_shape does not match the words", "weight_shape shape",
             changed(replace(f"{Q}.weight_shape", lambda t: t.flip(0) * 2), asymmetric)),
-    invalid("compressed-marlin-24", "a sparse format", "format marlin", block(asymmetric, format="marlin-24")),
+    invalid("compressed-marlin-24", "a sparse format", "format marlin", with_block(asymmetric, format="marlin-24")),
     invalid("shard-missing", "the index names a file that is not there", "00002", sharded,
             lambda d: (d / "model-00002-of-00002.safetensors").unlink()),
     invalid("index-wrong", "the index puts a tensor into the wrong file", f"norm {INDEX} index", sharded,
@@ -303,7 +305,7 @@ CASES = [
                                                          LINEARS[0] + ".extra": "model-00001-of-00002.safetensors"}))),
     invalid("index-outside", "the index points out of the directory", "outside path .. name", sharded,
             lambda d: edit_index(d, lambda m: m.update({EMBEDDING: "../elsewhere.safetensors"}))),
-    invalid("truncated", "a download that stopped", f"{WEIGHTS} truncated incomplete", model, cut),
+    invalid("truncated", "a download that stopped", f"{WEIGHTS} truncated incomplete", model, cut_short),
     invalid("lfs-pointer", "a git-lfs pointer instead of the file", f"{WEIGHTS} lfs", model, lfs_pointer),
     invalid("header-too-long", "a header longer than the file", f"{WEIGHTS} header", model,
             lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x00{}")),
@@ -356,7 +358,7 @@ def check_of(case: Case) -> Check:
 
     verb = {"valid": "reads", "acceptable": "reads-or-refuses", "invalid": "refuses"}[case.kind]
     body.__doc__ = f"{verb.replace('-', ' ')}: {case.comment}."
-    return check(f"L4.{verb}.{case.id}", "load_checkpoint")(body)
+    return rule(f"L4.{verb}.{case.id}", "load_checkpoint")(body)
 
 
 CHECKS = [check_of(case) for case in CASES]

@@ -1,6 +1,6 @@
 """What an implementation promises. The docstrings of `Target` are the specification; `FLAGS` are the legal differences.
 
-A target is any object (a module, a class instance, a program behind `stdio`) with some of the functions below, or
+A target is any object (a module, a class instance, a program that speaks `stdio`) with some of the functions below, or
 with further attributes of `Limits` where it does not take every shape. What it lacks is reported as skipped, never as
 passed.
 

@@ -9,17 +9,18 @@ from random import Random
 import torch
 from torch import Tensor
 
-from miniawq.oracle import cases, truth
-from miniawq.oracle.cases import Layer, groups_of, shape, smallest
-from miniawq.oracle.check import Broken, Subject, check, expect_equal
+import miniawq.oracle.cases as cases
+import miniawq.oracle.truth as truth
+from miniawq.oracle.cases import PackedCase, groups_of, shape, smallest
+from miniawq.oracle.check import Broken, Subject, expect_equal, rule
 
 
-def dequantize(target: Subject, layer: Layer) -> Tensor:
+def dequantize(target: Subject, layer: PackedCase) -> Tensor:
     """The target's weight, of the right dtype and shape."""
     return target.tensor("dequantize", layer.packed, torch.float16, tuple(layer.codes.shape))
 
 
-def expect_exact(target: Subject, layer: Layer) -> None:
+def expect_exact_weight(target: Subject, layer: PackedCase) -> None:
     """The target's weight has the bits of the definition."""
     expect_equal(dequantize(target, layer), truth.dequantize(*layer.packed), "weight")
 
@@ -29,13 +30,13 @@ def counting_codes(k: int, n: int) -> Tensor:
     return (torch.arange(k) % 16).to(torch.uint8)[:, None].expand(k, n).contiguous()
 
 
-@check("L1.shape-and-dtype", "dequantize")
-def shape_and_dtype(target: Subject) -> None:
+@rule("L1.shape-and-dtype", "dequantize")
+def shape_and_dtype_of_weight(target: Subject) -> None:
     """The weight is float16 [K, N]: input features first, as the files have it."""
     dequantize(target, cases.random_layer(1, *smallest(target.limits, groups=2, columns=3)))
 
 
-@check("L1.all-pairs", "dequantize")
+@rule("L1.all-pairs", "dequantize")
 def all_pairs(target: Subject) -> None:
     """All 16 codes against all 16 zeros: no offset on the zeros, no lost sign, no lost code."""
     k, n, group_size = smallest(target.limits, columns=2 if target.limits.multiple_of_n == 8 else 1)
@@ -43,10 +44,10 @@ def all_pairs(target: Subject) -> None:
     for first_zero in range(0, 16, n):
         zeros = ((torch.arange(n) + first_zero) % 16).to(torch.uint8).expand(groups, n).contiguous()
         scales = torch.ones(groups, n, dtype=torch.float16)
-        expect_exact(target, Layer(counting_codes(k, n), zeros, scales, group_size))
+        expect_exact_weight(target, PackedCase(counting_codes(k, n), zeros, scales, group_size))
 
 
-@check("L1.all-scales", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"))
+@rule("L1.all-scales", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"))
 def all_scales(target: Subject) -> None:
     """Every positive float16 as a scale, subnormals included, against codes 0..15: one rounding, ties to even."""
     multiple = target.limits.multiple_of_n
@@ -55,10 +56,12 @@ def all_scales(target: Subject) -> None:
     k, _, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     zeros = cases.codes(Random(3), groups, n)
-    expect_exact(target, Layer(counting_codes(k, n), zeros, bits.view(torch.float16).repeat(groups, 1), group_size))
+    expect_exact_weight(
+        target, PackedCase(counting_codes(k, n), zeros, bits.view(torch.float16).repeat(groups, 1), group_size)
+    )
 
 
-@check("L1.subnormals", "dequantize", flags=("FlushedSubnormals",))
+@rule("L1.subnormals", "dequantize", flags=("FlushedSubnormals",))
 def subnormals(target: Subject) -> None:
     """Scales and weights below 2**-14 keep their value."""
     k, n, group_size = smallest(target.limits)
@@ -66,19 +69,21 @@ def subnormals(target: Subject) -> None:
     for bits in (1, 2, 3, 0x200, 0x3FF, 0x400):
         scales = torch.full((groups, n), bits, dtype=torch.int16).view(torch.float16)
         zeros = torch.full((groups, n), 3, dtype=torch.uint8)
-        expect_exact(target, Layer(counting_codes(k, n), zeros, scales, group_size))
+        expect_exact_weight(target, PackedCase(counting_codes(k, n), zeros, scales, group_size))
 
 
-@check("L1.overflow", "dequantize")
+@rule("L1.overflow", "dequantize")
 def overflow(target: Subject) -> None:
     """A product above 65504 is infinite in float16, neither saturated nor NaN."""
     k, n, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     scales = torch.full((groups, n), 60000.0, dtype=torch.float16)
-    expect_exact(target, Layer(counting_codes(k, n), torch.ones(groups, n, dtype=torch.uint8), scales, group_size))
+    expect_exact_weight(
+        target, PackedCase(counting_codes(k, n), torch.ones(groups, n, dtype=torch.uint8), scales, group_size)
+    )
 
 
-@check("L1.group-boundaries", "dequantize")
+@rule("L1.group-boundaries", "dequantize")
 def group_boundaries(target: Subject) -> None:
     """Each group decodes with its own scale and zero, the rows on both sides of a boundary included.
 
@@ -89,39 +94,39 @@ def group_boundaries(target: Subject) -> None:
         groups = groups_of(k, group_size)
         scales = torch.arange(1, groups * n + 1).reshape(groups, n).to(torch.float16)
         zeros = (torch.arange(groups)[:, None] + torch.arange(n)).to(torch.uint8) % 15
-        expect_exact(target, Layer(torch.full((k, n), 15, dtype=torch.uint8), zeros, scales, group_size))
+        expect_exact_weight(target, PackedCase(torch.full((k, n), 15, dtype=torch.uint8), zeros, scales, group_size))
 
 
-@check("L1.one-group", "dequantize")
-def one_group(target: Subject) -> None:
+@rule("L1.one-group", "dequantize")
+def one_group_of_words(target: Subject) -> None:
     """A group_size of -1 is one group of all K inputs."""
     target.must_take(-1)
-    expect_exact(target, cases.random_layer(4, *shape(-1, 6, 2, target.limits)))
+    expect_exact_weight(target, cases.random_layer(4, *shape(-1, 6, 2, target.limits)))
 
 
-@check("L1.every-column", "dequantize")
+@rule("L1.every-column", "dequantize")
 def every_column(target: Subject) -> None:
     """Words, zeros and scales of each column meet: a layer with N of 8, 24 and 136, columns all different."""
     k, n, group_size = smallest(target.limits, groups=2)
     for columns in (1, 3, 17):
-        expect_exact(target, cases.random_layer(columns, k, n * columns, group_size))
+        expect_exact_weight(target, cases.random_layer(columns, k, n * columns, group_size))
 
 
-@check("L1.random", "dequantize", flags=("TwoRoundings",), layer=cases.layers(cases.usual_scales))
-def random_layer(target: Subject, layer: Layer) -> None:
+@rule("L1.random", "dequantize", flags=("TwoRoundings",), layer=cases.layers(cases.usual_scales))
+def random_case(target: Subject, layer: PackedCase) -> None:
     """Any layer with scales as real checkpoints hold them."""
-    expect_exact(target, layer)
+    expect_exact_weight(target, layer)
 
 
-@check("L1.random-scales", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"),
+@rule("L1.random-scales", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"),
        layer=cases.layers(cases.half_scales))  # fmt: skip
-def random_scales(target: Subject, layer: Layer) -> None:
+def random_scales(target: Subject, layer: PackedCase) -> None:
     """Any layer with scales from the whole range of float16."""
-    expect_exact(target, layer)
+    expect_exact_weight(target, layer)
 
 
-@check("L1.strides", "dequantize")
-def strides(target: Subject) -> None:
+@rule("L1.strides", "dequantize")
+def strides_of_words(target: Subject) -> None:
     """Transposed and sliced arguments give what their contiguous copies give."""
     layer = cases.random_layer(5, *smallest(target.limits, groups=2, columns=2))
     qweight, qzeros, scales, group_size = layer.packed
@@ -132,8 +137,8 @@ def strides(target: Subject) -> None:
         expect_equal(got, expected, "weight")
 
 
-@check("L1.inputs-unchanged", "dequantize")
-def inputs_unchanged(target: Subject) -> None:
+@rule("L1.inputs-unchanged", "dequantize")
+def words_and_scales_unchanged(target: Subject) -> None:
     """No argument is written into."""
     arguments = cases.random_layer(6, *smallest(target.limits, groups=2)).packed
     before = [a.clone() for a in arguments[:3]]
@@ -143,7 +148,7 @@ def inputs_unchanged(target: Subject) -> None:
             raise Broken("the arguments as they were", f"{name} changed")
 
 
-@check("L1.refuses-wrong-shapes", "dequantize", flags=("NoShapeCheck",))
+@rule("L1.refuses-wrong-shapes", "dequantize", flags=("NoShapeCheck",))
 def refuses_wrong_shapes(target: Subject) -> None:
     """Too few or too many groups of zeros or scales, or columns that do not match, raise."""
     layer = cases.random_layer(7, *smallest(target.limits, groups=2, columns=2), count=2)

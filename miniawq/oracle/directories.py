@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniawq.oracle import cases
+import miniawq.oracle.cases as cases
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,7 +31,7 @@ class Model:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     expected: dict[str, Tensor]
-    layers: dict[str, cases.Layer]
+    layers: dict[str, cases.PackedCase]
     texts: dict[str, str] = field(default_factory=dict)
     shards: dict[str, list[str]] = field(default_factory=dict)
 
@@ -56,13 +56,12 @@ def sequential(codes: Tensor) -> Tensor:
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
-def gemm(layer: cases.Layer) -> dict[str, Tensor]:
-    """AutoAWQ GEMM."""
+def gemm(layer: cases.PackedCase) -> dict[str, Tensor]:
     qweight, qzeros, scales, _ = layer.packed
     return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
 
 
-def gemv(layer: cases.Layer) -> dict[str, Tensor]:
+def gemv(layer: cases.PackedCase) -> dict[str, Tensor]:
     """AutoAWQ GEMV, groups of 32: four words of zeros at least (`calculate_zeros_width`)."""
     groups, n = layer.scales.shape
     width = (groups + 31) // 32 * 4
@@ -73,7 +72,7 @@ def gemv(layer: cases.Layer) -> dict[str, Tensor]:
     return {"qweight": sequential(layer.codes.t()), "qzeros": sequential(padded), "scales": scales}
 
 
-def gptq(layer: cases.Layer) -> dict[str, Tensor]:
+def gptq(layer: cases.PackedCase) -> dict[str, Tensor]:
     """GPTQ version 1: packed along the inputs, zeros less one."""
     k = layer.codes.shape[0]
     return {
@@ -84,7 +83,7 @@ def gptq(layer: cases.Layer) -> dict[str, Tensor]:
     }
 
 
-def compressed(layer: cases.Layer) -> dict[str, Tensor]:
+def compressed(layer: cases.PackedCase) -> dict[str, Tensor]:
     """compressed-tensors pack-quantized, asymmetric: zeros packed along the outputs."""
     return {
         "weight_packed": sequential(layer.codes.t()),
@@ -94,7 +93,7 @@ def compressed(layer: cases.Layer) -> dict[str, Tensor]:
     }
 
 
-def compressed_symmetric(layer: cases.Layer) -> dict[str, Tensor]:
+def compressed_symmetric(layer: cases.PackedCase) -> dict[str, Tensor]:
     """compressed-tensors pack-quantized, symmetric: all zeros are 8 and not stored."""
     parts = compressed(layer)
     del parts["weight_zero_point"]
@@ -132,7 +131,7 @@ def linear_shape(name: str, hidden: int, head: int) -> tuple[int, int]:
 
 
 def model(
-    encode: Callable[[cases.Layer], dict[str, Tensor]] = gemm,
+    encode: Callable[[cases.PackedCase], dict[str, Tensor]] = gemm,
     block: dict[str, Any] | None = None,
     hidden: int = 64,
     head: int = 32,
@@ -156,7 +155,7 @@ def model(
         if symmetric:
             layer.zeros.fill_(8)
         if scale_dtype != torch.float16:
-            layer = cases.Layer(layer.codes, layer.zeros, layer.scales.to(scale_dtype), group_size)
+            layer = cases.PackedCase(layer.codes, layer.zeros, layer.scales.to(scale_dtype), group_size)
         weight = layer.weight.t().to(torch.float32).to(scale_dtype)
         expected[f"{name}.weight"] = weight.contiguous()
         layers[name] = layer

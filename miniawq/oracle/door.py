@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
+import miniawq.oracle.checkpoints as checkpoints
+import miniawq.oracle.dequantization as dequantization
+import miniawq.oracle.multiplication as multiplication
+import miniawq.oracle.rounding as rounding
+import miniawq.oracle.search as search
+import miniawq.oracle.storage as storage
 from miniawq.errors import UsageError
-from miniawq.oracle import checkpoints, dequantization, multiplication, rounding, search, storage
-from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run
+from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run_check
 from miniawq.oracle.contract import FUNCTIONS, Limits
-from miniawq.oracle.report import Report, failure_lines, judge
+from miniawq.oracle.report import ConformanceReport, failure_lines, judge
 
 
 def checks_in(module: ModuleType) -> list[Check]:
@@ -60,11 +65,11 @@ def conformance(
     profile: Profile = PROFILES["default"],
     expected: Mapping[str, str] | None = None,
     told: Callable[[Result], None] = lambda result: None,
-) -> Report:
+) -> ConformanceReport:
     """Run `checks` on a target; `expected` maps ids of expected failures to reasons, `told` hears of each result."""
     subject = Subject(target, device)
     limits = {key: value for key, value in asdict(Limits.of(target)).items() if value != getattr(Limits, key)}
-    report = Report(
+    report = ConformanceReport(
         target=name or str(getattr(target, "name", "") or getattr(target, "__name__", type(target).__name__)),
         version=str(getattr(target, "version", getattr(target, "__version__", ""))),
         import_line=import_line,
@@ -74,7 +79,7 @@ def conformance(
     )
     started = time.perf_counter()
     for check in checks:
-        result = judge([run(check, subject, profile)], dict(expected or {}))[0]
+        result = judge([run_check(check, subject, profile)], dict(expected or {}))[0]
         told(result)
         report.results.append(result)
     report.seconds = time.perf_counter() - started
@@ -83,7 +88,7 @@ def conformance(
 
 def run_conformance(
     target: Any, levels: Sequence[str] = (), xfails: Mapping[str, str] | None = None, device: str = "cpu"
-) -> Report:
+) -> ConformanceReport:
     """Run the checks of these levels and raise AssertionError with every failure; else return the report."""
     report = conformance(target, chosen(levels), expected=xfails, device=device)
     bad = [r for r in report.results if r.status in ("failed", "xpassed")]

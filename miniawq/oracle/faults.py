@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniawq.oracle.check import Profile, Subject, run
+from miniawq.oracle.check import Profile, Subject, run_check
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
 
@@ -25,14 +25,14 @@ UNSHRUNK = Profile(shrink=False)
 def killed(fault: Fault, profile: Profile = UNSHRUNK) -> bool:
     """Whether the check that is named with the fault finds it."""
     check = next(check for check in CHECKS if check.id == fault.killer)
-    return run(check, Subject(fault.target()), profile).status == "failed"
+    return run_check(check, Subject(fault.target()), profile).status == "failed"
 
 
 def finders(fault: Fault, profile: Profile = UNSHRUNK) -> list[str]:
     """The ids of all checks of the fault's level that find it."""
     subject = Subject(fault.target())
     level = fault.killer.split(".")[0]
-    return [c.id for c in CHECKS if c.level == level and run(c, subject, profile).status == "failed"]
+    return [c.id for c in CHECKS if c.level == level and run_check(c, subject, profile).status == "failed"]
 
 
 def table(faults: Sequence[Fault]) -> str:
@@ -46,7 +46,6 @@ def table(faults: Sequence[Fault]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
     parser = argparse.ArgumentParser(prog="python -m miniawq.oracle.faults", description=__doc__)
     parser.add_argument("--level", default="", help="only the faults of one level")
     parser.add_argument(
@@ -56,7 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
     arguments = build_parser().parse_args(argv)
     text = table([fault for fault in FAULTS if fault.killer.startswith(arguments.level)])
     if arguments.into:

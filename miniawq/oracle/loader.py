@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from miniawq.oracle import truth
+import miniawq.oracle.truth as truth
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -26,7 +26,7 @@ def load_checkpoint(directory: Path) -> dict[str, Tensor]:
     config = read_json(directory / "config.json")
     block = config.get("quantization_config") or read_side_block(directory)
     stored = read_tensors(directory)
-    linears = linear_shapes(config)
+    linears = shapes_of_linears(config)
     result = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[0] not in packed(stored)}
     result |= {name: tensor for name, tensor in stored.items() if name.endswith(".bias")}
     for linear in packed(stored):
@@ -40,7 +40,6 @@ def load_checkpoint(directory: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -82,12 +81,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def packed(stored: dict[str, Tensor]) -> list[str]:
-    """The linear layers of which some packed part is there."""
+    """The linear layers with at least one packed part."""
     parts = ("qweight", "qzeros", "scales", "weight_packed")
     return sorted({name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in parts})
 
 
-def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def shapes_of_linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """K and N of every linear layer but the head."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
@@ -124,14 +123,13 @@ def decode(linear: str, parts: dict[str, Tensor], block: dict[str, Any], k: int,
     """The dense weight [N, K] of one packed layer, by the method its block names."""
     method = str(block.get("quant_method", "awq")).lower()
     if method == "awq":
-        return decode_awq(linear, parts, block, k, n)
+        return decode_gemm(linear, parts, block, k, n)
     if method == "compressed-tensors":
         return decode_compressed(linear, parts, block, k, n)
     raise Refused(f"quant_method {method} is not read")
 
 
-def decode_awq(linear: str, parts: dict[str, Tensor], block: dict[str, Any], k: int, n: int) -> Tensor:
-    """AutoAWQ GEMM."""
+def decode_gemm(linear: str, parts: dict[str, Tensor], block: dict[str, Any], k: int, n: int) -> Tensor:
     bits, size = block.get("bits", block.get("w_bit")), int(block.get("group_size", block.get("q_group_size", 0)))
     if bits != 4:
         raise Refused(f"bits {bits}")
@@ -144,7 +142,6 @@ def decode_awq(linear: str, parts: dict[str, Tensor], block: dict[str, Any], k: 
 
 
 def decode_compressed(linear: str, parts: dict[str, Tensor], block: dict[str, Any], k: int, n: int) -> Tensor:
-    """compressed-tensors pack-quantized."""
     settings = block["config_groups"]["group_0"]["weights"]
     if block["format"] != "pack-quantized" or settings["num_bits"] != 4 or settings.get("actorder"):
         told = f"{settings['num_bits']} bits, actorder {settings.get('actorder')}"

@@ -25,34 +25,34 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miniawq.oracle import cases
-from miniawq.oracle.cases import EVERYWHERE, Layer, groups_of, shape, smallest
-from miniawq.oracle.check import Broken, Lacking, Subject, check, expect_equal, expect_within, name_of
+import miniawq.oracle.cases as cases
+from miniawq.oracle.cases import EVERYWHERE, PackedCase, groups_of, shape, smallest
+from miniawq.oracle.check import Broken, Lacking, Subject, expect_equal, expect_within, name_of, rule
 from miniawq.oracle.contract import Limits
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 WEIGHT_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 + 2.0**-11 + 2.0**-19, torch.float32: 2.0**-11}
-SUBNORMAL = 2.0**-25
+SUBNORMAL = 2.0**-25  # half the distance of subnormal float16 numbers
 
 
-def multiply(target: Subject, x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
+def product_of_target(target: Subject, x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> Tensor:
     """The target's product, of the right dtype and shape."""
     arguments = (x, *layer.packed) if bias is None else (x, *layer.packed, bias)
     return target.tensor("matmul", arguments, x.dtype, (*x.shape[:-1], layer.codes.shape[1]))
 
 
-def product(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> Tensor:
     """The real product, float64."""
     y = x.to(torch.float64) @ layer.weight
     return y if bias is None else y + bias.to(torch.float64)
 
 
-def expect_exact(target: Subject, x: Tensor, layer: Layer, bias: Tensor | None = None) -> None:
+def expect_exact_product(target: Subject, x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> None:
     """The target's product has the bits of the real one."""
-    expect_equal(multiply(target, x, layer, bias), product(x, layer, bias).to(x.dtype), "y")
+    expect_equal(product_of_target(target, x, layer, bias), product(x, layer, bias).to(x.dtype), "y")
 
 
-def error_bound(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
+def error_bound(x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> Tensor:
     """The bound of this module's docstring, float64, for every output."""
     u, u_w, operations = UNIT[x.dtype], WEIGHT_UNIT[x.dtype], (x.shape[-1] + 8) * 2.0**-24
     grown = operations / (1 - operations)
@@ -66,14 +66,14 @@ def error_bound(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
     return error
 
 
-def dtypes(target: Subject) -> list[torch.dtype]:
+def dtypes_taken(target: Subject) -> list[torch.dtype]:
     """The dtypes of x that the target takes."""
     return [getattr(torch, name) for name in target.limits.dtypes]
 
 
 def first_dtype(target: Subject) -> torch.dtype:
     """float16 where the target takes it."""
-    return dtypes(target)[0]
+    return dtypes_taken(target)[0]
 
 
 def exact_layer(
@@ -83,7 +83,7 @@ def exact_layer(
     columns: int = 2,
     group_size: int | None = None,
     count: int = EVERYWHERE,
-) -> Layer:
+) -> PackedCase:
     """A layer whose scales are two adjacent powers of two."""
     if group_size is None:
         made = smallest(target.limits, groups, columns)
@@ -92,10 +92,10 @@ def exact_layer(
     return cases.random_layer(seed, *made, cases.exact_scales, count)
 
 
-def exact_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, Layer]]:
+def exact_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, PackedCase]]:
     """Rows and layers for which every correct product has the same bits."""
 
-    def build(dtype: str, rows: int, layer: Layer, seed: int) -> tuple[Tensor, Layer]:
+    def build(dtype: str, rows: int, layer: PackedCase, seed: int) -> tuple[Tensor, PackedCase]:
         return cases.exact_rows(Random(seed), rows, layer.codes.shape[0], getattr(torch, dtype)), layer
 
     return st.builds(
@@ -107,32 +107,32 @@ def exact_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, Layer]]:
     )
 
 
-@check("L3.shape-and-dtype", "matmul")
-def shape_and_dtype(target: Subject) -> None:
+@rule("L3.shape-and-dtype", "matmul")
+def shape_and_dtype_of_product(target: Subject) -> None:
     """The result is [..., N] in the dtype of x, for each of float16, bfloat16 and float32."""
     layer = exact_layer(target, 1)
-    for dtype in dtypes(target):
-        multiply(target, cases.exact_rows(Random(1), 2, layer.codes.shape[0], dtype), layer)
+    for dtype in dtypes_taken(target):
+        product_of_target(target, cases.exact_rows(Random(1), 2, layer.codes.shape[0], dtype), layer)
 
 
-@check("L3.exact", "matmul", drawn=exact_products)
-def exact(target: Subject, drawn: tuple[Tensor, Layer]) -> None:
+@rule("L3.exact", "matmul", drawn=exact_products)
+def exact(target: Subject, drawn: tuple[Tensor, PackedCase]) -> None:
     """Where every partial sum is representable the product is exact, in every dtype and for every group size."""
-    expect_exact(target, *drawn)
+    expect_exact_product(target, *drawn)
 
 
-@check("L3.one-hot", "matmul")
+@rule("L3.one-hot", "matmul")
 def one_hot(target: Subject) -> None:
     """A row with a single 1 reads one row of the weight, for every input feature."""
     layer = exact_layer(target, 2, groups=3)
     k = layer.codes.shape[0]
-    for dtype in dtypes(target):
+    for dtype in dtypes_taken(target):
         for start in range(0, k, min(target.limits.max_rows, 64)):
             rows = torch.eye(k, dtype=dtype)[start : start + min(target.limits.max_rows, 64)]
-            expect_exact(target, rows, layer)
+            expect_exact_product(target, rows, layer)
 
 
-@check("L3.group-sizes", "matmul")
+@rule("L3.group-sizes", "matmul")
 def group_sizes(target: Subject) -> None:
     """Every group size the target takes, -1 included, each group with its own scale and zero, the last one too."""
     for group_size in target.limits.group_sizes:
@@ -140,47 +140,47 @@ def group_sizes(target: Subject) -> None:
         k = layer.codes.shape[0]
         x = torch.zeros(3, k, dtype=first_dtype(target))
         x[0, :4], x[1, k // 2 : k // 2 + 4], x[2, -4:] = 1, -1, 1
-        expect_exact(target, x, layer)
+        expect_exact_product(target, x, layer)
 
 
-@check("L3.rows", "matmul")
+@rule("L3.rows", "matmul")
 def rows(target: Subject) -> None:
     """1 to 64 rows: below, at and past every usual tile."""
     layer = exact_layer(target, 4)
     for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64):
         if count <= target.limits.max_rows:
-            expect_exact(
+            expect_exact_product(
                 target, cases.exact_rows(Random(count), count, layer.codes.shape[0], first_dtype(target)), layer
             )
 
 
-@check("L3.no-rows", "matmul")
+@rule("L3.no-rows", "matmul")
 def no_rows(target: Subject) -> None:
     """No rows give no rows."""
     layer = exact_layer(target, 5)
-    multiply(target, torch.zeros(0, layer.codes.shape[0], dtype=first_dtype(target)), layer)
+    product_of_target(target, torch.zeros(0, layer.codes.shape[0], dtype=first_dtype(target)), layer)
 
 
-@check("L3.past-tiles", "matmul")
+@rule("L3.past-tiles", "matmul")
 def past_tiles(target: Subject) -> None:
     """Output and input features that no power-of-two tile divides: N of 136 and 264, K of 160 and 416."""
     for groups, columns in ((5, 17), (13, 33), (1, 1)):
         layer = exact_layer(target, groups, groups=groups, columns=columns)
-        expect_exact(target, cases.exact_rows(Random(6), 5, layer.codes.shape[0], first_dtype(target)), layer)
+        expect_exact_product(target, cases.exact_rows(Random(6), 5, layer.codes.shape[0], first_dtype(target)), layer)
 
 
-@check("L3.leading-dimensions", "matmul")
+@rule("L3.leading-dimensions", "matmul")
 def leading_dimensions(target: Subject) -> None:
     """x may have no leading dimension, one, or several."""
     layer = exact_layer(target, 7)
     k = layer.codes.shape[0]
     x = cases.exact_rows(Random(7), 6, k, first_dtype(target))
     for view in (x[0], x[:1], x.reshape(2, 3, k), x.reshape(1, 6, 1, k), x.reshape(3, 1, 2, k)):
-        expect_exact(target, view, layer)
+        expect_exact_product(target, view, layer)
 
 
-@check("L3.strides", "matmul")
-def strides(target: Subject) -> None:
+@rule("L3.strides", "matmul")
+def strides_of_factors(target: Subject) -> None:
     """x, words and scales may be transposed or sliced views."""
     layer = exact_layer(target, 8)
     x = cases.exact_rows(Random(8), 6, layer.codes.shape[0], first_dtype(target))
@@ -191,27 +191,27 @@ def strides(target: Subject) -> None:
         torch.cat([x, x + 1])[::2],
         torch.cat([x + 1, x], 1)[:, x.shape[1] :],
     ):
-        expect_exact(target, view, layer)
+        expect_exact_product(target, view, layer)
     qweight, qzeros, scales, group_size = layer.packed
     views = [t.t().contiguous().t() for t in (qweight, qzeros, scales)]
     got = target.tensor("matmul", (x, *views, group_size), x.dtype, (6, scales.shape[1]))
     expect_equal(got, product(x, layer).to(x.dtype), "y")
 
 
-@check("L3.bias", "matmul")
+@rule("L3.bias", "matmul")
 def bias(target: Subject) -> None:
     """The bias is added once, to every row, and to the right column."""
     layer = exact_layer(target, 9)
     k, n = layer.codes.shape
-    for dtype in dtypes(target):
+    for dtype in dtypes_taken(target):
         values = ((torch.arange(n) % 13 - 6) / 64).to(dtype)
         x = torch.zeros(3, k, dtype=dtype)
         x[1, 0], x[2, -1] = 1, -1
-        expect_exact(target, x, layer, values)
+        expect_exact_product(target, x, layer, values)
 
 
-@check("L3.inputs-unchanged", "matmul")
-def inputs_unchanged(target: Subject) -> None:
+@rule("L3.inputs-unchanged", "matmul")
+def factors_unchanged(target: Subject) -> None:
     """No argument is written into, and a second call gives the same bits."""
     layer = exact_layer(target, 10)
     x = cases.exact_rows(Random(10), 3, layer.codes.shape[0], first_dtype(target))
@@ -224,7 +224,7 @@ def inputs_unchanged(target: Subject) -> None:
     expect_equal(target.call("matmul", *arguments), first, "y of the second call")
 
 
-@check("L3.nan-stays-in-its-row", "matmul")
+@rule("L3.nan-stays-in-its-row", "matmul")
 def nan_stays_in_its_row(target: Subject) -> None:
     """NaN in one row makes every output of it NaN, infinity leaves none finite, and no other row changes.
 
@@ -235,31 +235,35 @@ def nan_stays_in_its_row(target: Subject) -> None:
     x = cases.exact_rows(Random(11), 4, layer.codes.shape[0], first_dtype(target))
     x[1, 0], x[2, 0] = float("nan"), float("inf")
     expected = product(x, layer).to(x.dtype)
-    got = multiply(target, x, layer)
+    got = product_of_target(target, x, layer)
     if bool(got[2].isfinite().any()):
         raise Broken("no finite output in the row with an infinite input", f"y[2] = {got[2].tolist()[:8]}")
     expect_equal(torch.cat([got[:2], got[3:]]), torch.cat([expected[:2], expected[3:]]), "y without row 2: y")
 
 
-@check("L3.accumulator-range", "matmul", flags=("HalfAccumulation",))
+@rule("L3.accumulator-range", "matmul", flags=("HalfAccumulation",))
 def accumulator_range(target: Subject) -> None:
     """Partial sums may be beyond 65504 where the result is not."""
-    if torch.float16 not in dtypes(target):
+    if torch.float16 not in dtypes_taken(target):
         raise Lacking("the target does not take float16")
     target.must_take(-1)
     k, n, group_size = shape(-1, 1, 1, target.limits)
     codes = torch.full((k, n), 9, dtype=torch.uint8)
-    layer = Layer(codes, torch.full((1, n), 8, dtype=torch.uint8), torch.ones(1, n, dtype=torch.float16), group_size)
+    layer = PackedCase(
+        codes, torch.full((1, n), 8, dtype=torch.uint8), torch.ones(1, n, dtype=torch.float16), group_size
+    )
     x = torch.zeros(1, k, dtype=torch.float16)
     x[0, : k // 2], x[0, k // 2 :] = 32768.0, -32768.0
     x[0, 0] = 32768.0 + 32
-    expect_exact(target, x, layer)
+    expect_exact_product(target, x, layer)
 
 
-def random_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, Layer, Tensor | None]]:
+def random_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, PackedCase, Tensor | None]]:
     """Rows of normal activations with outlier channels, random layers, and a bias or none."""
 
-    def build(dtype: str, rows: int, layer: Layer, seed: int, has_bias: bool) -> tuple[Tensor, Layer, Tensor | None]:
+    def build(
+        dtype: str, rows: int, layer: PackedCase, seed: int, has_bias: bool
+    ) -> tuple[Tensor, PackedCase, Tensor | None]:
         random = Random(seed)
         k, n = layer.codes.shape
         x = cases.normal(random, rows, k)
@@ -271,26 +275,30 @@ def random_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, Layer, Te
                      cases.layers(cases.usual_scales)(limits), st.integers(0, 2**16), st.booleans())  # fmt: skip
 
 
-@check("L3.random", "matmul", flags=("HalfAccumulation", "TwoRoundings"), drawn=random_products)
-def random_product(target: Subject, drawn: tuple[Tensor, Layer, Tensor | None]) -> None:
+@rule("L3.random", "matmul", flags=("HalfAccumulation", "TwoRoundings"), drawn=random_products)
+def random_product(target: Subject, drawn: tuple[Tensor, PackedCase, Tensor | None]) -> None:
     """Random rows and layers keep the bound for one rounding of the weight, float32 sums and one of the result."""
     x, layer, values = drawn
-    expect_within(multiply(target, x, layer, values), product(x, layer, values), error_bound(x, layer, values), "y")
+    expect_within(
+        product_of_target(target, x, layer, values), product(x, layer, values), error_bound(x, layer, values), "y"
+    )
 
 
-@check("L3.long-sums", "matmul", flags=("HalfAccumulation", "TwoRoundings"))
+@rule("L3.long-sums", "matmul", flags=("HalfAccumulation", "TwoRoundings"))
 def long_sums(target: Subject) -> None:
     """4096 products of one sign keep the bound: the sum is not kept in half precision."""
     group_size = max(target.limits.group_sizes)
     k, n, _ = shape(group_size, 1 if group_size == -1 else 4096 // group_size, 1, target.limits)
     layer = cases.random_layer(12, k, n, group_size)
     layer.zeros.zero_()
-    for dtype in dtypes(target):
+    for dtype in dtypes_taken(target):
         x = (cases.normal(Random(12), 2, k).abs() / 16).to(dtype)
-        expect_within(multiply(target, x, layer), product(x, layer), error_bound(x, layer), f"{name_of(dtype)} y")
+        expect_within(
+            product_of_target(target, x, layer), product(x, layer), error_bound(x, layer), f"{name_of(dtype)} y"
+        )
 
 
-@check("L3.refuses-short-input", "matmul", flags=("NoShapeCheck",))
+@rule("L3.refuses-short-input", "matmul", flags=("NoShapeCheck",))
 def refuses_short_input(target: Subject) -> None:
     """x with fewer or more features than the weight, and scales or zeros with groups missing, raise."""
     layer = exact_layer(target, 13, count=2)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from miniawq.oracle.check import Broken, Call, name_of
 
-LONGEST_LITERAL = 300
-MOST_EXCEPTIONS = 12
+LONGEST_LITERAL = 300  # elements: what still fits on a screen
+MOST_EXCEPTIONS = 12  # elements set one by one after a constant: more would be longer than the literal
 
 
-def describe(call: Call) -> str:
+def describe_call(call: Call) -> str:
     """One line: the function with the dtypes and shapes of its arguments."""
     return f"{call.function}({', '.join(f'{name}={short(value)}' for name, value in call.arguments.items())})"
 

@@ -13,13 +13,13 @@ import torch
 from miniawq.errors import UsageError
 from miniawq.oracle.check import Check, Result
 from miniawq.oracle.contract import CONTRACT, FLAGS, FUNCTIONS, LEVELS
-from miniawq.oracle.paste import describe, snippet
+from miniawq.oracle.paste import describe_call, snippet
 
 STATUSES = ("passed", "failed", "skipped", "xfailed", "xpassed")
 
 
 @dataclass
-class Report:
+class ConformanceReport:
     """All results of one run."""
 
     target: str
@@ -92,12 +92,12 @@ def flag_of(reason: str) -> str:
     return word if word in FLAGS else ""
 
 
-def badge(report: Report) -> str:
+def badge(report: ConformanceReport) -> str:
     """One line: `L0 ok, L1 ok, L2 acceptable(ZeroNotInRange), L3 skipped`."""
     return ", ".join(f"{level} {verdict(report, level)}" for level in report.levels())
 
 
-def verdict(report: Report, level: str) -> str:
+def verdict(report: ConformanceReport, level: str) -> str:
     """A level in a word or two."""
     counts = report.counts(level)
     if counts["failed"] or counts["xpassed"]:
@@ -110,7 +110,7 @@ def verdict(report: Report, level: str) -> str:
     return "ok" if counts["passed"] else "skipped"
 
 
-def as_text(report: Report, verbose: bool = False) -> str:
+def as_text(report: ConformanceReport, verbose: bool = False) -> str:
     """The report for people."""
     lines = [*header_lines(report), ""]
     lines += [f"{level} {LEVELS[level]:16} {tally(report.counts(level))}" for level in report.levels()]
@@ -127,7 +127,7 @@ def as_text(report: Report, verbose: bool = False) -> str:
     return "\n".join(lines)
 
 
-def header_lines(report: Report) -> list[str]:
+def header_lines(report: ConformanceReport) -> list[str]:
     """What was run, on what, and what the target has and takes."""
     lines = [
         f"target      {report.target} {report.version}".rstrip(),
@@ -147,13 +147,13 @@ def tally(counts: Counter) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
 
 
-def failure_lines(report: Report, result: Result) -> list[str]:
+def failure_lines(report: ConformanceReport, result: Result) -> list[str]:
     """A failure: the rule, the call, both sides, what it may mean, and lines to paste."""
     broken = result.broken
     assert broken is not None
     lines = [f"FAILED {result.check.id}", f"  rule      {result.check.rule}"]
     if broken.call:
-        lines.append(f"  call      {describe(broken.call)}")
+        lines.append(f"  call      {describe_call(broken.call)}")
     lines += [f"  expected  {broken.expected}", f"  got       {broken.got}"]
     lines += [f"  may be    {flag}: {FLAGS[flag]}" for flag in result.check.flags]
     if broken.call:
@@ -164,7 +164,7 @@ def failure_lines(report: Report, result: Result) -> list[str]:
     return lines
 
 
-def as_json(report: Report) -> str:
+def as_json(report: ConformanceReport) -> str:
     """The whole report as JSON."""
     failures = [r for r in report.results if r.status in ("failed", "xfailed")]
     return json.dumps(
@@ -189,7 +189,7 @@ def as_json(report: Report) -> str:
     )
 
 
-def failure_record(report: Report, result: Result) -> dict[str, Any]:
+def failure_record(report: ConformanceReport, result: Result) -> dict[str, Any]:
     """One failure for machines."""
     broken = result.broken
     assert broken is not None
@@ -197,14 +197,14 @@ def failure_record(report: Report, result: Result) -> dict[str, Any]:
         "id": result.check.id,
         "rule": result.check.rule,
         "flags": list(result.check.flags),
-        "call": describe(broken.call) if broken.call else None,
+        "call": describe_call(broken.call) if broken.call else None,
         "expected": broken.expected,
         "got": broken.got,
         "example": snippet(report.import_line, broken.call, broken) if broken.call else None,
     }
 
 
-def as_junit(report: Report) -> str:
+def as_junit(report: ConformanceReport) -> str:
     """JUnit XML: a test suite per level, a test case per check."""
     root = ElementTree.Element("testsuites", name=f"miniawq.oracle {report.target}")
     for level in report.levels():
@@ -219,7 +219,7 @@ def as_junit(report: Report) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 
 
-def add_case(suite: ElementTree.Element, report: Report, result: Result) -> None:
+def add_case(suite: ElementTree.Element, report: ConformanceReport, result: Result) -> None:
     """One check as a JUnit test case."""
     case = ElementTree.SubElement(
         suite, "testcase", classname=report.target, name=result.check.id, time=f"{result.seconds:.3f}"

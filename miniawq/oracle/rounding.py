@@ -4,7 +4,7 @@ The tolerance. A group has range R = M - m with m = min(w, 0), M = max(w, 0), an
 + d) with |d| <= u = 2**-11 when rounded to nearest, plus at most 2**-25 where s is subnormal. Two ways of coding are
 correct:
 
-* from the stored s: the error is s / 2 inside the range of the codes; where s was rounded down the ends of the range
+* from the stored s: the error is s / 2 inside the range of the codes; where s was rounded down the sides of the range
   lie up to R - 15 s <= 15 u / (1 - u) s outside it;
 * from R / 15 before it is rounded: s / 2 in its own step, and the step itself moves each of 15 codes by u s.
 
@@ -18,14 +18,15 @@ exceed it or `L2.step`.
 import torch
 from torch import Tensor
 
-from miniawq.oracle import cases, truth
+import miniawq.oracle.cases as cases
+import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, shape, smallest
-from miniawq.oracle.check import Broken, Lacking, Subject, check, expect_equal, expect_tensor, expect_within
+from miniawq.oracle.check import Broken, Lacking, Subject, expect_equal, expect_tensor, expect_within, rule
 
-HALF_ULP = 2.0**-11
-SUBNORMAL_STEP = 2.0**-24
-BOUND_IN_SCALES = 0.5 + 15 * HALF_ULP / (1 - HALF_ULP) + 16 * 2.0**-23
-BOUND_SUBNORMAL = 15 * SUBNORMAL_STEP / 2
+HALF_ULP = 2.0**-11  # relative; the rounding of a float16
+SUBNORMAL_STEP = 2.0**-24  # the distance of subnormal float16 numbers
+BOUND_IN_SCALES = 0.5 + 15 * HALF_ULP / (1 - HALF_ULP) + 16 * 2.0**-23  # derived above
+BOUND_SUBNORMAL = 15 * SUBNORMAL_STEP / 2  # 15 codes, each half a step off
 
 
 def quantize(target: Subject, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,25 +74,25 @@ def plain(target: Subject, groups: int = 2, columns: int = 1, seed: int = 1) -> 
     return random_weight(seed, n, k), group_size
 
 
-@check("L2.shape-and-range", "quantize")
+@rule("L2.shape-and-range", "quantize")
 def shape_and_range(target: Subject) -> None:
     """Codes uint8 [K, N] and zeros uint8 [G, N] in 0..15, scales float16 [G, N], positive and finite."""
     quantize(target, *plain(target, groups=3, columns=2))
 
 
-@check("L2.bound", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
+@rule("L2.bound", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
 def bound(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """Where a group holds both signs, no weight is off by more than half a scale plus the rounding of the scale."""
     expect_bound(target, *drawn)
 
 
-@check("L2.step", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
+@rule("L2.step", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
 def step(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """Where a group holds both signs, its scale is its range / 15 within a rounding to float16."""
     expect_step(target, *drawn)
 
 
-@check("L2.nearest", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
+@rule("L2.nearest", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
 def nearest(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """No other code under the same scale and zero would be nearer, beyond what the rounding of the scale costs."""
     weight, group_size = drawn
@@ -103,7 +104,7 @@ def nearest(target: Subject, drawn: tuple[Tensor, int]) -> None:
     expect_within(error, best, 30 * HALF_ULP * per_weight(scales, k) + BOUND_SUBNORMAL, "error of weight")
 
 
-@check("L2.zero-stays-zero", "quantize", drawn=cases.weights)
+@rule("L2.zero-stays-zero", "quantize", drawn=cases.weights)
 def zero_stays_zero(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """A weight of 0 between weights of both signs has the code of its zero, and comes back as 0."""
     weight, group_size = drawn
@@ -113,7 +114,7 @@ def zero_stays_zero(target: Subject, drawn: tuple[Tensor, int]) -> None:
     expect_equal(codes[2::4], per_weight(zeros, weight.shape[1])[2::4].to(torch.uint8), "code of 0 at ")
 
 
-@check("L2.monotone", "quantize", drawn=cases.weights)
+@rule("L2.monotone", "quantize", drawn=cases.weights)
 def monotone(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """Inside a group a larger weight never has a smaller code."""
     weight, group_size = drawn
@@ -126,7 +127,7 @@ def monotone(target: Subject, drawn: tuple[Tensor, int]) -> None:
         raise Broken("codes in the order of the weights", "a larger weight with a smaller code")
 
 
-@check("L2.idempotent", "quantize")
+@rule("L2.idempotent", "quantize")
 def idempotent(target: Subject) -> None:
     """Weights that are on a grid keep their codes and zeros; the scales move by one float16 at most."""
     for group_size in target.limits.group_sizes:
@@ -142,7 +143,7 @@ def idempotent(target: Subject) -> None:
         expect_within(difference, torch.zeros_like(difference), torch.ones(()), "units in the last place of scale")
 
 
-@check("L2.powers-of-two", "quantize", drawn=cases.weights)
+@rule("L2.powers-of-two", "quantize", drawn=cases.weights)
 def powers_of_two(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """A weight times 2**k has the same codes and zeros, and scales times 2**k."""
     weight, group_size = drawn
@@ -156,7 +157,7 @@ def powers_of_two(target: Subject, drawn: tuple[Tensor, int]) -> None:
             expect_equal(again[2], scales * 2.0**exponent, f"times 2**{exponent}: scale")
 
 
-@check("L2.permutations", "quantize")
+@rule("L2.permutations", "quantize")
 def permutations(target: Subject) -> None:
     """Exchanging output channels, groups, or weights inside a group exchanges the results and changes nothing else."""
     weight, group_size = plain(target, groups=4, columns=2, seed=12)
@@ -173,7 +174,7 @@ def permutations(target: Subject) -> None:
     expect_equal(got[2], scales[blocks][:, rows], "scale")
 
 
-@check("L2.groups-independent", "quantize")
+@rule("L2.groups-independent", "quantize")
 def groups_independent(target: Subject) -> None:
     """Other values in one group or output channel leave all other groups alone; the last group has its own scale."""
     weight, group_size = plain(target, groups=3, columns=1, seed=13)
@@ -190,7 +191,7 @@ def groups_independent(target: Subject) -> None:
     expect_bound(target, changed, group_size)
 
 
-@check("L2.one-signed", "quantize", flags=("ZeroNotInRange",))
+@rule("L2.one-signed", "quantize", flags=("ZeroNotInRange",))
 def one_signed(target: Subject) -> None:
     """Groups of only positive or only negative weights keep the bound: zero is in the range of every group."""
     weight, group_size = plain(target, seed=14)
@@ -199,7 +200,7 @@ def one_signed(target: Subject) -> None:
             expect_bound(target, sign * (weight.abs() / 8 + distance), group_size)
 
 
-@check("L2.constant", "quantize", flags=("ZeroNotInRange",))
+@rule("L2.constant", "quantize", flags=("ZeroNotInRange",))
 def constant(target: Subject) -> None:
     """A group of one repeated value keeps it, within the bound of a scale of value / 15."""
     weight, group_size = plain(target)
@@ -208,7 +209,7 @@ def constant(target: Subject) -> None:
         expect_step(target, torch.full_like(weight, value), group_size)
 
 
-@check("L2.zero-group", "quantize")
+@rule("L2.zero-group", "quantize")
 def zero_group(target: Subject) -> None:
     """A group of zeros comes back as zeros, with a positive scale."""
     weight, group_size = plain(target)
@@ -218,7 +219,7 @@ def zero_group(target: Subject) -> None:
     expect_equal(torch.where(weight == 0, rounded, 0.0), torch.zeros_like(rounded), "weight")
 
 
-@check("L2.tiny", "quantize", flags=("ScaleFloor", "ZeroNotInRange", "HalfArithmetic"))
+@rule("L2.tiny", "quantize", flags=("ScaleFloor", "ZeroNotInRange", "HalfArithmetic"))
 def tiny(target: Subject) -> None:
     """Weights of 1e-5 and 1e-7 keep the bound, with scales that follow them into the subnormal numbers."""
     weight, group_size = plain(target, seed=15)
@@ -227,7 +228,7 @@ def tiny(target: Subject) -> None:
         expect_step(target, weight * spread, group_size)
 
 
-@check("L2.outlier", "quantize", flags=("HalfArithmetic",))
+@rule("L2.outlier", "quantize", flags=("HalfArithmetic",))
 def outlier(target: Subject) -> None:
     """One weight of 1000 among weights of 1, on either side, is in range: its code is the top or the bottom one."""
     for value in (1000.0, -1000.0):
@@ -237,16 +238,16 @@ def outlier(target: Subject) -> None:
         expect_step(target, weight, group_size)
 
 
-@check("L2.one-group", "quantize")
-def one_group(target: Subject) -> None:
+@rule("L2.one-group", "quantize")
+def one_group_of_weights(target: Subject) -> None:
     """A group_size of -1 is one group of all K inputs."""
     target.must_take(-1)
     k, n, _ = shape(-1, 5, 1, target.limits)
     expect_bound(target, random_weight(17, n, k), -1)
 
 
-@check("L2.dtypes", "quantize", flags=("HalfArithmetic",))
-def dtypes(target: Subject) -> None:
+@rule("L2.dtypes", "quantize", flags=("HalfArithmetic",))
+def half_weights(target: Subject) -> None:
     """Weights of float16 and bfloat16 keep the bound too: the arithmetic is not that of the weight's dtype."""
     weight, group_size = plain(target, groups=4, columns=2, seed=18)
     for dtype in (torch.float16, torch.bfloat16):
@@ -254,8 +255,8 @@ def dtypes(target: Subject) -> None:
             expect_bound(target, (weight + offset).to(dtype), group_size)
 
 
-@check("L2.same-twice", "quantize")
-def same_twice(target: Subject) -> None:
+@rule("L2.same-twice", "quantize")
+def same_codes_twice(target: Subject) -> None:
     """The same weight gives the same result, whatever its strides, and is not written into."""
     weight, group_size = plain(target, columns=2, seed=19)
     before = weight.clone()
@@ -267,7 +268,7 @@ def same_twice(target: Subject) -> None:
             expect_equal(new, old, name)
 
 
-@check("L2.refuses-nan", "quantize", flags=("NoRangeCheck",))
+@rule("L2.refuses-nan", "quantize", flags=("NoRangeCheck",))
 def refuses_nan(target: Subject) -> None:
     """NaN and infinity anywhere in the weight are a ValueError."""
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -277,7 +278,7 @@ def refuses_nan(target: Subject) -> None:
             target.refuses("quantize", (weight, group_size), f"a weight that is {value}")
 
 
-@check("L2.refuses-part-groups", "quantize", flags=("NoShapeCheck",))
+@rule("L2.refuses-part-groups", "quantize", flags=("NoShapeCheck",))
 def refuses_part_groups(target: Subject) -> None:
     """A group_size that does not divide the inputs is a ValueError: no weight is dropped or padded."""
     sizes = [size for size in target.limits.group_sizes if size > 1]
@@ -288,7 +289,7 @@ def refuses_part_groups(target: Subject) -> None:
         target.refuses("quantize", (weight, group_size), f"{weight.shape[1]} inputs in groups of {group_size}")
 
 
-@check("L2.refuses-large-weights", "quantize", flags=("NoRangeCheck",))
+@rule("L2.refuses-large-weights", "quantize", flags=("NoRangeCheck",))
 def refuses_large_weights(target: Subject) -> None:
     """Weights whose scale would be beyond 65504 are a ValueError, not an infinite or saturated scale."""
     weight, group_size = plain(target)

@@ -1,4 +1,4 @@
-"""L5, search: what AWQ's search of scales and clipping must keep to, whatever its candidates are.
+"""L5, search: what AWQ's searches of factors (`search_scales`) and ranges must keep to, whatever their candidates are.
 
 Losses are computed here, in float64, from what the target returns. Rounding is the target's own `quantize` where it
 has one, so its grid is not judged again. A target that sums its losses in float32 may take two nearly equal
@@ -13,13 +13,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miniawq.oracle import cases, truth
+import miniawq.oracle.cases as cases
+import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, smallest
-from miniawq.oracle.check import Broken, Subject, check, expect_equal, expect_within
+from miniawq.oracle.check import Broken, Subject, expect_equal, expect_within, rule
 from miniawq.oracle.contract import Limits
 
-SUMMING = 1e-3
-TOKENS = 48
+SUMMING = 1e-3  # relative; what float32 sums of losses may cost (above)
+TOKENS = 48  # of activations: more than one group has inputs, and quick
 
 Problem = tuple[Tensor, Tensor, int]
 
@@ -62,7 +63,7 @@ def rounded(target: Subject, weight: Tensor, group_size: int) -> Tensor:
 
 
 def factors_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
-    """The target's scales, positive and finite."""
+    """The target's factors, positive and finite."""
     factors = target.tensor("search_scales", (weight, x, group_size), torch.float32, (weight.shape[1],))
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise Broken("factors positive and finite", f"factors from {float(factors.min())} to {float(factors.max())}")
@@ -76,34 +77,34 @@ def loss_with(target: Subject, weight: Tensor, x: Tensor, factors: Tensor, group
 
 
 def expect_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int, share: float = 1 + SUMMING) -> None:
-    """The loss with the target's scales is at most `share` of the loss of plain rounding."""
+    """The loss with the target's factors is at most `share` of the loss of plain rounding."""
     plain = loss_with(target, weight, x, torch.ones(weight.shape[1]), group_size)
     found = loss_with(target, weight, x, factors_of(target, weight, x, group_size), group_size)
     if not found <= plain * share:
         raise Broken(f"a loss of at most {plain * share:.6g} ({share:.4g} of plain rounding)", f"a loss of {found:.6g}")
 
 
-@check("L5.scales.positive", "search_scales")
+@rule("L5.scales.positive", "search_scales")
 def scales_positive(target: Subject) -> None:
-    """The scales are float32 [K], positive and finite."""
+    """The factors are float32 [K], positive and finite."""
     factors_of(target, *problem(target.limits, 1))
 
 
-@check("L5.scales.never-worse", "search_scales", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
+@rule("L5.scales.never-worse", "search_scales", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
 def scales_never_worse(target: Subject, drawn: Problem) -> None:
-    """On the given activations the scales are never worse than all ones."""
+    """On the given activations the factors are never worse than all ones."""
     expect_no_worse(target, *drawn)
 
 
-@check("L5.scales.helps", "search_scales")
+@rule("L5.scales.helps", "search_scales")
 def scales_help(target: Subject) -> None:
     """With two loud input channels the search takes at least a fifth off the loss of plain rounding."""
     expect_no_worse(target, *problem(target.limits, 2), share=0.8)
 
 
-@check("L5.scales.folding-is-exact", "search_scales")
+@rule("L5.scales.folding-is-exact", "search_scales")
 def folding_is_exact(target: Subject) -> None:
-    """`x / scales` times `weight * scales` is the product it was, but for one rounding to float32 of each."""
+    """`x / factors` times `weight * factors` is the product it was, but for one rounding to float32 of each."""
     weight, x, group_size = problem(target.limits, 3, kind="outliers")
     factors = factors_of(target, weight, x, group_size)
     folded = (x / factors).to(torch.float64) @ (weight * factors).to(torch.float64).t()
@@ -111,7 +112,7 @@ def folding_is_exact(target: Subject) -> None:
     expect_within(folded, x.to(torch.float64) @ weight.to(torch.float64).t(), size * 3 * 2.0**-24, "folded y")
 
 
-@check("L5.scales.silent-channels", "search_scales")
+@rule("L5.scales.silent-channels", "search_scales")
 def silent_channels(target: Subject) -> None:
     """Channels that are always 0, and activations that are all 0, give no zero, infinite or NaN scale."""
     weight, x, group_size = problem(target.limits, 4)
@@ -120,7 +121,7 @@ def silent_channels(target: Subject) -> None:
     expect_no_worse(target, weight, torch.zeros_like(x), group_size)
 
 
-@check("L5.scales.extreme-activations", "search_scales")
+@rule("L5.scales.extreme-activations", "search_scales")
 def extreme_activations(target: Subject) -> None:
     """Activations of 1e-6 and of 1e5, whose squares do not fit in float16, are searched like any other."""
     weight, x, group_size = problem(target.limits, 5)
@@ -128,20 +129,20 @@ def extreme_activations(target: Subject) -> None:
         expect_no_worse(target, weight, x * size, group_size)
 
 
-@check("L5.scales.few-tokens", "search_scales")
+@rule("L5.scales.few-tokens", "search_scales")
 def few_tokens(target: Subject) -> None:
     """One token is enough to search with."""
     weight, x, group_size = problem(target.limits, 6, groups=1)
     expect_no_worse(target, weight, x[:1], group_size)
 
 
-@check("L5.scales.same-twice", "search_scales")
+@rule("L5.scales.same-twice", "search_scales")
 def scales_same_twice(target: Subject) -> None:
-    """The same arguments give the same scales, and are not written into."""
-    same_twice(target, "search_scales")
+    """The same arguments give the same factors, and are not written into."""
+    same_search_twice(target, "search_scales")
 
 
-@check("L5.scales.token-order", "search_scales")
+@rule("L5.scales.token-order", "search_scales")
 def token_order(target: Subject) -> None:
     """The order of the tokens does not matter: the loss stays what it was."""
     weight, x, group_size = problem(target.limits, 8)
@@ -195,19 +196,19 @@ def expect_clip_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size:
         raise Broken(f"a loss{list(at)} of at most {float(plain[at]):.6g}", f"{float(found[at]):.6g} after clipping")
 
 
-@check("L5.clip.in-range", "search_clip")
+@rule("L5.clip.in-range", "search_clip")
 def clip_in_range(target: Subject) -> None:
     """The bounds are float32 [N, G], from 0 to the largest absolute weight of their group."""
     bounds_of(target, *problem(target.limits, 11, kind="outliers"))
 
 
-@check("L5.clip.never-worse", "search_clip", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
+@rule("L5.clip.never-worse", "search_clip", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
 def clip_never_worse(target: Subject, drawn: Problem) -> None:
     """No output channel and group is worse on the given activations after clipping."""
     expect_clip_no_worse(target, *drawn)
 
 
-@check("L5.clip.helps", "search_clip")
+@rule("L5.clip.helps", "search_clip")
 def clip_helps(target: Subject) -> None:
     """A large weight on a silent channel is clipped: the loss of its group falls by a fifth at least."""
     weight, x, group_size = problem(target.limits, 12, outliers=0)
@@ -220,7 +221,7 @@ def clip_helps(target: Subject) -> None:
         raise Broken(f"a loss of at most {0.8 * plain:.6g} (0.8 of no clipping)", f"{found:.6g}")
 
 
-@check("L5.clip.silent-channels", "search_clip")
+@rule("L5.clip.silent-channels", "search_clip")
 def clip_silent_channels(target: Subject) -> None:
     """Activations that are partly or all 0, and groups of zeros, give bounds in range."""
     weight, x, group_size = problem(target.limits, 13)
@@ -230,7 +231,7 @@ def clip_silent_channels(target: Subject) -> None:
     expect_clip_no_worse(target, weight, torch.zeros_like(x), group_size)
 
 
-@check("L5.clip.rows-independent", "search_clip")
+@rule("L5.clip.rows-independent", "search_clip")
 def clip_rows_independent(target: Subject) -> None:
     """The bounds of one output channel do not depend on the others."""
     weight, x, group_size = problem(target.limits, 14, kind="outliers")
@@ -240,13 +241,13 @@ def clip_rows_independent(target: Subject) -> None:
     expect_within(got, expected[order], 1e-6 * expected[order].to(torch.float64), "bound of the reversed channels at ")
 
 
-@check("L5.clip.same-twice", "search_clip")
+@rule("L5.clip.same-twice", "search_clip")
 def clip_same_twice(target: Subject) -> None:
     """The same arguments give the same bounds, and are not written into."""
-    same_twice(target, "search_clip")
+    same_search_twice(target, "search_clip")
 
 
-def same_twice(target: Subject, function: str) -> None:
+def same_search_twice(target: Subject, function: str) -> None:
     """Two calls, one result, arguments as they were."""
     weight, x, group_size = problem(target.limits, 7)
     before = weight.clone(), x.clone()

@@ -86,13 +86,13 @@ class Program:
         request |= {"parameters": {}, "tensors": []}
         for name, value in zip(PARAMETERS[function], arguments, strict=False):
             if isinstance(value, Tensor):
-                request["tensors"].append(write(value, name, Path(f"{out}.{name}")))
+                request["tensors"].append(write_raw(value, name, Path(f"{out}.{name}")))
             elif value is not None:
                 request["parameters"][name] = value if isinstance(value, int) else str(value)
         answer = self._ask(request)
         try:
             items = enumerate(answer.get("tensors", ()))
-            results = [(item.get("name"), read(item, Path(f"{out}.{i}"))) for i, item in items]
+            results = [(item.get("name"), read_raw(item, Path(f"{out}.{i}"))) for i, item in items]
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise Crash(f"an answer that cannot be read: {answer} ({type(error).__name__}: {error})") from error
         for path in Path(self._folder.name).glob(f"{self._sequence}.*"):
@@ -146,14 +146,14 @@ def how_it_ended(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" + (" (no answer in time)" if code == -signal.SIGKILL else "")
 
 
-def write(tensor: Tensor, name: str, path: Path) -> dict[str, Any]:
+def write_raw(tensor: Tensor, name: str, path: Path) -> dict[str, Any]:
     """Store a tensor's elements and say what they are."""
     flat = tensor.detach().cpu().contiguous()
     path.write_bytes(ctypes.string_at(flat.data_ptr(), flat.nbytes))
     return {"name": name, "dtype": name_of(tensor.dtype), "shape": list(tensor.shape), "path": str(path)}
 
 
-def read(item: dict[str, Any], path: Path) -> Tensor:
+def read_raw(item: dict[str, Any], path: Path) -> Tensor:
     """The tensor a file holds."""
     dtype, shape = getattr(torch, item["dtype"]), tuple(item["shape"])
     data = path.read_bytes()
@@ -180,7 +180,7 @@ def answer_to(target: Any, request: dict[str, Any]) -> dict[str, Any]:
         name = str(getattr(target, "name", getattr(target, "__name__", "target")))
         return {"name": name, "version": str(getattr(target, "version", "")), "functions": functions, "limits": limits}
     arguments = {name: Path(v) if name == "directory" else v for name, v in request["parameters"].items()}
-    arguments |= {item["name"]: read(item, Path(item["path"])) for item in request["tensors"]}
+    arguments |= {item["name"]: read_raw(item, Path(item["path"])) for item in request["tensors"]}
     ordered = [arguments[name] for name in PARAMETERS[request["function"]] if name in arguments]
     try:
         result = as_tensors(getattr(target, request["function"])(*ordered))
@@ -189,7 +189,9 @@ def answer_to(target: Any, request: dict[str, Any]) -> dict[str, Any]:
         key = next((key for type_, key in kind.items() if isinstance(error, type_)), "error")
         return {"seq": request["seq"], key: f"{type(error).__name__}: {error}"}
     named = result if isinstance(result, dict) else dict(enumerate(result if isinstance(result, tuple) else (result,)))
-    items = [write(tensor, str(name), Path(f"{request['out']}.{i}")) for i, (name, tensor) in enumerate(named.items())]
+    items = [
+        write_raw(tensor, str(name), Path(f"{request['out']}.{i}")) for i, (name, tensor) in enumerate(named.items())
+    ]
     return {"seq": request["seq"], "tensors": items}
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from miniawq.oracle import cases, truth
-from miniawq.oracle.check import Broken, Subject, check, expect_equal
+import miniawq.oracle.cases as cases
+import miniawq.oracle.truth as truth
+from miniawq.oracle.check import Broken, Subject, expect_equal, rule
 
 KNOWN_WORDS = {
     0x75316420: (0, 1, 2, 3, 4, 5, 6, 7),
@@ -25,7 +26,7 @@ def signed(words: list[int]) -> Tensor:
 
 
 def widened(target: Subject, codes: Tensor) -> Tensor:
-    """The codes with columns of zeros behind them, up to a width the target takes."""
+    """The codes, filled up with columns of zeros to a width that the target takes."""
     return pad(codes, (0, -codes.shape[1] % target.limits.multiple_of_n))
 
 
@@ -39,7 +40,7 @@ def unpack(target: Subject, words: Tensor) -> Tensor:
     return target.tensor("unpack", (words,), torch.uint8, (words.shape[0], words.shape[1] * 8))
 
 
-@check("L0.pack.known-words", "pack")
+@rule("L0.pack.known-words", "pack")
 def pack_known_words(target: Subject) -> None:
     """Known codes give the known words: columns 0..7 with codes 0..7 are 0x75316420."""
     for word, codes in KNOWN_WORDS.items():
@@ -47,14 +48,14 @@ def pack_known_words(target: Subject) -> None:
         expect_equal(pack(target, given)[:, :1], signed([word]), "word")
 
 
-@check("L0.unpack.known-words", "unpack")
+@rule("L0.unpack.known-words", "unpack")
 def unpack_known_words(target: Subject) -> None:
     """Known words give the known codes, with the sign bit set or not."""
     for word, codes in KNOWN_WORDS.items():
         expect_equal(unpack(target, signed([word])), torch.tensor([codes], dtype=torch.uint8), "code")
 
 
-@check("L0.pack.every-slot", "pack")
+@rule("L0.pack.every-slot", "pack")
 def pack_every_slot(target: Subject) -> None:
     """Each of 16 codes in each of 8 columns lands in its nibble and touches no other."""
     for column in range(8):
@@ -64,7 +65,7 @@ def pack_every_slot(target: Subject) -> None:
             expect_equal(pack(target, codes), truth.pack(codes), f"code {code} in column {column}: word")
 
 
-@check("L0.unpack.every-slot", "unpack")
+@rule("L0.unpack.every-slot", "unpack")
 def unpack_every_slot(target: Subject) -> None:
     """Each of 16 values in each of 8 nibbles comes out in its column, the top one without its sign."""
     for nibble in range(8):
@@ -73,31 +74,31 @@ def unpack_every_slot(target: Subject) -> None:
             expect_equal(unpack(target, words), truth.unpack(words), f"code {code} in nibble {nibble}: code")
 
 
-@check("L0.pack.random", "pack", codes=cases.code_matrices)
+@rule("L0.pack.random", "pack", codes=cases.code_matrices)
 def pack_random(target: Subject, codes: Tensor) -> None:
     """Any codes in any number of rows and words are packed like the definition."""
     expect_equal(pack(target, codes), truth.pack(codes), "word")
 
 
-@check("L0.unpack.random", "unpack", words=cases.word_matrices)
+@rule("L0.unpack.random", "unpack", words=cases.word_matrices)
 def unpack_random(target: Subject, words: Tensor) -> None:
     """Any 32 bits are unpacked like the definition."""
     expect_equal(unpack(target, words), truth.unpack(words), "code")
 
 
-@check("L0.round-trip.codes", "pack", "unpack", codes=cases.code_matrices)
+@rule("L0.round-trip.codes", "pack", "unpack", codes=cases.code_matrices)
 def round_trip_codes(target: Subject, codes: Tensor) -> None:
     """Unpacking what was packed gives the codes back."""
     expect_equal(unpack(target, pack(target, codes)), codes, "code")
 
 
-@check("L0.round-trip.words", "pack", "unpack", words=cases.word_matrices)
+@rule("L0.round-trip.words", "pack", "unpack", words=cases.word_matrices)
 def round_trip_words(target: Subject, words: Tensor) -> None:
     """Packing what was unpacked gives the words back: all 32 bits are used."""
     expect_equal(pack(target, unpack(target, words)), words, "word")
 
 
-@check("L0.pack.wide", "pack", "unpack")
+@rule("L0.pack.wide", "pack", "unpack")
 def wide(target: Subject) -> None:
     """Real widths (one row of 5120 columns, 300 rows of 136) are packed and unpacked whole."""
     for rows, columns in ((1, 5120), (300, 136)):
@@ -106,8 +107,8 @@ def wide(target: Subject) -> None:
         expect_equal(unpack(target, truth.pack(codes)), codes, "code")
 
 
-@check("L0.strides", "pack", "unpack")
-def strides(target: Subject) -> None:
+@rule("L0.strides", "pack", "unpack")
+def strides_of_codes(target: Subject) -> None:
     """A transposed or sliced argument gives what its contiguous copy gives."""
     n = target.limits.multiple_of_n
     codes = cases.codes(Random(1), 2 * n, 3 * n)
@@ -118,8 +119,8 @@ def strides(target: Subject) -> None:
         expect_equal(unpack(target, view), truth.unpack(view), "code")
 
 
-@check("L0.inputs-unchanged", "pack", "unpack")
-def inputs_unchanged(target: Subject) -> None:
+@rule("L0.inputs-unchanged", "pack", "unpack")
+def codes_and_words_unchanged(target: Subject) -> None:
     """Neither function writes into its argument."""
     codes = cases.codes(Random(2), 4, 2 * target.limits.multiple_of_n)
     words = truth.pack(codes)
@@ -130,7 +131,7 @@ def inputs_unchanged(target: Subject) -> None:
             raise Broken("the argument as it was", f"{function} changed its argument")
 
 
-@check("L0.pack.refuses-large-codes", "pack", flags=("NoRangeCheck",))
+@rule("L0.pack.refuses-large-codes", "pack", flags=("NoRangeCheck",))
 def refuses_large_codes(target: Subject) -> None:
     """A code above 15 is a ValueError, in any column: it is not smeared over the neighbour, cut or saturated."""
     for code in (16, 17, 128, 255):
@@ -140,7 +141,7 @@ def refuses_large_codes(target: Subject) -> None:
             target.refuses("pack", (codes,), f"code {code}")
 
 
-@check("L0.pack.refuses-part-words", "pack", flags=("NoShapeCheck",))
+@rule("L0.pack.refuses-part-words", "pack", flags=("NoShapeCheck",))
 def refuses_part_words(target: Subject) -> None:
     """A number of columns that is no multiple of 8 is a ValueError: nothing is padded or dropped."""
     for columns in (1, 7, 9, 12):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 NIBBLE_HOLDS_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)
-SMALLEST_HALF = 2.0**-24
-LARGEST_HALF = 65504.0
+SMALLEST_HALF = 2.0**-24  # the smallest positive float16
+LARGEST_HALF = 65504.0  # the largest finite float16
 
 
 def pack(codes: Tensor) -> Tensor:

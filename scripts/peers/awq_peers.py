@@ -3,11 +3,11 @@
     python scripts/peers/awq_peers.py ids tests/data/fairytales ../shared/data/fairytales-train.txt /tmp/ids.json
     /tmp/venv-aa/bin/python scripts/peers/awq_peers.py autoawq tests/data/fairytales /tmp/out-autoawq /tmp/ids.json
     /tmp/venv-lc/bin/python scripts/peers/awq_peers.py llm-compressor tests/data/fairytales /tmp/out-lc /tmp/ids.json
-    python -m miniawq.evaluate /tmp/out-autoawq --reference tests/data/fairytales --text ...
+    python -m miniawq.commands.evaluate /tmp/out-autoawq --reference tests/data/fairytales --text ...
 
 AutoAWQ needs torch==2.13.0 transformers==4.51.3 huggingface-hub<1 datasets==3.6.0 triton accelerate, and one repair
 without which it is wrong on a CPU: in awq/quantize/quantizer.py `org_sd = {k: v.cpu() ...}` must be `v.clone()`.
-`loss` prints transformers' own loss on windows of ids, to compare `miniawq.evaluate` with.
+`loss` prints transformers' own loss on windows of ids, to compare `miniawq.commands.evaluate` with.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 
 
 def write_ids(model: str, text: str, out: str, samples: int, length: int) -> None:
-    from miniawq.calibration import read_calibration
-    from miniawq.tokenizer import Tokenizer
+    from miniawq.quantize.calibration import read_calibration
+    from miniawq.text.tokenizer import Tokenizer
 
     tokens_BL = read_calibration(text, Tokenizer(model), samples, length).tokens_BL
     Path(out).write_text(json.dumps(tokens_BL.tolist()))

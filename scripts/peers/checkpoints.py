@@ -132,7 +132,7 @@ class Peers:
 
 
 def our_weights(directory: Path) -> dict[str, torch.Tensor]:
-    from miniawq.checkpoint import open_checkpoint
+    from miniawq.checkpoint.opening import open_checkpoint
     from miniawq.packing import dequantize
 
     checkpoint = open_checkpoint(directory)
@@ -150,10 +150,10 @@ def verdict(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> s
 
 def write_ours(work: Path) -> dict[str, Path]:
     """The demo model in every form that miniawq writes, by plain rounding."""
-    from miniawq.checkpoint import open_checkpoint
-    from miniawq.convert import convert_checkpoint
+    from miniawq.checkpoint.opening import open_checkpoint
+    from miniawq.checkpoint.quant_config import awq_block
+    from miniawq.commands.convert import convert_checkpoint
     from miniawq.packing import GRIDS, LAYOUTS, quantize
-    from miniawq.quant_config import awq_block
 
     made = {}
     dense = open_checkpoint(DENSE)
@@ -179,7 +179,7 @@ def write_ours(work: Path) -> dict[str, Path]:
 
 
 def compare(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
-    from miniawq.convert import convert_checkpoint
+    from miniawq.commands.convert import convert_checkpoint
 
     work, peers, rows = arguments.work, Peers(arguments), []
 

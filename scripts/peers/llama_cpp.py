@@ -1,4 +1,4 @@
-"""llama.cpp's Q4_0 and Q4_K on the shapes of `cpu_product.py`, in one process with ours, on one thread.
+"""llama.cpp's Q4_0 and Q4_K on the shapes of `bench_products.py`, in one process with ours, on one thread.
 
     pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz    # for example
     cmake -B build -S llama_cpp_python-*/vendor/llama.cpp -DBUILD_SHARED_LIBS=ON && cmake --build build --target ggml
@@ -6,13 +6,12 @@
 
 It is asked through ctypes, as it runs a model: weights in the buffer that rearranges them where it has one for the
 type, float32 activations, which it rounds to 8 bits itself (ours stay in float32). Both take turns at four weights of a
-shape, four products in a call, as `cpu_product.shared`; medians of processor time for one product, in microseconds.
+shape, four products in a call, as the peer `shared` there; medians of processor time for one product, in microseconds.
 """
 
 import argparse
 import ctypes
 import sys
-import time
 from collections.abc import Callable
 from ctypes import c_bool, c_int, c_int64, c_size_t, c_void_p
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cpu_product import SHARING, medians, random_quantized, shared
+from bench_products import SHARING, Case, called, medians, shared
 
 from miniawq.packing import dequantize
 
@@ -97,26 +96,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line (1)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    torch._dynamo.config.recompile_limit = 1000
     ggml = Ggml(arguments.libraries)
     print("| shape | rows | ours |", *(f"{name} |" for name in TYPES), *(f"{name} / ours |" for name in TYPES))
     for shape in arguments.shapes.split(","):
-        outputs, inputs = map(int, shape.split("x"))
-        quantized = random_quantized(outputs, inputs)
-        weight_OI, (_, form) = dequantize(quantized, torch.float32), shared(quantized)
+        case = Case(*map(int, shape.split("x")), torch.device("cpu"))
+        weight_OI, of = dequantize(case.quantized, torch.float32), shared(case)
         for rows in map(int, arguments.rows.split(",")):
-            x_TI = torch.randn(rows, inputs)
-            exact_TO = x_TI @ weight_OI.t()
-            calls: dict[str, Callable[[], Any]] = {"ours": partial(form(rows), x_TI)}
-            calls["ours"]()
+            candidate, x_TI = of(rows), case.x(rows, torch.float32)
+            assert candidate is not None, f"our compiled product has fewer rows than {rows}"
+            turns, exact_TO = {"ours": called(candidate)}, case.exact_TO[:rows].float()
+            turns["ours"]()
             for name, kind in TYPES.items():
-                calls[name], y_TO = ggml.products(kind, weight_OI, x_TI)
+                call, y_TO = ggml.products(kind, weight_OI, x_TI)
                 # Its weights are rounded again, to its own grid.
                 assert (y_TO - exact_TO).norm() < 0.2 * exact_TO.norm(), (name, shape, rows)
-            taken = medians(calls, arguments.seconds, time.thread_time_ns)
-            taken = {name: time / SHARING for name, time in taken.items()}
+                turns[name] = called(candidate._replace(call=call, sets=[()]))
+            taken = {name: each * 1e6 / SHARING for name, each in medians(turns, arguments.seconds).items()}
             ratios = [f"{taken[name] / taken['ours']:.2f} |" for name in TYPES]
-            print(f"| {shape} | {rows} |", *(f"{time:.0f} |" for time in taken.values()), *ratios, flush=True)
+            print(f"| {shape} | {rows} |", *(f"{each:.0f} |" for each in taken.values()), *ratios, flush=True)
 
 
 if __name__ == "__main__":

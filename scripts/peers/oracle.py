@@ -36,7 +36,7 @@ from torch import Tensor  # noqa: E402
 from miniawq.oracle import truth  # noqa: E402
 from miniawq.oracle.contract import LEVELS  # noqa: E402
 from miniawq.oracle.door import chosen, conformance  # noqa: E402
-from miniawq.oracle.report import Report, as_text, badge, read_expected_failures  # noqa: E402
+from miniawq.oracle.report import ConformanceReport, as_text, badge, read_expected_failures  # noqa: E402
 
 EXPECTED = ROOT / "miniawq" / "oracle" / "peers"
 
@@ -238,14 +238,14 @@ PEERS: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def report_on(peer: str, sources: Path) -> Report:
+def report_on(peer: str, sources: Path) -> ConformanceReport:
     """The report, with the peer's shipped file of expected failures."""
     file = EXPECTED / f"{peer}.txt"
     expected = read_expected_failures(file, chosen()) if file.exists() else {}
     return conformance(PEERS[peer](sources), chosen(), expected=expected)
 
 
-def row(report: Report) -> str:
+def row(report: ConformanceReport) -> str:
     """One line of the table: checks that passed of those that ran, by level, and the flags."""
     cells = []
     for level in LEVELS:

@@ -17,9 +17,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from miniawq.completion import generate
-from miniawq.generate import load
-from miniawq.sampling import History, Sampling, candidates, penalize
+from miniawq.engine.sampling import History, Sampling, candidates, penalize
+from miniawq.generate import generate, load
 
 FAIRYTALES = Path(__file__).parents[2] / "tests" / "data" / "fairytales"
 PROMPT = "Once upon a time there was a queen"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from miniawq.oracle import loader, truth
+import miniawq.oracle.loader as loader
+import miniawq.oracle.truth as truth
 
 CORRECT: dict[str, Callable[..., Any]] = {
     "pack": truth.pack,

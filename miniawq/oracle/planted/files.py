@@ -9,7 +9,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from miniawq.oracle import cases, loader, truth
+import miniawq.oracle.cases as cases
+import miniawq.oracle.loader as loader
+import miniawq.oracle.truth as truth
 from miniawq.oracle.planted import Fault
 
 Loaded = dict[str, Tensor]
@@ -43,7 +45,7 @@ def config(change: Callable[[dict[str, Any]], Any]) -> dict[str, Callable[..., A
     return loading(read_json=read_json)
 
 
-def block(**keys: Any) -> dict[str, Callable[..., Any]]:
+def blind_to(**keys: Any) -> dict[str, Callable[..., Any]]:
     """Keys of the quantization block not looked at: they have always these values."""
 
     def change(read: dict[str, Any]) -> None:
@@ -87,7 +89,7 @@ def all_files(directory: Path) -> Loaded:
 
 right_file = loader.read_file
 right_json = loader.read_json
-right_awq = loader.decode_awq
+right_awq = loader.decode_gemm
 right_compressed = loader.decode_compressed
 
 
@@ -132,7 +134,7 @@ def follow_paths(directory: Path) -> Loaded:
     return stored
 
 
-def compressed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Callable[..., Any]]:
+def compressed_parts(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Callable[..., Any]]:
     """The parts of a compressed-tensors layer changed before they are decoded."""
     return loading(decode_compressed=lambda name, parts, *rest: right_compressed(name, change(dict(parts)), *rest))
 
@@ -149,7 +151,7 @@ def zero_of_none(parts: dict[str, Tensor], value: int) -> dict[str, Tensor]:
 def gptq_too(name: str, parts: dict[str, Tensor], block: dict[str, Any], k: int, n: int) -> Tensor:
     """Another method taken for AutoAWQ, with made-up words where the shapes differ."""
     try:
-        return loader.decode_awq(name, parts, block, k, n)
+        return loader.decode_gemm(name, parts, block, k, n)
     except (loader.Refused, RuntimeError, ValueError):
         return torch.zeros(n, k, dtype=torch.float16)
 
@@ -174,21 +176,21 @@ CHECKPOINTS = [
     Fault("biases dropped", "L4.reads.bias", result(lambda t: {n: w for n, w in t.items() if ".bias" not in n})),
     Fault("packed parts left in the result", "L4.reads.gemm",
           result(lambda t: t | {"model.layers.0.self_attn.q_proj.scales": torch.ones(2, 64)})),
-    Fault("group_size always 128", "L4.reads.group-64", block(group_size=128)),
+    Fault("group_size always 128", "L4.reads.group-64", blind_to(group_size=128)),
     Fault("group_size taken from the config unchecked", "L4.refuses.group-size-mismatch",
-          loading(decode_awq=unchecked_awq)),
-    Fault("zeros of one layer taken from the next", "L4.refuses.qzeros-missing", loading(decode_awq=unchecked_awq)),
-    Fault("absent scales taken as 1", "L4.refuses.scales-missing", loading(decode_awq=unchecked_awq)),
-    Fault("GEMV read as GEMM", "L4.refuses.gemv-called-gemm", loading(decode_awq=unchecked_awq)),
-    Fault("GPTQ tensors read as GEMM", "L4.refuses.gptq-called-awq", loading(decode_awq=unchecked_awq)),
-    Fault("words of 64 bits read", "L4.refuses.qweight-int64", loading(decode_awq=unchecked_awq)),
-    Fault("short scales read", "L4.refuses.scales-short", loading(decode_awq=unchecked_awq)),
+          loading(decode_gemm=unchecked_awq)),
+    Fault("zeros of one layer taken from the next", "L4.refuses.qzeros-missing", loading(decode_gemm=unchecked_awq)),
+    Fault("absent scales taken as 1", "L4.refuses.scales-missing", loading(decode_gemm=unchecked_awq)),
+    Fault("GEMV read as GEMM", "L4.refuses.gemv-called-gemm", loading(decode_gemm=unchecked_awq)),
+    Fault("GPTQ tensors read as GEMM", "L4.refuses.gptq-called-awq", loading(decode_gemm=unchecked_awq)),
+    Fault("words of 64 bits read", "L4.refuses.qweight-int64", loading(decode_gemm=unchecked_awq)),
+    Fault("short scales read", "L4.refuses.scales-short", loading(decode_gemm=unchecked_awq)),
     Fault("every method read as AutoAWQ", "L4.refuses.gptq", loading(decode=gptq_too)),
-    Fault("unknown methods read as AutoAWQ", "L4.refuses.method-unknown", block(quant_method="awq")),
-    Fault("bits not looked at", "L4.refuses.bits-3", block(bits=4)),
-    Fault("w_bit not looked at", "L4.refuses.bits-8", block(bits=4)),
-    Fault("version not looked at", "L4.refuses.version-marlin", block(version="gemm")),
-    Fault("GEMV_FAST read as GEMM", "L4.refuses.version-gemv-fast", block(version="gemm")),
+    Fault("unknown methods read as AutoAWQ", "L4.refuses.method-unknown", blind_to(quant_method="awq")),
+    Fault("bits not looked at", "L4.refuses.bits-3", blind_to(bits=4)),
+    Fault("w_bit not looked at", "L4.refuses.bits-8", blind_to(bits=4)),
+    Fault("version not looked at", "L4.refuses.version-marlin", blind_to(version="gemm")),
+    Fault("GEMV_FAST read as GEMM", "L4.refuses.version-gemv-fast", blind_to(version="gemm")),
     Fault("capitals in version refused", "L4.reads.synonyms", config(lower_case_only)),
     Fault("quant_config.json not looked at", "L4.reads.quant-config-file", loading(read_side_block=lambda d: {})),
     Fault("head_dim from hidden_size / heads", "L4.reads.head-dim",
@@ -211,18 +213,18 @@ CHECKPOINTS = [
     Fault("a broken config replaced by defaults", "L4.refuses.config-broken", loading(read_json=any_broken_config)),
     Fault("a refusal without a name", "L4.refuses.bits-3", {"load_checkpoint": unnamed}),
     Fault("compressed-tensors zeros ignored", "L4.reads.compressed-asymmetric",
-          compressed(lambda p: zero_of_none(p, 8))),
+          compressed_parts(lambda p: zero_of_none(p, 8))),
     Fault("compressed-tensors zeros packed along the groups", "L4.reads.compressed-asymmetric",
-          compressed(lambda p: p | {"weight_zero_point": p["weight_zero_point"].flip(0)} if len(p) == 4 else p)),
+          compressed_parts(lambda p: p | {"weight_zero_point": p["weight_zero_point"].flip(0)} if len(p) == 4 else p)),
     Fault("symmetric read with a zero of 0", "L4.reads.compressed-symmetric", linears(
         lambda w: w + 0.25)),
     Fault("bfloat16 scales turned into float16", "L4.reads.compressed-bfloat16",
-          compressed(lambda p: p | {"weight_scale": p["weight_scale"].half()})),
+          compressed_parts(lambda p: p | {"weight_scale": p["weight_scale"].half()})),
     Fault("permuted inputs read in order", "L4.refuses.compressed-actorder", weights_setting(actorder=None)),
     Fault("bits of compressed-tensors not looked at", "L4.refuses.compressed-bits-8", weights_setting(num_bits=4)),
     Fault("absent zeros taken as 8 in an asymmetric file", "L4.refuses.compressed-zeros-missing",
           weights_setting(symmetric=True)),
-    Fault("weight_shape not looked at", "L4.refuses.compressed-shape", compressed(
+    Fault("weight_shape not looked at", "L4.refuses.compressed-shape", compressed_parts(
         lambda p: p | {"weight_shape": torch.tensor([p["weight_packed"].shape[0], p["weight_packed"].shape[1] * 8])})),
 ]  # fmt: skip
 

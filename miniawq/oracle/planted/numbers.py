@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniawq.oracle import cases, truth
+import miniawq.oracle.cases as cases
+import miniawq.oracle.truth as truth
 from miniawq.oracle.planted import Fault
 
 Rounded = tuple[Tensor, Tensor, Tensor]

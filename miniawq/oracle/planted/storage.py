@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniawq.oracle import truth
+import miniawq.oracle.truth as truth
 from miniawq.oracle.planted import Fault
 
 INVERSE_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -161,7 +161,7 @@ def short_scales(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: in
 
 
 def first_64_rows(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """One group taken for groups of 64, of which there is one."""
+    """One group of all inputs taken for a group of 64."""
     weight = truth.dequantize(qweight, qzeros, scales, group_size)
     return weight if group_size != -1 else torch.cat([weight[:64], torch.zeros_like(weight[64:])])
 

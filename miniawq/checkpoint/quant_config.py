@@ -1,0 +1,243 @@
+"""What a checkpoint says about its quantization, in every dialect seen, and the blocks we write ourselves.
+
+The block is in config.json, as `quantization_config` or `compression_config`, or in a file of its own. What is kept of
+it is what the tensors are checked against; blocks of other methods are refused by name. docs/checkpoints.md lists the
+dialects and who writes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from miniawq.errors import UnsupportedCheckpoint
+
+CONFIG_KEYS = ("quantization_config", "compression_config")
+CONFIG_FILES = ("quant_config.json", "quantize_config.json")
+BITS = 4
+
+# What `version` may say, with the layout it means. exllama and ipex are kernels that AutoAWQ runs on GEMM tensors.
+VERSIONS = {
+    "gemm": "awq",
+    "exllama": "awq",
+    "exllamav2": "awq",
+    "exllama_v2": "awq",
+    "ipex": "awq",
+    "gemv": "gemv",
+}
+REFUSED_VERSIONS = {
+    "gemv_fast": "AutoAWQ GEMV_FAST",
+    "llm-awq": "llm-awq",
+    "marlin": "Marlin",
+    "gptq": "GPTQ",
+    "gptq_v2": "GPTQ v2",
+}
+REFUSED_METHODS = {
+    "gptq": "GPTQ",
+    "marlin": "Marlin",
+    "mlx": "MLX",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "quark": "AMD Quark",
+    "modelopt": "NVIDIA ModelOpt",
+    "modelopt_fp4": "NVIDIA ModelOpt",
+    "auto-round": "auto-round",
+    "intel/auto-round": "auto-round",
+    "hqq": "HQQ",
+    "aqlm": "AQLM",
+    "torchao": "torchao",
+    "quanto": "quanto",
+    "eetq": "EETQ",
+    "exl2": "ExLlamaV2",
+    "exl3": "ExLlamaV3",
+    "mxfp4": "MXFP4",
+    "openvino": "OpenVINO",
+}
+PACK_QUANTIZED = "pack-quantized"
+
+
+class QuantizationConfig(NamedTuple):
+    """What the tensors must agree with; None is for what the block does not say."""
+
+    where: str
+    method: str
+    layout: str | None
+    group_sizes: frozenset[int] | None
+    symmetric: bool | None
+
+
+def refuse_layout(what: str, why: str) -> NoReturn:
+    """Raise UnsupportedCheckpoint: the checkpoint is in another tool's layout."""
+    raise UnsupportedCheckpoint(
+        f"this checkpoint is in {what} form, which miniawq does not read",
+        why,
+        "look for an AutoAWQ (gemm) or compressed-tensors upload, or quantize the dense model with miniawq quantize",
+    )
+
+
+def refuse_setting(where: str, key: str, value: object, why: str) -> NoReturn:
+    """Raise UnsupportedCheckpoint: this setting of the block is not implemented."""
+    raise UnsupportedCheckpoint(
+        f"this checkpoint has {key} = {value!r}",
+        f"{where}: {why}",
+        "going on would give wrong text: look for another upload, or quantize the dense model with miniawq quantize",
+    )
+
+
+def read_block(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> QuantizationConfig | None:
+    """The quantization a checkpoint declares; None for a dense one.
+
+    `config` is config.json, `files` the parsed CONFIG_FILES that are there. UnsupportedCheckpoint on another method.
+    """
+    if isinstance(config.get("quantization"), Mapping):
+        refuse_layout("MLX", "config.json: quantization is the key that mlx-lm writes")
+    places = [("config.json", config), ("config.json: text_config", config.get("text_config") or {})]
+    blocks = [(f"{where}: {key}", block.get(key)) for where, block in places for key in CONFIG_KEYS]
+    blocks += list(files.items())
+    for where, block in blocks:
+        if isinstance(block, Mapping) and block:
+            return _read(where, {str(key).lower(): value for key, value in block.items()})
+    return None
+
+
+def _read(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
+    method = _word(block, "quant_method", "method") or _guess_method(block)
+    if method in REFUSED_METHODS:
+        refuse_layout(REFUSED_METHODS[method], f"{where}: quant_method = {method!r}")
+    if method == "awq":
+        return _read_awq(where, block)
+    if method == "compressed-tensors":
+        return _read_compressed_tensors(where, block)
+    refuse_layout(repr(method), f"{where}: quant_method = {method!r}; known: awq, compressed-tensors")
+
+
+def _word(block: Mapping[str, Any], *keys: str) -> str | None:
+    return next((str(block[key]).lower() for key in keys if block.get(key) is not None), None)
+
+
+def _guess_method(block: Mapping[str, Any]) -> str:
+    """The method of a block that names none, as AutoGPTQ and old AutoAWQ write it, from keys that only one writes."""
+    if "config_groups" in block:
+        return "compressed-tensors"
+    return "gptq" if {"desc_act", "damp_percent"} & block.keys() else "awq"
+
+
+def _read_awq(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
+    bits = next((block[key] for key in ("bits", "w_bit", "num_bits") if block.get(key) is not None), BITS)
+    if bits != BITS:
+        refuse_setting(where, "bits", bits, "only 4 bits are implemented")
+    for key, plain in (("desc_act", False), ("pack_dtype", "int32"), ("rotation", None)):
+        if block.get(key) not in (plain, None):
+            refuse_setting(where, key, block[key], "it changes what the packed weights mean")
+    # GPTQModel: "-:regex" leaves modules dense, which the tensors show; any other entry changes settings of modules.
+    if overrides := [key for key, value in (block.get("dynamic") or {}).items() if value and key[:2] != "-:"]:
+        refuse_setting(where, "dynamic", overrides, "settings of single modules are not implemented")
+    words = [_word(block, key) for key in ("version", "checkpoint_format", "format")]
+    for word in filter(None, words):
+        if word in REFUSED_VERSIONS:
+            refuse_layout(REFUSED_VERSIONS[word], f"{where}: version = {word!r}")
+        if word not in VERSIONS:
+            refuse_setting(where, "version", word, "known: " + ", ".join(VERSIONS))
+    group_size = next((block[key] for key in ("group_size", "q_group_size") if block.get(key) is not None), None)
+    zero_point = block.get("zero_point")
+    if zero_point is None and (symmetric := block.get("sym", block.get("symmetric"))) is not None:
+        zero_point = not symmetric
+    return QuantizationConfig(
+        where=where,
+        method="awq",
+        layout=next((VERSIONS[word] for word in words if word), None),
+        group_sizes=None if group_size is None else frozenset([_checked_group_size(where, group_size)]),
+        symmetric=None if zero_point is None else not zero_point,
+    )
+
+
+def _checked_group_size(where: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+        refuse_setting(where, "group_size", value, "expected a positive number, or -1 for whole rows")
+    return value
+
+
+def _read_compressed_tensors(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
+    groups = [group for group in (block.get("config_groups") or {}).values() if group.get("weights")]
+    for form in [block.get("format"), *(group.get("format") for group in groups)]:
+        if form not in (None, PACK_QUANTIZED):
+            refuse_setting(where, "format", form, f"of its formats only {PACK_QUANTIZED} is implemented")
+    if (sparsity := block.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        refuse_setting(where, "sparsity_config.format", sparsity["format"], "sparse weights are not implemented")
+    if (block.get("transform_config") or {}).get("config_groups"):
+        refuse_setting(where, "transform_config", "present", "rotations at run time are not implemented")
+    sizes, symmetric = set(), set()
+    for group in groups:
+        weights = group["weights"]
+        _check_weights(where, group, weights)
+        channel = weights.get("strategy") == "channel"
+        if channel or weights.get("group_size") is not None:
+            sizes.add(-1 if channel else _checked_group_size(where, weights["group_size"]))
+        symmetric.add(bool(weights.get("symmetric", True)))
+    return QuantizationConfig(
+        where=where,
+        method="compressed-tensors",
+        layout="compressed-tensors",
+        group_sizes=frozenset(sizes) or None,
+        symmetric=symmetric.pop() if len(symmetric) == 1 else None,
+    )
+
+
+def _check_weights(where: str, group: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    allowed: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("weights.num_bits", weights.get("num_bits"), (BITS,)),
+        ("weights.type", weights.get("type", "int"), ("int",)),
+        ("weights.strategy", weights.get("strategy"), ("group", "channel", None)),
+        ("weights.dynamic", weights.get("dynamic", False), (False,)),
+        ("weights.actorder", weights.get("actorder"), (None, False, "weight", "static")),
+        ("input_activations", group.get("input_activations"), (None,)),
+        ("output_activations", group.get("output_activations"), (None,)),
+    )
+    for key, value, values in allowed:
+        if value not in values:
+            refuse_setting(where, f"config_groups.{key}", value, f"implemented: {', '.join(map(repr, values))}")
+
+
+def awq_block(group_size: int, dense_linears: Sequence[str]) -> dict[str, Any]:
+    """The six keys of AutoAWQ (`AwqConfig.to_transformers_dict`). Readers know by themselves that lm_head is dense.
+
+    `dense_linears` are the full names of the linear layers that stay dense: vLLM and AutoAWQ search for them as
+    substrings, so a shorter name could match other layers.
+    """
+    listed = [name for name in dense_linears if name != "lm_head"]
+    return {
+        "quant_method": "awq",
+        "zero_point": True,
+        "group_size": group_size,
+        "bits": BITS,
+        "version": "gemm",
+        "modules_to_not_convert": listed or None,
+    }
+
+
+def compressed_tensors_block(group_size: int, symmetric: bool, dense_linears: Sequence[str]) -> dict[str, Any]:
+    """The block of compressed-tensors for `pack-quantized` weights, as llm-compressor's W4A16 and W4A16_ASYM write it.
+
+    Keys that only newer releases know are left out: older readers reject them.
+    """
+    weights = {
+        "num_bits": BITS,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": PACK_QUANTIZED,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(dense_linears),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

@@ -1,0 +1,330 @@
+"""Writing safetensors shard by shard: streamed, resumable, and complete under their final names or not there at all.
+
+A safetensors file is eight bytes of header length, a JSON header with the dtype, shape and place of every tensor, and
+the tensors end to end (https://huggingface.co/docs/safetensors). Names, dtypes and shapes are known before the first
+value is, so the header is written first and the tensors follow one by one.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UsageError
+
+SHARD_BYTES = 5_000_000_000
+PARTIAL = ".partial"
+LOCK = ".lock"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Spec(NamedTuple):
+    """A tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values on disk."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Shard(NamedTuple):
+    """A file to write: its name, its tensors in order, and the header before them."""
+
+    file: str
+    specs: list[Spec]
+    header: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file."""
+        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+
+
+def plan_shards(specs: Sequence[Spec], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Cut the tensors, in order, into files with at most `shard_bytes` of values (a larger tensor gets its own)."""
+    parts: list[list[Spec]] = [[]]
+    room = shard_bytes
+    for spec in specs:
+        if parts[-1] and spec.nbytes > room:
+            parts.append([])
+            room = shard_bytes
+        parts[-1].append(spec)
+        room -= spec.nbytes
+    if len(parts) == 1:
+        files = ["model.safetensors"]
+    else:
+        files = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    return [Shard(file, part, _header(part)) for file, part in zip(files, parts, strict=True)]
+
+
+def _header(specs: Sequence[Spec]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in specs:
+        end = offset + Spec(name, dtype, shape).nbytes
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks that values begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
+
+def serialize(tensors: Mapping[str, Tensor]) -> bytes:
+    """A whole safetensors file in memory. The library's own `save` needs NumPy, which miniawq does not."""
+    specs = [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    values = [tensor.detach().cpu().contiguous() for tensor in tensors.values()]
+    return _header(specs) + b"".join(ctypes.string_at(value.data_ptr(), value.nbytes) for value in values)
+
+
+class ShardWriter:
+    """Writes the tensors of `specs`, in that order, into the shards of a checkpoint directory.
+
+    A shard is called `<name>.partial` until its last tensor is on the disk. Its bytes depend only on the specs, the
+    values and `shard_bytes`, even if a run was killed and resumed.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        specs: Sequence[tuple[str, torch.dtype, Sequence[int]]],
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.directory = Path(directory)
+        self.specs = [Spec(name, dtype, tuple(shape)) for name, dtype, shape in specs]
+        self.shards = plan_shards(self.specs, shard_bytes)
+        self.done = 0
+        self._file: BinaryIO | None = None
+        self._starts = [0]
+        for shard in self.shards:
+            self._starts.append(self._starts[-1] + len(shard.specs))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor. InvalidInput when its name, dtype or shape is not the planned one.
+
+        MiniawqError when the disk is full: shards already complete stay, and `resume` goes on from the last one.
+        """
+        if self.done == len(self.specs):
+            raise InvalidInput(f"tensor {name} was not planned", "all planned tensors are written")
+        planned, given = self.specs[self.done], Spec(name, tensor.dtype, tuple(tensor.shape))
+        if given != planned:
+            raise InvalidInput(f"tensor {name} is out of plan", f"the plan says {planned}, and {given} came")
+        shard = self.shards[self._shard_of(self.done)]
+        with _disk_errors(self.directory):
+            if self._file is None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._file = self._partial(shard).open("wb")
+                self._file.write(shard.header)
+            values = tensor.detach().cpu().contiguous()
+            self._file.write((ctypes.c_char * planned.nbytes).from_address(values.data_ptr()))
+            self.done += 1
+            if self.done in self._starts:
+                self._complete(shard)
+
+    def flush(self) -> None:
+        """Put everything written so far on the disk, so that a journal may say so."""
+        if self._file:
+            with _disk_errors(self.directory):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def resume(self, done: int) -> None:
+        """Go on after the first `done` tensors of an earlier writer with the same specs; later bytes are overwritten.
+
+        InvalidInput when the files there do not hold those tensors.
+        """
+        index = self._shard_of(done)
+        for shard in self.shards[:index]:
+            self._check(self.directory / shard.file, shard, shard.nbytes)
+        if done > self._starts[index]:
+            shard = self.shards[index]
+            size = len(shard.header) + sum(spec.nbytes for spec in shard.specs[: done - self._starts[index]])
+            if (self.directory / shard.file).exists():
+                os.replace(self.directory / shard.file, self._partial(shard))
+            self._check(self._partial(shard), shard, size)
+            self._file = self._partial(shard).open("r+b")
+            self._file.seek(size)
+        self.done = done
+
+    def finish(self) -> None:
+        """Write the index (for more than one shard) once all tensors are written."""
+        if self.done < len(self.specs):
+            raise InvalidInput("the checkpoint is not complete", f"tensor {self.specs[self.done].name} is missing")
+        if len(self.shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in self.specs)},
+                "weight_map": {spec.name: shard.file for shard in self.shards for spec in shard.specs},
+            }
+            write_json(self.directory / "model.safetensors.index.json", index)
+
+    def _shard_of(self, done: int) -> int:
+        return next(index for index, end in enumerate([*self._starts[1:], len(self.specs) + 1]) if done < end)
+
+    def _partial(self, shard: Shard) -> Path:
+        return self.directory / (shard.file + PARTIAL)
+
+    def _complete(self, shard: Shard) -> None:
+        assert self._file is not None
+        self.flush()
+        self._file.close()
+        self._file = None
+        os.replace(self._partial(shard), self.directory / shard.file)
+        _sync_directory(self.directory)
+
+    def _check(self, path: Path, shard: Shard, size: int) -> None:
+        found = path.stat().st_size if path.exists() else 0
+        same = False
+        if found >= size:
+            with open(path, "rb") as file:
+                same = file.read(len(shard.header)) == shard.header
+        if not same:
+            raise InvalidInput(
+                f"cannot resume in {self.directory}",
+                f"{path.name} has {found} bytes of the {size} expected, or was written with another plan",
+                "start again in an empty directory",
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that appears complete or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file that appears complete or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    with _disk_errors(path.parent):
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+@contextmanager
+def published(destination: str | Path) -> Iterator[Path]:
+    """A directory beside `destination` to fill, which gets that name when the block ends without an error.
+
+    Until then it has a name that no other run uses. UsageError when the destination exists, at the beginning or at the
+    end.
+    """
+    destination = Path(destination)
+    _refuse_existing(destination)
+    partial = destination.with_name(f"{destination.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
+    with _disk_errors(destination.parent):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        _refuse_existing(destination)
+        _rename(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync_directory(destination.parent)
+
+
+def _refuse_existing(destination: Path) -> None:
+    if destination.exists() or destination.is_symlink():
+        raise _exists(destination)
+
+
+def _rename(partial: Path, destination: Path) -> None:
+    """Give a directory its name. The system refuses when another run has taken the name in this moment."""
+    try:
+        os.rename(partial, destination)
+    except OSError as error:
+        if destination.exists():
+            raise _exists(destination) from error
+        raise
+
+
+def _exists(destination: Path) -> UsageError:
+    return UsageError(
+        f"cannot write to {destination}", "something of that name exists", "name a new directory, or remove it"
+    )
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory, which is made, for this run alone: UsageError while another run holds it."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"cannot write to {directory}", "it is no directory", "name a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / LOCK, timeout=0)
+    try:
+        with lock:
+            try:
+                yield
+            finally:
+                (directory / LOCK).unlink(missing_ok=True)
+    except Timeout as error:
+        why, fix = f"{directory / LOCK} is held by it", "wait for it, or name another directory"
+        raise UsageError(f"another run is writing to {directory}", why, fix) from error
+
+
+def check_disk(destination: Path, nbytes: int) -> None:
+    """DoesNotFit when the disk of `destination`, which need not exist yet, has less than `nbytes` free."""
+    place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < nbytes:
+        raise DoesNotFit(
+            f"{destination} needs {nbytes / 1e9:.2f} GB of disk",
+            f"{place} has {free / 1e9:.2f} GB free",
+            "free some space, or name a destination on another disk",
+        )
+
+
+def _sync_directory(directory: Path) -> None:
+    # A rename is on the disk only once its directory is.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise MiniawqError(
+            f"the disk is full while writing to {directory}",
+            f"{os.strerror(error.errno)}; complete shards are kept",
+            "free some space and run the same command again",
+        ) from error

@@ -1,0 +1,229 @@
+"""`miniawq convert SOURCE DESTINATION --format FORMAT`: one INT4 layout to another, losslessly, or to dense weights.
+
+Codes, scales and zeros are moved, not computed again: the weights stay equal bit for bit, and the way back gives the
+same bytes. One layer is in memory at a time.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miniawq import cli
+from miniawq.checkpoint.background import ahead
+from miniawq.checkpoint.blocks import place_stored, read_stored
+from miniawq.checkpoint.hub import add_hub_flags, hub_options
+from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
+from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
+from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, published, write_json
+from miniawq.errors import InvalidInput
+from miniawq.hardware import pick_device, roomiest
+from miniawq.packing import CODES_PER_WORD, SYMMETRIC_ZERO, Quantized, dequantize
+
+FORMATS = ("awq", "compressed-tensors", "dense")
+BYTES_A_WEIGHT = 4  # that unpacking and packing a layer take at most
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_checkpoint` did."""
+
+    source_layout: str
+    layout: str
+    packed_linears: int
+    unpacked_linears: list[str]
+    tensors: int
+    nbytes: int
+    seconds: float
+
+
+def convert_checkpoint(
+    source: str | Path | Checkpoint | None,
+    destination: str | Path,
+    format: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    device: torch.device | str = "cpu",
+) -> Conversion:
+    """Write `source` to the new directory `destination` as "awq", "compressed-tensors" or "dense".
+
+    The directory appears when it is complete. AutoAWQ words hold eight outputs: layers with another number of outputs
+    become dense in that format. InvalidInput if the source is not quantized, or the format cannot hold its group sizes.
+    """
+    started = time.monotonic()
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if not checkpoint.quantized:
+        raise InvalidInput(
+            f"{checkpoint.directory} is not quantized", "convert moves INT4 codes", "run miniawq quantize on it"
+        )
+    checkpoint = checkpoint.fetched()
+    layout = _layout(checkpoint, format)
+    packed = _packed_linears(checkpoint, layout)
+    pieces = list(_pieces(checkpoint))
+    specs = [spec for name, leaf in pieces for spec in _specs(checkpoint, name, leaf, layout, packed)]
+    check_disk(Path(destination), sum(spec.nbytes for spec in specs))
+    with published(destination) as directory:
+        with ShardWriter(directory, specs, shard_bytes) as writer:
+            tensors = (
+                pair
+                for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None)
+                for pair in _tensors(checkpoint, name, leaf, layout, packed, torch.device(device))
+            )
+            for name, tensor in ahead(tensors):
+                writer.write(name, tensor)
+            writer.finish()
+        write_json(directory / "config.json", _config(checkpoint, layout, packed))
+        checkpoint.copy_side_files(directory)
+    return Conversion(
+        source_layout=next(iter(checkpoint.quantized.values())).layout,
+        layout=layout,
+        packed_linears=len(packed),
+        unpacked_linears=sorted(checkpoint.quantized.keys() - packed),
+        tensors=len(specs),
+        nbytes=sum(spec.nbytes for spec in specs),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _layout(checkpoint: Checkpoint, format: str) -> str:
+    """The name in LAYOUTS: compressed-tensors has a layout without zeros for checkpoints whose zeros are all 8."""
+    if format not in FORMATS:
+        raise InvalidInput(f"there is no format {format!r}", f"known: {', '.join(FORMATS)}")
+    if format != "compressed-tensors":
+        return format
+    symmetric = all(_is_symmetric(checkpoint, name) for name in checkpoint.quantized)
+    return "compressed-tensors-symmetric" if symmetric else format
+
+
+def _is_symmetric(checkpoint: Checkpoint, name: str) -> bool:
+    if checkpoint.quantized[name].symmetric:
+        return True
+    quantized = checkpoint.read_linear(name)
+    assert isinstance(quantized, Quantized)
+    return bool((quantized.zeros_OG == SYMMETRIC_ZERO).all())
+
+
+def _packed_linears(checkpoint: Checkpoint, layout: str) -> set[str]:
+    if layout == "dense":
+        return set()
+    fitting = {"awq": lambda outputs: outputs % CODES_PER_WORD == 0}.get(layout, lambda outputs: True)
+    return {name for name, linear in checkpoint.quantized.items() if fitting(linear.out_features)}
+
+
+def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(module, leaf) of everything stored, in the order of the model, whatever the source's layout is."""
+    for name, _ in checkpoint.skeleton.named_modules():
+        if name in checkpoint.quantized:
+            yield name, "packed"
+        for leaf in ("weight", "bias"):
+            if f"{name}.{leaf}" in checkpoint.tensors:
+                yield name, leaf
+
+
+def _specs(checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: set[str]) -> list[Spec]:
+    """Names, dtypes and shapes of the tensors that `_tensors` will yield, without reading values."""
+    if leaf != "packed":
+        info = checkpoint.tensors[f"{name}.{leaf}"]
+        return [Spec(f"{name}.{leaf}", info.dtype, info.shape)]
+    linear = checkpoint.quantized[name]
+    scales = linear.tensors.get("scales") or linear.tensors["weight_scale"]
+    dtype = checkpoint.tensors[scales].dtype
+    if name not in packed:
+        return [Spec(f"{name}.weight", dtype, (linear.out_features, linear.in_features))]
+    groups = linear.in_features // linear.group_size
+    parts = part_shapes(layout, linear.in_features, linear.out_features, groups, dtype)
+    return [Spec(f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()]
+
+
+def _tensors(
+    checkpoint: Checkpoint, name: str, leaf: str, layout: str, packed: set[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    if leaf != "packed":
+        yield f"{name}.{leaf}", checkpoint.read(f"{name}.{leaf}")
+        return
+    quantized = place_stored(checkpoint, name, read_stored(checkpoint, f"{name}.weight", device), device)
+    assert isinstance(quantized, Quantized)
+    if name not in packed:
+        yield f"{name}.weight", dequantize(quantized)
+        return
+    for part, tensor in LAYOUTS[layout].encode(quantized).items():
+        yield f"{name}.{part}", tensor
+
+
+def _config(checkpoint: Checkpoint, layout: str, packed: set[str]) -> dict[str, Any]:
+    config = {key: value for key, value in checkpoint.config.items() if key != "compression_config"}
+    if layout == "dense":
+        return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    dense = [name for name in checkpoint.linears if name not in packed]
+    group_size = _common_group_size(checkpoint, packed)
+    if layout == "awq":
+        block = awq_block(group_size, dense)
+    else:
+        block = compressed_tensors_block(group_size, layout.endswith("symmetric"), dense)
+    return config | {"quantization_config": block}
+
+
+def _common_group_size(checkpoint: Checkpoint, packed: set[str]) -> int:
+    """The group size that the config states; -1 if every row of every layer is one group."""
+    linears = [checkpoint.quantized[name] for name in sorted(packed)]
+    sizes = {linear.group_size for linear in linears}
+    if len(sizes) == 1:
+        return sizes.pop()
+    if all(linear.group_size == linear.in_features for linear in linears):
+        return -1
+    raise InvalidInput(
+        "these layers have different group sizes",
+        f"{checkpoint.directory} has {sorted(sizes)}, and the format states one for all",
+        "convert to dense and quantize again",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser("convert", "Write a quantized checkpoint in another layout, with the same weights bit for bit.")
+    parser.add_argument("source", help="directory or Hub id of an INT4 checkpoint (AutoAWQ or compressed-tensors)")
+    parser.add_argument("destination", help="directory to make")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="layout to write")
+    parser.add_argument("--device", help="where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_hub_flags(parser)
+    return parser
+
+
+def device_for(checkpoint: Checkpoint, wanted: str | None) -> torch.device:
+    """The device asked for; if none is, a GPU with room for the largest layer, else the CPU."""
+    if wanted or not torch.cuda.is_available():
+        return pick_device(wanted or "cpu")
+    largest = max((layer.in_features * layer.out_features for layer in checkpoint.quantized.values()), default=0)
+    return roomiest(BYTES_A_WEIGHT * largest, torch.device("cuda"))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
+    device = device_for(checkpoint, arguments.device)
+    report = convert_checkpoint(checkpoint, arguments.destination, arguments.format, device=device)
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+        return
+    unpacked = f", {len(report.unpacked_linears)} layers became dense" if report.unpacked_linears else ""
+    print(
+        f"{arguments.destination}: {report.source_layout} to {report.layout}, {report.packed_linears} packed layers"
+        f"{unpacked}, {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return cli.run(_convert, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""`miniawq plan MODEL`: what is in a checkpoint, what memory it needs, and which engines can run it.
+
+Everything comes from config.json and the headers of the weight files; no weights of a Hub repository are downloaded.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from miniawq import cli
+from miniawq.checkpoint.config import llama_config
+from miniawq.checkpoint.detection import QuantizedLinear
+from miniawq.checkpoint.hub import HubFiles, add_hub_flags, hub_options
+from miniawq.checkpoint.layouts import part_shapes
+from miniawq.checkpoint.loading import DTYPES
+from miniawq.checkpoint.opening import Checkpoint, linear_shapes, meta_model, open_checkpoint
+from miniawq.checkpoint.quant_config import QuantizationConfig, read_block
+from miniawq.checkpoint.shards import DTYPE_NAMES, Spec
+from miniawq.engine.memory import (
+    PREFILL_CHUNK,
+    Footprint,
+    check_fit,
+    footprint,
+    kv_bytes_per_token,
+    parts_of,
+)
+from miniawq.errors import UsageError
+from miniawq.hardware import DeviceMemory, device_memory, named_device, pick_device, size
+from miniawq.model import LlamaConfig
+
+DEGREES = (1, 2, 4, 8)
+DEFAULT_CONTEXT = 8192
+MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+
+
+def tensors_from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> list[Spec]:
+    """The tensors of a checkpoint with this quantized config.json, as if it were written by us.
+
+    All linear layers but the head are packed in groups of the config's size; scales and dense tensors have `dtype`.
+    """
+    model_config = llama_config(config)
+    block = read_block(config, {})
+    if block is None or block.layout is None or not block.group_sizes:
+        raise UsageError("this config.json says no quantization layout or group size")
+    layout = "compressed-tensors-symmetric" if block.symmetric and block.layout != "awq" else block.layout
+    (group_size,) = block.group_sizes
+    model = meta_model(model_config)
+    stored, linears = model.state_dict(), linear_shapes(model)
+    specs: list[Spec] = []
+    for name, tensor in stored.items():
+        layer, _, leaf = name.rpartition(".")
+        if name == "lm_head.weight" and model_config.tie_word_embeddings:
+            continue
+        if leaf == "weight" and layer in linears and layer != "lm_head":
+            inputs, outputs = linears[layer]
+            groups = 1 if group_size == -1 else inputs // group_size
+            parts = part_shapes(layout, inputs, outputs, groups, dtype)
+            specs += [Spec(f"{layer}.{part}", kind, shape) for part, (kind, shape) in parts.items()]
+        else:
+            specs.append(Spec(name, dtype, tuple(tensor.shape)))
+    return specs
+
+
+@dataclass(frozen=True)
+class EngineLimit:
+    """What a kernel asks of a packed layer: divisors of its inputs and outputs on each device, and its group sizes."""
+
+    inputs: int
+    outputs: int
+    group_sizes: tuple[int, ...] | None = None
+
+
+# vLLM: `awq.py` and `awq_marlin.py` / `compressed_tensors_wNa16.py` under model_executor/layers/quantization.
+AWQ_KERNEL = EngineLimit(inputs=1, outputs=8)
+MARLIN = EngineLimit(inputs=128, outputs=64, group_sizes=MARLIN_GROUP_SIZES)
+ENGINES: dict[str, dict[str, EngineLimit]] = {
+    "awq": {"vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN},
+    "compressed-tensors": {"vLLM Marlin": MARLIN},
+    "gemv": {},
+}
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one matrix of each
+SPLIT_BY_INPUTS = ("o_proj", "down_proj")  # vLLM splits the others by outputs among devices
+
+
+def engine_degrees(
+    config: LlamaConfig, quantized: Mapping[str, QuantizedLinear], block: QuantizationConfig | None = None
+) -> dict[str, dict[int, str]]:
+    """For each engine that reads the layout and each tensor-parallel degree: "" if it works, or why it does not."""
+    layouts = {linear.layout for linear in quantized.values()}
+    engines = ENGINES[layouts.pop()] if len(layouts) == 1 else {}
+    found = {
+        engine: {degree: _obstacle(config, quantized, limit, degree) for degree in DEGREES}
+        for engine, limit in engines.items()
+    }
+    if block and block.method == "awq" and block.symmetric:
+        found["vLLM Marlin"] = dict.fromkeys(DEGREES, f"{block.where}: zero_point is false")
+    return found
+
+
+def _obstacle(config: LlamaConfig, quantized: Mapping[str, QuantizedLinear], limit: EngineLimit, degree: int) -> str:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % degree or (kv_heads % degree and degree % kv_heads):
+        return f"{heads} query and {kv_heads} key/value heads do not divide by {degree}"
+    shapes = linear_shapes(meta_model(config))
+    for name, linear in quantized.items():
+        split_inputs = name.endswith(SPLIT_BY_INPUTS)
+        inputs = linear.in_features / (degree if split_inputs else 1)
+        outputs = linear.out_features if split_inputs else _outputs_per_device(name, shapes, kv_heads, degree)
+        whole_rows = linear.group_size == linear.in_features
+        if limit.group_sizes and not whole_rows and linear.group_size not in limit.group_sizes:
+            return f"{name}: group size {linear.group_size} is not one of {limit.group_sizes}"
+        multiple = math.lcm(limit.inputs, 1 if whole_rows else linear.group_size)
+        if inputs % multiple:
+            return f"{name}: {inputs:g} inputs on each device are no multiple of {multiple}"
+        if outputs % limit.outputs:
+            return f"{name}: {outputs:g} outputs on each device are no multiple of {limit.outputs}"
+    return ""
+
+
+def _outputs_per_device(name: str, shapes: Mapping[str, tuple[int, int]], kv_heads: int, degree: int) -> float:
+    """Outputs on one device of the matrix that holds this layer; if there are too few key/value heads, devices repeat
+    them.
+    """
+    stem, dot, leaf = name.rpartition(".")
+    together = next((leaves for leaves in MERGED if leaf in leaves), (leaf,))
+    return sum(
+        shapes[stem + dot + part][1] / (min(degree, kv_heads) if part in ("k_proj", "v_proj") else degree)
+        for part in together
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of the same role in all layers."""
+
+    name: str
+    count: int
+    dtype: str
+    shape: list[int]
+    nbytes: int
+
+
+def tensor_table(checkpoint: Checkpoint) -> list[Row]:
+    """The stored tensors, layers folded together, in the order of the files."""
+    rows: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for name, info in checkpoint.tensors.items():
+        key = re.sub(r"\.\d+\.", ".*.", name), DTYPE_NAMES[info.dtype], info.shape
+        rows.setdefault(key, []).append(info.nbytes)
+    return [Row(name, len(found), dtype, list(shape), sum(found)) for (name, dtype, shape), found in rows.items()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `miniawq plan` tells; sizes are bytes."""
+
+    model: str
+    commit: str | None
+    architecture: str
+    layers: int
+    layout: str
+    group_sizes: list[int]
+    packed_linears: int
+    dense_linears: list[str]
+    stored_bytes: int
+    packed_bytes: int
+    dtype: str
+    kv_bytes_per_token: int
+    memory: Footprint
+    total: int
+    device: DeviceMemory
+    fits: bool
+    engines: dict[str, dict[int, str]]
+    tensors: list[Row]
+    notices: list[str]
+
+
+def make_plan(checkpoint: Checkpoint, model: str, dtype: torch.dtype, needed: Footprint, device: DeviceMemory) -> Plan:
+    packed = [name for linear in checkpoint.quantized.values() for name in linear.tensors.values()]
+    return Plan(
+        model=model,
+        commit=checkpoint.files.commit if isinstance(checkpoint.files, HubFiles) else None,
+        architecture=checkpoint.model_config.architecture,
+        layers=checkpoint.model_config.num_hidden_layers,
+        layout=", ".join(sorted({linear.layout for linear in checkpoint.quantized.values()})) or "dense",
+        group_sizes=sorted({linear.group_size for linear in checkpoint.quantized.values()}),
+        packed_linears=len(checkpoint.quantized),
+        dense_linears=[name for name in checkpoint.linears if name not in checkpoint.quantized],
+        stored_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        packed_bytes=sum(checkpoint.tensors[name].nbytes for name in packed),
+        dtype=str(dtype).removeprefix("torch."),
+        kv_bytes_per_token=kv_bytes_per_token(checkpoint.model_config, dtype),
+        memory=needed,
+        total=needed.total,
+        device=device,
+        fits=needed.total <= device.free,
+        engines=engine_degrees(checkpoint.model_config, checkpoint.quantized, checkpoint.quantization),
+        tensors=tensor_table(checkpoint),
+        notices=checkpoint.notices,
+    )
+
+
+def render_plan(plan: Plan, show_tensors: bool) -> str:
+    """The plan as lines for people."""
+    needed, group = plan.memory, ", ".join(map(str, plan.group_sizes))
+    packed = f"{plan.packed_linears} packed layers {size(plan.packed_bytes)}"
+    kind = f"INT4 {plan.layout}, group size {group}" if plan.packed_linears else "dense"
+    told = {
+        "weights": f"{packed}; {plan.stored_bytes / 1e9:.3f} GB on disk",
+        "kv cache": f"{needed.batch} x {needed.max_seq_len} tokens x {size(plan.kv_bytes_per_token)} ({plan.dtype})",
+        "prefill": f"{min(PREFILL_CHUNK, needed.batch * needed.max_seq_len)} tokens at a time",
+        "overhead": "what the device's runtime takes for itself (--memory-margin)",
+    }
+    lines = [
+        f"model     {plan.model}{' @ ' + plan.commit[:8] if plan.commit else ''}",
+        f"          {plan.architecture}, {plan.layers} layers, {kind}",
+    ]
+    lines += [f"{part:9} {size(value):>11}   {told[part]}" for part, value in parts_of(needed).items()]
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    supply = f"of {size(plan.device.total)}, {size(plan.device.free)} free on {plan.device.name}"
+    lines.append(f"total     {size(plan.total):>11}   {supply}: {verdict}")
+    for engine, degrees in plan.engines.items():
+        works = [str(degree) for degree, why in degrees.items() if not why]
+        lines.append(f"{engine:16} tensor-parallel {', '.join(works) or 'never'}")
+        lines += [f"                 not {degree}: {why}" for degree, why in degrees.items() if why]
+    lines += [f"notice    {notice}" for notice in plan.notices]
+    if show_tensors:
+        lines += [
+            f"{row.count:4} x {row.name:52} {row.dtype:5} {row.shape!s:18} {size(row.nbytes)}" for row in plan.tensors
+        ]
+    return "\n".join(lines)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "24GiB", "1.5 GB", "800MiB" or a plain number."""
+    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if not found or found[2].upper() not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, 800MiB or a number of bytes")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(
+        "plan", "What is in a checkpoint, what memory it needs, which engines run it; reads headers only."
+    )
+    parser.add_argument("model", nargs="?", help="directory, Hub id or ID@REVISION (default: the demo)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: 1)")
+    parser.add_argument(
+        "--max-seq-len",
+        type=int,
+        help=f"tokens of prompt and answer (default: {DEFAULT_CONTEXT}, or the model's limit)",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--device-memory", type=parse_size, metavar="SIZE", help="plan for a device of this size (24GiB)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is not packed")
+    parser.add_argument(
+        "--memory-margin", type=parse_size, metavar="SIZE", help="overhead to leave free (1GiB on CUDA)"
+    )
+    parser.add_argument("--tensors", action="store_true", help="list the tensors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_hub_flags(parser)
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
+    if nbytes := arguments.device_memory:
+        # A plan for another machine may name a device that this one lacks.
+        device = named_device(arguments.device or pick_device(None))
+        memory = DeviceMemory(f"a device of {size(nbytes)}", nbytes, nbytes)
+    else:
+        device = pick_device(arguments.device)
+        memory = device_memory(device)
+    limit = checkpoint.model_config.max_position_embeddings
+    dtype = DTYPES[arguments.dtype]
+    needed = footprint(
+        checkpoint,
+        dtype,
+        device=device.type,
+        batch=arguments.batch,
+        max_seq_len=arguments.max_seq_len or min(limit, DEFAULT_CONTEXT),
+        overhead=arguments.memory_margin,
+    )
+    plan = make_plan(checkpoint, arguments.model or "the demo", dtype, needed, memory)
+    if arguments.json:
+        print(json.dumps(asdict(plan) | {"device": memory._asdict()}))
+    else:
+        print(render_plan(plan, arguments.tensors))
+    check_fit(needed, memory, checkpoint, dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 4 if the model does not fit."""
+    return cli.run(_plan, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The text that a model continues: from flags, files or stdin, through the chat template if there is one."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from miniawq.errors import InvalidInput, UsageError
+from miniawq.text.chat import Message, check_variables
+from miniawq.text.plain import read_text
+from miniawq.text.tokenizer import Tokenizer
+
+DEMO_PROMPT = "Once upon a time"
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `read_prompt` and `system_message` read."""
+    add = parser.add_argument_group("prompt").add_mutually_exclusive_group().add_argument
+    add("--prompt", "-p", metavar="TEXT", help="text, or - for stdin")
+    add("--file", type=Path, help="file with the prompt")
+    add("--messages", type=Path, help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
+    add("--interactive", "-i", action="store_true", help="talk with a chat model")
+    add = parser.add_argument_group("chat template").add_argument
+    add("--system-prompt", metavar="TEXT", help="system message of the conversation")
+    add("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
+    add("--show-prompt", action="store_true", help="show the text that the model continues, on stderr")
+
+
+def is_given(arguments: argparse.Namespace) -> bool:
+    """Whether the user gives a prompt; the demo has one of its own."""
+    return any((arguments.prompt is not None, arguments.file, arguments.messages, arguments.interactive))
+
+
+def check_prompt_flags(arguments: argparse.Namespace) -> None:
+    """UsageError on flags that do not go together."""
+    check_variables(arguments.chat_template_kwargs)
+    if arguments.model and not is_given(arguments):
+        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages or --interactive")
+    needs_template = (
+        arguments.system_prompt,
+        arguments.messages,
+        arguments.chat_template_kwargs,
+        arguments.interactive,
+    )
+    if arguments.raw and any(needs_template):
+        what = "--raw goes with none of --system-prompt, --messages, --interactive and --chat-template-kwargs"
+        raise UsageError(what, "they are for the chat template, which --raw leaves out")
+
+
+def system_message(arguments: argparse.Namespace) -> list[Message]:
+    """The message of --system-prompt; none if the flag is not given."""
+    return [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+
+
+def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """The text to continue, and whether the chat template wrote it."""
+    tools = None
+    if arguments.messages:
+        messages, tools = _read_messages(arguments.messages)
+    else:
+        text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
+        if arguments.file or arguments.prompt == "-":
+            text = read_text(arguments.file or "-")
+        if arguments.raw or not (tokenizer.has_chat_template or arguments.system_prompt):
+            return text, False
+        messages = [{"role": "user", "content": text}]
+    conversation = system_message(arguments) + messages
+    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs), True
+
+
+def _read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    text = read_text(path)
+    try:
+        given = json.loads(text)
+        messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
+        return [dict(message) for message in messages], tools
+    except (TypeError, KeyError, ValueError) as error:
+        why, fix = f"{path}: {type(error).__name__}: {error}", 'write [{"role": "user", "content": "..."}]'
+        raise InvalidInput("the messages cannot be read", why, fix) from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}'
+        ) from error

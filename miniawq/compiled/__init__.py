@@ -1,0 +1,85 @@
+"""Everything that knows torch.compile, Inductor or Triton. The other rooms use the few names that this file lists.
+
+    prepacked.py   how packed words lie in memory while a model runs, and the way back
+    eager.py       the product of prepacked words by plain calls of torch, for any number of rows
+    operations.py  two operations that torch does not have
+    gpu_forms.py   the product as expressions that Inductor makes one GPU kernel of each
+    cpu_forms.py   the same for a CPU
+    launch.py      how those kernels are cut into programs
+    workshop.py    what the process knows about its compiler: which threads may use it, and for which forms
+    inductor.py    where private torch is touched: block sizes, lowerings of our operations, sources of kernels
+    compiler.py    functions that are compiled, and kept in a file for the next process
+    artifacts.py   the directories in which they are kept
+    products.py    which form multiplies which weight
+    proof.py       every form shows once in a process that it is right, or is left out
+
+Tried with torch 2.11 to 2.13 (`workshop.TORCH_VERSIONS`). Outside that window, without a compiler, and wherever a form
+is wrong or cannot be built, the product is the plain one, and one warning says so.
+
+Shapes, beside those of the book (CONTRIBUTING.md): P words of one group (S / 8), called planes on a GPU; N nibbles of a
+word (8); J words and B bytes of one output; V parts of a sum, Q steps of one; K programs that share a sum (GPU), or
+blocks of W outputs (CPU), Y of them in a part; U outputs of a part; C tiles of R rows.
+"""
+
+from miniawq.compiled.artifacts import are_here, directory_of, identity, kept
+from miniawq.compiled.compiler import Compiled, Kept, any_length
+from miniawq.compiled.eager import CODES_PER_EXPANDED_SLICE, multiply_prepacked
+from miniawq.compiled.gpu_forms import written
+from miniawq.compiled.prepacked import (
+    Prepacked,
+    can_prepack,
+    join,
+    joined,
+    lay_together,
+    prepack,
+    prepack_awq,
+    prepacked_bytes,
+    unprepack,
+)
+from miniawq.compiled.products import (
+    Form,
+    Prepared,
+    Product,
+    compile_with_forms,
+    dense_product,
+    int4_product,
+    multiply,
+    prepare,
+    prepare_normed,
+)
+from miniawq.compiled.proof import check
+from miniawq.compiled.workshop import WORKSHOP, first_line
+
+__all__ = [
+    "CODES_PER_EXPANDED_SLICE",
+    "WORKSHOP",
+    "Compiled",
+    "Form",
+    "Kept",
+    "Prepacked",
+    "Prepared",
+    "Product",
+    "any_length",
+    "are_here",
+    "can_prepack",
+    "check",
+    "compile_with_forms",
+    "dense_product",
+    "directory_of",
+    "first_line",
+    "identity",
+    "int4_product",
+    "join",
+    "joined",
+    "kept",
+    "lay_together",
+    "multiply",
+    "multiply_prepacked",
+    "prepack",
+    "prepack_awq",
+    "prepacked_bytes",
+    "prepare",
+    "prepare_normed",
+    "unprepack",
+    "written",
+]

@@ -1,0 +1,234 @@
+"""How a layer's words lie in memory while it runs, and the way back.
+
+One load should bring eight weights of one output, and no arithmetic should be needed to tell which. So a group of S
+inputs becomes P = S / 8 words, and word p of group g holds the codes of inputs g S + 8 p + 0..7, lowest nibble first.
+
+A GPU reads *planes* [O, P, G]: neighbouring threads take neighbouring groups, so the words with the same p lie
+together. The *storage order* of inputs is then (p, g, nibble). A CPU reads *blocks* [K, G, P, W]: the same word of W
+neighbouring outputs is one vector, a block is read from front to back, and each lane of the vector sums one output.
+
+A group of more than 128 inputs is stored as groups of 128 with the same scale and zero.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, decode_awq, unpack, words_of
+
+LARGEST_GROUP = 128
+CODES_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 22}  # decoded while a layer is prepacked; a GPU waits for each launch
+GRID_BYTES = {"cuda": 4, "cpu": 8}  # of one group's scale and zero
+
+
+class Prepacked(NamedTuple):
+    """The weight of one layer, or of several whose outputs follow one another.
+
+    In planes: `words` int32 [O, P, G] and `grid` int32 [O, G] (`pack_grid`). In blocks: `words` int32 [K, G, P, W] and
+    `grid` float32 [K, G, 2, W], scales and zeros. `group_size` and `scale_dtype` are those of the file.
+    """
+
+    words: Tensor
+    grid: Tensor
+    group_size: int
+    scale_dtype: torch.dtype
+
+    @property
+    def in_planes(self) -> bool:
+        """Planes or blocks."""
+        return self.grid.dtype == torch.int32
+
+    @property
+    def lanes(self) -> int:
+        """Neighbouring outputs of a vector; 1 in planes."""
+        return 1 if self.in_planes else self.words.shape[3]
+
+    @property
+    def outputs(self) -> int:
+        """All outputs of all layers."""
+        return len(self.words) * self.lanes
+
+    @property
+    def inputs(self) -> int:
+        """All inputs."""
+        return self.words.numel() * CODES_PER_WORD // self.outputs
+
+
+def can_prepack(device: torch.device, scale_dtype: torch.dtype) -> bool:
+    """Whether the grid has room for these scales: on a GPU they have 16 bits."""
+    return scale_dtype.itemsize == 2 or not wants_planes(device)
+
+
+def wants_planes(device: torch.device | str) -> bool:
+    """Which of the two a device reads fastest."""
+    return torch.device(device).type == "cuda"
+
+
+def prepack(quantized: Quantized) -> Prepacked:
+    """A weight as its device reads it fastest."""
+    (outputs, inputs), scales_OG = quantized.codes_OI.shape, quantized.scales_OG
+    target = empty(outputs, inputs, quantized.group_size, scales_OG.dtype, scales_OG.device)
+    write(quantized, target)
+    return target
+
+
+def prepack_awq(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor) -> Prepacked:
+    """The same from AutoAWQ words, some outputs at a time, so that a large layer is never decoded as a whole."""
+    inputs, outputs = len(qweight_IW), scales_GO.shape[1]
+    target = empty(outputs, inputs, inputs // len(scales_GO), scales_GO.dtype, qweight_IW.device)
+    for some_O, part in slices(target, CODES_AT_ONCE["cuda" if target.in_planes else "cpu"]):
+        some_W = slice(some_O.start // CODES_PER_WORD, some_O.stop // CODES_PER_WORD)
+        words = {"qweight": qweight_IW[:, some_W], "qzeros": qzeros_GW[:, some_W], "scales": scales_GO[:, some_O]}
+        write(decode_awq(words), part)
+    return target
+
+
+def prepacked_bytes(outputs: int, inputs: int, group_size: int, device: str) -> int:
+    """Memory of a prepacked weight on a "cuda" or "cpu" device."""
+    return outputs * (inputs // 2 + inputs // stored_group_size(group_size) * GRID_BYTES[device])
+
+
+def empty(
+    outputs: int, inputs: int, group_size: int, scale_dtype: torch.dtype, device: torch.device | str
+) -> Prepacked:
+    """Memory for a prepacked weight."""
+    size = stored_group_size(group_size)
+    groups, words = inputs // size, size // CODES_PER_WORD
+    if wants_planes(device):
+        words_OPG = torch.empty(outputs, words, groups, dtype=torch.int32, device=device)
+        return Prepacked(words_OPG, torch.empty_like(words_OPG[:, 0]), group_size, scale_dtype)
+    lanes = lanes_for(outputs)
+    words_KGPW = torch.empty(outputs // lanes, groups, words, lanes, dtype=torch.int32, device=device)
+    grid_KG2W = torch.empty(outputs // lanes, groups, 2, lanes, device=device)
+    return Prepacked(words_KGPW, grid_KG2W, group_size, scale_dtype)
+
+
+def stored_group_size(group_size: int) -> int:
+    """Inputs of one group in memory."""
+    return LARGEST_GROUP if group_size % LARGEST_GROUP == 0 else group_size
+
+
+def lanes_for(outputs: int) -> int:
+    """How many outputs a CPU takes at a time: a whole vector, because Inductor does not vectorize half of one.
+
+    AWQ's words hold eight outputs, so a layer divides into blocks of 8, if not of 16.
+    """
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and outputs % 16 == 0 else 8
+
+
+def write(quantized: Quantized, target: Prepacked) -> None:
+    """Write the codes, scales and zeros of some outputs into `target`."""
+    repeats = target.grid.shape[1] // quantized.scales_OG.shape[1]
+    scales_OG, zeros_OG = (t.repeat_interleave(repeats, 1) for t in (quantized.scales_OG, quantized.zeros_OG))
+    words_OGP = sequential_words(quantized.codes_OI, scales_OG.shape[1])
+    if target.in_planes:
+        target.words.copy_(words_OGP.transpose(1, 2))
+        target.grid.copy_(pack_grid(scales_OG, zeros_OG))
+    else:
+        target.words.copy_(in_blocks(words_OGP, target.lanes))
+        target.grid.copy_(in_blocks(torch.stack([scales_OG.float(), zeros_OG.float()], -1), target.lanes))
+
+
+def unprepack(prepacked: Prepacked) -> Quantized:
+    """The inverse of `prepack`."""
+    words = prepacked.words.transpose(1, 2) if prepacked.in_planes else out_of_blocks(prepacked.words)
+    codes_OI, (scales_OG, zeros_OG) = unpack(words.flatten(1), SEQUENTIAL), scales_and_zeros(prepacked)
+    repeats = scales_OG.shape[1] * prepacked.group_size // codes_OI.shape[1]
+    scales_OG, zeros_OG = scales_OG[:, ::repeats], zeros_OG[:, ::repeats]
+    return Quantized(codes_OI, scales_OG.to(prepacked.scale_dtype), zeros_OG.to(torch.uint8))
+
+
+def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
+    """The words [O, G, P] of codes 0..15, which are not checked."""
+    return words_of(codes_OI, SEQUENTIAL).unflatten(1, (groups, -1))
+
+
+def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+    """A group's 16-bit scale and its zero as one int32: the bits of the scale below, above them -(2^7 + zero).
+
+    The upper half is a bfloat16: the int32 without its lower half is the float. -(2^7 + zero) is what turns a code
+    under the exponent of 2^7 (`eager.expand`) into code - zero. As two tensors of 16 and 8 bits, Triton would give each
+    thread eight or sixteen neighbouring groups of one output, to fill its widest load; with four groups (of 32 bits) a
+    thread has several outputs to use its activations for.
+    """
+    offsets_OG = -(2.0**7) - zeros_OG.float()
+    return offsets_OG.view(torch.int32) | (scales_OG.view(torch.int16).int() & 0xFFFF)
+
+
+def unpack_grid(grid: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales of `pack_grid` and its offsets, -(2^7 + zero), in float32 and the shape of `grid`."""
+    return grid.to(torch.int16).view(scale_dtype).float(), (grid & -(1 << 16)).view(torch.float32)
+
+
+def zeros_of(offsets: Tensor) -> Tensor:
+    """The inverse of what `pack_grid` does to zeros."""
+    return -(2.0**7) - offsets
+
+
+def scales_and_zeros(prepacked: Prepacked) -> tuple[Tensor, Tensor]:
+    """scales_OG and zeros_OG in float32."""
+    if prepacked.in_planes:
+        scales_OG, offsets_OG = unpack_grid(prepacked.grid, prepacked.scale_dtype)
+        return scales_OG, zeros_of(offsets_OG)
+    scales_OG, zeros_OG = out_of_blocks(prepacked.grid).unbind(-1)
+    return scales_OG, zeros_OG
+
+
+def in_blocks(t: Tensor, lanes: int) -> Tensor:
+    """[O, ..] to [K, .., W]: neighbouring outputs side by side."""
+    return t.unflatten(0, (-1, lanes)).movedim(1, -1)
+
+
+def out_of_blocks(t: Tensor) -> Tensor:
+    """The inverse of `in_blocks`."""
+    return t.movedim(-1, 1).flatten(0, 1)
+
+
+def slices(prepacked: Prepacked, codes: int) -> Iterator[tuple[slice, Prepacked]]:
+    """Pairs of outputs and a view of them, about `codes` codes at a time."""
+    outputs, lanes = prepacked.outputs, prepacked.lanes
+    whole = max(lanes, CODES_PER_WORD)
+    step = max(1, codes // prepacked.inputs // whole) * whole
+    for first in range(0, outputs, step):
+        some_O = slice(first, min(first + step, outputs))
+        some = slice(some_O.start // lanes, some_O.stop // lanes)
+        yield some_O, prepacked._replace(words=prepacked.words[some], grid=prepacked.grid[some])
+
+
+def join(parts: Sequence[Prepacked]) -> list[Prepacked]:
+    """Weights that read the same input, laid after one another in one memory; each is a view of it."""
+    words, grid = (lay_together(tensors) for tensors in _tensors_of(parts))
+    sizes = [len(part.words) for part in parts]
+    return [
+        part._replace(words=own_words, grid=own_grid)
+        for part, own_words, own_grid in zip(parts, words.split(sizes), grid.split(sizes), strict=True)
+    ]
+
+
+def joined(parts: Sequence[Prepacked]) -> Prepacked | None:
+    """Weights that `join` laid together, as one; None if they do not lie together."""
+    words, grid = (lie_together(tensors) for tensors in _tensors_of(parts))
+    return None if words is None or grid is None else parts[0]._replace(words=words, grid=grid)
+
+
+def _tensors_of(parts: Sequence[Prepacked]) -> tuple[list[Tensor], list[Tensor]]:
+    return [part.words for part in parts], [part.grid for part in parts]
+
+
+def lie_together(parts: Sequence[Tensor]) -> Tensor | None:
+    """All parts as one tensor, if each begins where the one before ends; else None."""
+    first = parts[0]
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    if [part.data_ptr() for part in parts[1:]] != ends[:-1]:
+        return None
+    if any(part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for part in parts):
+        return None
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def lay_together(parts: Sequence[Tensor]) -> Tensor:
+    """All parts as one tensor: the memory they are in if they already lie together, else a copy."""
+    together = lie_together(parts)
+    return torch.cat(list(parts)) if together is None else together

@@ -1,0 +1,93 @@
+"""Attention of each row's new token over a cache of a fixed size. Numbers on the device say which positions it sees.
+
+by        where                          kernels
+blocks    CUDA, compiled                 FlexAttention: one; the kernel that reads its parts adds them
+a mask    elsewhere                      `model.attention` of the beginning of the cache
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
+
+# Keys of a block of FlexAttention's table, which is one step of its kernel.
+BLOCK = 64
+SMALLEST_HEAD = 16  # channels that FlexAttention's kernel can multiply
+# The keys of a row are read in parts, each by one program for every key head. An H100 wants about 512 programs, but a
+# part is a load more for every thread that sums them, so only those that it cannot do without may be more than 8.
+WANTED_PROGRAMS, NEEDED_PROGRAMS, FEWEST_PARTS, MANY_PARTS, MOST_PARTS = 512, 128, 2, 8, 16
+
+
+def first_seen(position_1: Tensor, padding_B: Tensor, window: int | None) -> Tensor:
+    """The first position that the new token of each row sees: after the padding, and of the last `window`."""
+    return padding_B if window is None else torch.maximum(padding_B, position_1 + 1 - window)
+
+
+def mask_of(position_1: Tensor, first_B: Tensor, end: int) -> Tensor:
+    """What is seen among the first `end` positions of the cache, bool [B, 1, 1, M]."""
+    key_M = torch.arange(end, device=first_B.device)
+    return ((key_M <= position_1) & (key_M >= first_B[:, None]))[:, None, None]
+
+
+class Blocks(NamedTuple):
+    """What is seen, as FlexAttention takes it: positions, and a table of the blocks of the cache that hold them."""
+
+    position_1: Tensor
+    first_B: Tensor
+    block_count: Tensor
+    block_index: Tensor
+
+
+def blocks_of(position_1: Tensor, first_B: Tensor, room: int) -> Blocks:
+    """From the first position of each row to the new token's, in a cache with room for `room`."""
+    first_block_B = first_B // BLOCK
+    count_B = position_1 // BLOCK + 1 - first_block_B
+    # At least two blocks, because a dimension of size 1 would be compiled in.
+    blocks_of_rows = first_block_B[:, None] + torch.arange(room // BLOCK + 2, device=first_B.device)
+    return Blocks(position_1, first_B, count_B[:, None, None].int(), blocks_of_rows[:, None, None].int())
+
+
+def block_attention(
+    q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, blocks: Blocks, parts: int | None = None
+) -> Tensor:
+    """[B, H, E]. Programs read parts of a row's blocks, each key once for the heads that share it.
+
+    FlexAttention has a kernel for one query only where a power of two heads share a key, so heads of zeros are added.
+    To be compiled with what follows it: with `layer.SUM_WHERE_READ`, the kernel that reads the parts sums them.
+    """
+
+    def sees(row: Tensor, _head: Tensor, _query: Tensor, position: Tensor) -> Tensor:
+        return (position <= blocks.position_1[0]) & (position >= blocks.first_B[row])
+
+    rows, room, kv_heads, _ = keys_BMJE.shape
+    mask = BlockMask.from_kv_blocks(
+        blocks.block_count,
+        blocks.block_index,
+        BLOCK_SIZE=(128, BLOCK),
+        mask_mod=sees,
+        seq_lengths=(1, room),
+        compute_q_blocks=False,
+    )
+    options: Any = {
+        "SPLIT_KV": parts or key_parts(rows * kv_heads),
+        "BLOCK_N": BLOCK,
+        "num_warps": 4,
+        "BLOCKS_ARE_CONTIGUOUS": True,
+    }
+    keys_BJME, values_BJME = keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2)
+    shared = q_BHE.shape[1] // kv_heads
+    extra = (1 << (shared - 1).bit_length()) - shared
+    if extra:
+        q_BHE = pad(q_BHE.unflatten(1, (kv_heads, shared)), (0, 0, 0, extra)).flatten(1, 2)
+    y_BHE = flex_attention(
+        q_BHE.unsqueeze(2), keys_BJME, values_BJME, block_mask=mask, enable_gqa=True, kernel_options=options
+    ).squeeze(2)
+    return y_BHE.unflatten(1, (kv_heads, -1))[:, :, :shared].flatten(1, 2) if extra else y_BHE
+
+
+def key_parts(programs: int) -> int:
+    """In how many parts keys are read, with so many programs for each part."""
+    wanted = max(NEEDED_PROGRAMS // programs, min(MANY_PARTS, WANTED_PROGRAMS // programs))
+    return min(MOST_PARTS, max(FEWEST_PARTS, wanted))

@@ -1,0 +1,222 @@
+"""One token through a model as functions of tensors, which are compiled once and called for every layer.
+
+`enter` comes before all layers and `finish` after them. A layer is one function, attention included (`whole_layer`), or
+two around an attention that is not compiled. The weights are arguments. The length is a number on the device, so no
+length ever compiles anything: new keys are written where it points, and attention reads as far as it says.
+
+The cache of a layer is one tensor of slots [U, J, E], so that one kernel writes all that a token brings:
+
+    slots       B x H / J                      B x M                   B x M
+    hold        queries of the new token       keys                    values
+    slot of     row b, heads h with h // J     row b, position m       row b, position m
+    in a slot   place j: head h, h % J = j     key head j              value head j
+
+Shapes, beside the book's: U slots, A all heads (H + 2 J): queries, keys, values.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import gcd
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, silu
+
+from miniawq.compiled import (
+    Compiled,
+    Form,
+    Kept,
+    Prepared,
+    Product,
+    any_length,
+    compile_with_forms,
+    multiply,
+    prepare,
+    prepare_normed,
+    written,
+)
+from miniawq.engine.attend import Blocks, block_attention, blocks_of, first_seen
+from miniawq.engine.sampling import NOT_A_NUMBER
+from miniawq.engine.weights import Layer
+from miniawq.model import LlamaConfig, Rope
+
+PARTS_OF_LOGITS = 256  # of all rows together
+# Longer sums than those of parts of attention and of a norm's mean squares become kernels of their own.
+SUM_WHERE_READ = {"unroll_reductions_threshold": 65}
+
+Arguments = tuple[Any, ...]
+
+
+def before_attention(
+    config: LlamaConfig, layer: Layer, prepared: Prepared, rope: Rope, position_1: Tensor, cache_UJE: Tensor
+) -> None:
+    """Write the queries, keys and values of the normed residual stream into their slots of the layer's cache."""
+    qkv_BO = multiply(layer.qkv, prepared)
+    rotate_into_cache(config, layer.qk_norm_AE, qkv_BO, rope, position_1, cache_UJE)
+
+
+def rotate_into_cache(
+    config: LlamaConfig, qk_norm_AE: Tensor | None, qkv_BO: Tensor, rope: Rope, position_1: Tensor, cache_UJE: Tensor
+) -> None:
+    """What the product of q, k and v has made, with queries and keys normed and rotated, into its slots.
+
+    All heads alike, because Inductor writes two tensors by two kernels.
+    """
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    new_BAE = qkv_BO.unflatten(1, (-1, size))
+    rows, (row_B, head_A, place_E) = len(new_BAE), (torch.arange(n, device=new_BAE.device) for n in new_BAE.shape)
+    row_B1, is_value_A = row_B.unsqueeze(1), head_A >= heads + kv_heads
+    if qk_norm_AE is not None:
+        # One weight for each head, which the library's norm does not take.
+        normed_BAE = qk_norm_AE * torch.nn.functional.rms_norm(new_BAE, (size,), eps=config.rms_norm_eps)
+        new_BAE = written(torch.where(is_value_A.unsqueeze(1), new_BAE, normed_BAE))
+    cos_1E, sin_1E = rope
+    # `apply_rope`: the partner of each channel, and whether it is taken away.
+    partner_BAE = new_BAE.unflatten(2, (2, -1)).flip(2).flatten(2)
+    turned_BAE = new_BAE * cos_1E + partner_BAE * torch.where(place_E < size // 2, -sin_1E, sin_1E)
+    shared = heads // kv_heads
+    room = (len(cache_UJE) - rows * shared) // (2 * rows)
+    place_BA = rows * shared + (row_B1 + rows * is_value_A) * room + position_1
+    slot_BA = torch.where(head_A < heads, row_B1 * shared + head_A // kv_heads, place_BA)
+    places = slot_BA.unsqueeze(2), (head_A % kv_heads).unsqueeze(1), place_E
+    cache_UJE.index_put_(places, torch.where(is_value_A.unsqueeze(1), new_BAE, turned_BAE))
+
+
+def parts_of_cache(config: LlamaConfig, rows: int, cache_UJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q_BHE, keys_BMJE, values_BMJE of a layer's cache."""
+    of_queries = rows * config.num_attention_heads // config.num_key_value_heads
+    q_BHE = cache_UJE[:of_queries].reshape(rows, config.num_attention_heads, config.head_dim)
+    keys_BMJE, values_BMJE = cache_UJE[of_queries:].unflatten(0, (2, rows, -1))
+    return q_BHE, keys_BMJE, values_BMJE
+
+
+def after_attention(
+    config: LlamaConfig, layer: Layer, following: Layer, h_BD: Tensor, attended_BHE: Tensor
+) -> tuple[Tensor, Prepared]:
+    """The residual stream after the layer, and the same normed and prepared for `before_attention` of the next layer.
+
+    The kernel that ends this layer does both.
+    """
+    h_BD = written(h_BD + multiply(layer.o, prepare(layer.o, attended_BHE.flatten(1))))
+    normed = prepare_normed(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
+    gate_BF, up_BF = multiply(layer.gate_up, normed).chunk(2, dim=-1)
+    h_BD = written(h_BD + multiply(layer.down, prepare(layer.down, silu(gate_BF) * up_BF)))
+    return h_BD, prepare_normed(following.qkv, h_BD, following.input_norm_D, config.rms_norm_eps)
+
+
+def whole_layer(
+    config: LlamaConfig,
+    layer: Layer,
+    following: Layer,
+    h_BD: Tensor,
+    prepared: Prepared,
+    rope: Rope,
+    cache_UJE: Tensor,
+    blocks: Blocks,
+) -> tuple[Tensor, Prepared]:
+    """`before_attention`, attention by blocks and `after_attention`."""
+    before_attention(config, layer, prepared, rope, blocks.position_1, cache_UJE)
+    attended_BHE = block_attention(*parts_of_cache(config, len(h_BD), cache_UJE), blocks)
+    return after_attention(config, layer, following, h_BD, attended_BHE)
+
+
+def finish(
+    config: LlamaConfig, head: tuple[Product, ...], norm_D: Tensor, is_greedy: bool, h_BD: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """logits_BV, and the most probable ids_B if that is what is wanted."""
+    logits_BV = multiply(head, prepare_normed(head, h_BD, norm_D, config.rms_norm_eps))
+    return logits_BV, most_probable(logits_BV) if is_greedy else None
+
+
+def most_probable(logits_BV: Tensor) -> Tensor:
+    """What `sampling.sample` chooses without a temperature: the first of the largest, NOT_A_NUMBER if there is a NaN.
+
+    In two steps, because Inductor does not cut an argmax into parts and one program would read all logits. The largest
+    of each part, beside its place, tells of a NaN too.
+    """
+    parts = gcd(logits_BV.shape[1], max(PARTS_OF_LOGITS // 16, PARTS_OF_LOGITS // len(logits_BV)))
+    parts_of_logits = logits_BV.float().unflatten(1, (parts, -1))
+    best, place = written(parts_of_logits.amax(-1)), written(parts_of_logits.argmax(-1))
+    part_B1 = best.argmax(-1, keepdim=True)
+    ids_B = (part_B1 * parts_of_logits.shape[2] + place.gather(1, part_B1)).squeeze(1)
+    return ids_B.masked_fill(best.amax(-1).isnan(), NOT_A_NUMBER)
+
+
+class Entry(NamedTuple):
+    """What all layers share in one token, `seen` by their window, and the first layer's activations."""
+
+    h_BD: Tensor
+    prepared: Prepared
+    rope: Rope
+    seen: dict[int | None, Any]
+
+
+def enter(
+    config: LlamaConfig,
+    first: Layer,
+    by_blocks: bool,
+    embedding_VD: Tensor,
+    tables_ME: Rope,
+    ids_B: Tensor,
+    position_1: Tensor,
+    padding_B: Tensor,
+) -> Entry:
+    """The embedding of each id, the rotary tables of the position, and what each window shows: blocks, or first
+    positions.
+
+    A row whose logits held a NaN has the id -1; it counts as 0, and its result is not used.
+    """
+    cos_ME, sin_ME = tables_ME
+    starts = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
+    h_BD = written(embedding(ids_B.clamp_min(0), embedding_VD).to(first.input_norm_D.dtype))
+    return Entry(
+        h_BD,
+        prepare_normed(first.qkv, h_BD, first.input_norm_D, config.rms_norm_eps),
+        (cos_ME[position_1], sin_ME[position_1]),
+        {window: blocks_of(position_1, first_B, len(cos_ME)) for window, first_B in starts.items()}
+        if by_blocks
+        else starts,
+    )
+
+
+# Nothing compiled depends on how many positions there are.
+OF_ANY_LENGTH: dict[Callable[..., Any], Callable[..., Arguments]] = {
+    enter: lambda config, first, by_blocks, embedding_VD, tables_ME, *others: (
+        config, first, by_blocks, embedding_VD, tuple(map(any_length, tables_ME)), *others
+    ),
+    before_attention: lambda *others_and_cache: (*others_and_cache[:-1], any_length(others_and_cache[-1])),
+    whole_layer: lambda *others: (
+        *others[:-2], any_length(others[-2]), others[-1]._replace(block_index=any_length(others[-1].block_index, 3))
+    ),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def compiled_function(
+    function: Callable[..., Any], forms: frozenset[Form], config: LlamaConfig, rows: int, path: Path | None
+) -> Compiled | Kept:
+    """`function` compiled for models of one shape and a number of rows, once in a process, and kept at `path`.
+
+    Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
+    code has a list of its own, which other shapes do not fill.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options: dict[str, Any] = SUM_WHERE_READ if function is whole_layer else {}
+    made = compile_with_forms(own, forms, OF_ANY_LENGTH.get(function), **options)
+    return made if path is None else Kept(made, path)
+
+
+class Functions(NamedTuple):
+    """The functions of a token, compiled or not. `layer` is `before`, attention by blocks and `after` in one."""
+
+    enter: Callable[..., Any]
+    before: Callable[..., Any]
+    after: Callable[..., Any]
+    layer: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+UNCOMPILED = Functions(enter, before_attention, after_attention, whole_layer, finish)

@@ -1,0 +1,195 @@
+"""What running a model takes in memory, known from headers: weights, kv cache, prefill, overhead.
+
+All in bytes. `require_memory` is called before a weight is read, so that what cannot run is told at once, with what
+would.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from miniawq.checkpoint.loading import loaded_dtype
+from miniawq.checkpoint.opening import Checkpoint
+from miniawq.compiled import CODES_PER_EXPANDED_SLICE, prepacked_bytes
+from miniawq.errors import DoesNotFit
+from miniawq.hardware import DeviceMemory, device_memory, size
+from miniawq.kernel import QuantLinear
+from miniawq.model import Llama, LlamaConfig
+
+# Tokens of a prompt that run at once, of all rows together.
+PREFILL_CHUNK = 2048
+# Outside torch's own counters: CUDA context, allocator, graphs; on a CPU the interpreter and the libraries.
+OVERHEAD = {"cuda": 1 << 30, "cpu": 1 << 29}
+# Where packed weights are not expanded by a kernel, a slice of a layer makes temporaries of this many bytes at most.
+SLICE_BYTES = 64 << 20
+SMALLEST_CACHE = 1024  # positions of the cache of a compiled step
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes needed to run `batch` sequences of `max_seq_len` tokens on a kind of device, "cuda" or "cpu"."""
+
+    device: str
+    batch: int
+    max_seq_len: int
+    weights: int
+    kv_cache: int
+    prefill: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """Everything at once."""
+        return self.weights + self.kv_cache + self.prefill + self.overhead
+
+
+def footprint(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    device: str,
+    batch: int = 1,
+    max_seq_len: int,
+    overhead: int | None = None,
+) -> Footprint:
+    """The memory of a checkpoint as `load_model` and `generate` use it, activations and kv cache in `dtype`.
+
+    `device` is "cuda" or "cpu": packed words are arranged for it. `overhead` defaults to the device's in OVERHEAD.
+    """
+    device = "cuda" if device == "cuda" else "cpu"
+    model = checkpoint.skeleton
+    return Footprint(
+        device=device,
+        batch=batch,
+        max_seq_len=max_seq_len,
+        weights=weight_bytes(model, dtype, device),
+        kv_cache=batch * max_seq_len * kv_bytes_per_token(model.config, dtype),
+        prefill=prefill_bytes(model, dtype, device, batch, max_seq_len),
+        overhead=OVERHEAD[device] if overhead is None else overhead,
+    )
+
+
+def weight_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the weights of a model as stored (a `skeleton`), once it is loaded to compute in `dtype`."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    packed = {id(tensor) for layer in layers for tensor in (layer.qweight, layer.qzeros, layer.scales)}
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    dense = [
+        tensor.numel() * loaded_dtype(tensor.dtype, tensor.dim(), dtype).itemsize
+        for key, tensor in tensors.items()
+        if key not in packed
+    ]
+    return sum(dense) + sum(packed_bytes(layer, device) for layer in layers)
+
+
+def packed_bytes(layer: QuantLinear, device: str) -> int:
+    """Bytes of one packed layer of a skeleton; on CUDA float32 scales are left as they are in the file."""
+    assert layer.qweight is not None
+    assert layer.qzeros is not None
+    assert layer.scales is not None
+    if device == "cuda" and layer.scales.dtype.itemsize != 2:
+        return layer.qweight.nbytes + layer.qzeros.nbytes + layer.scales.nbytes
+    return prepacked_bytes(layer.out_features, layer.in_features, layer.group_size, device)
+
+
+def cache_room(positions: int, limit: int, compiles: bool) -> int:
+    """Positions of the cache made for a text: that of a compiled step is a power of two, to serve the next text too."""
+    return min(limit, max(SMALLEST_CACHE, 1 << (positions - 1).bit_length())) if compiles else positions
+
+
+def kv_bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max_seq_len: int) -> int:
+    """The most that is alive beside weights and cache while a piece of the prompts runs, its logits included.
+
+    That is in attention, in what gate and up make together, or at the end of the MLP. A prompt longer than its piece
+    needs a mask, and so do rows of different lengths, which begin with padding.
+    """
+    config = model.config
+    is_packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    is_expanded = is_packed and device == "cuda" and dtype.itemsize == 2
+    # Where it is not expanded, a packed weight is multiplied in float32.
+    itemsize = torch.float32.itemsize if is_packed and not is_expanded else dtype.itemsize
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    tokens = min(PREFILL_CHUNK, batch * max_seq_len)
+    has_mask = batch > 1 or max_seq_len > PREFILL_CHUNK
+    seen = tokens * max_seq_len if has_mask else 0
+    masks = (1 + dtype.itemsize) * (heads // config.num_key_value_heads) * seen
+    attention = (2 * width + 4 * (heads + config.num_key_value_heads) * config.head_dim) * tokens * itemsize + masks
+    gate_up = (3 * width + 2 * inner) * tokens * itemsize
+    gated = 4 * (width + inner) * tokens * itemsize
+    down = (4 * width + 3 * inner) * tokens * itemsize
+    if is_packed:
+        gate_up += expanded_bytes(2 * width * inner, dtype) if is_expanded else SLICE_BYTES
+        down += expanded_bytes(width * inner, dtype) if is_expanded else SLICE_BYTES
+    logits = 2 * 4 * batch * config.vocab_size
+    return max(attention, gate_up, gated, down) + seen + logits
+
+
+def expanded_bytes(codes: int, dtype: torch.dtype) -> int:
+    """What packed weights take while many rows are multiplied with them: a slice."""
+    return min(codes, CODES_PER_EXPANDED_SLICE) * dtype.itemsize
+
+
+def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.dtype, free: int) -> int:
+    """The longest context that fits beside the same weights and batch, in steps of 64 tokens; 0 if none does."""
+    model, batch = checkpoint.skeleton, needed.batch
+    low, high = 0, model.config.max_position_embeddings // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        length = middle * 64
+        cache = batch * length * kv_bytes_per_token(model.config, dtype)
+        prefill = prefill_bytes(model, dtype, needed.device, batch, length)
+        total = needed.weights + cache + prefill + needed.overhead
+        low, high = (middle, high) if total <= free else (low, middle - 1)
+    return low * 64
+
+
+def require_memory(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1, max_seq_len: int
+) -> Footprint:
+    """The footprint on a device, for callers about to load; DoesNotFit when there is not that much free."""
+    needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=max_seq_len)
+    check_fit(needed, device_memory(device), checkpoint, dtype)
+    return needed
+
+
+def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """DoesNotFit with the need, the supply, who holds the rest, and what would fit."""
+    if needed.total <= memory.free:
+        return
+    parts = [f"{field} {size(value)}" for field, value in parts_of(needed).items()]
+    supply = f"{size(memory.free)} of {size(memory.total)} are free"
+    if memory.free < memory.total:
+        supply += f", other processes hold {size(memory.total - memory.free)}"
+    longest = largest_max_seq_len(needed, checkpoint, dtype, memory.free)
+    if longest:
+        fix = f"--max-seq-len {longest} fits"
+    elif needed.batch > 1:
+        fix = "try --batch 1"
+    else:
+        fix = "use a smaller model, or free memory on this device"
+    raise DoesNotFit(
+        f"this model does not fit on {memory.name}",
+        f"it needs {size(needed.total)} ({', '.join(parts)}); {supply}",
+        fix,
+    )
+
+
+def parts_of(needed: Footprint) -> dict[str, int]:
+    """The bytes by name, in the order they are told."""
+    names = ("weights", "kv_cache", "prefill", "overhead")
+    return {name.replace("_", " "): value for name, value in dataclasses.asdict(needed).items() if name in names}
+
+
+def bytes_per_token(model: Llama) -> int:
+    """Bytes of weights that one step of one row reads: all but the rows of the embedding that it does not look up."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    packed = [tensor for layer in layers if layer.prepacked for tensor in (layer.prepacked.words, layer.prepacked.grid)]
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *packed)}
+    unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
+    return sum(tensors.values()) - unread

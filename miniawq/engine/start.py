@@ -1,0 +1,173 @@
+"""Steps that wait for no compiler: the model as it is, or the model until a thread has compiled a `DecodeStep`."""
+
+import logging
+import threading
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from miniawq.compiled import WORKSHOP, are_here, first_line, kept
+from miniawq.engine.memory import cache_room
+from miniawq.engine.sampling import History, Sampling, sample
+from miniawq.engine.step import DecodeStep
+from miniawq.engine.weights import can_step
+from miniawq.model import KVCache, Llama
+
+log = logging.getLogger(__name__)
+
+
+class Step(Protocol):
+    """What computes one more token for every row: `PlainStep`, `EagerStart`, `DecodeStep`."""
+
+    sampling: Sampling
+    cache: KVCache
+    history: History | None
+    generator: torch.Generator
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None: ...
+
+    def step(self, ids_B: Tensor) -> Tensor: ...
+
+
+class PlainStep:
+    """One more token for every row by the model as it is: nothing to compile, and a cache for one text."""
+
+    def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
+        self.history: History | None = None
+        self.generator = torch.Generator(model.device)
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
+        """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
+        self.cache.length, self.cache.padding_B = 0, padding_B
+        self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        if self.sampling.has_penalties:
+            self.history = History.of_prompt(tokens_BL, self.model.config.vocab_size, padding_B)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Append ids_B to the rows; the next ids, NOT_A_NUMBER for a row whose logits hold a NaN."""
+        if self.history is not None:
+            self.history.add(ids_B)
+        logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
+        return sample(logits_BV, self.sampling, self.history, self.generator)
+
+
+class EagerStart(PlainStep):
+    """A `DecodeStep` for which no token waits long: while a thread compiles it, the model writes into the same buffers.
+
+    So a text is the same, up to rounding, wherever the one takes over from the other. Compiling begins after the first
+    token. If an earlier process has left its artifacts, the second token waits for it: a model that runs beside it
+    would make it take twice as long. So does a text that must be the same again (`streams` is False): the two round
+    differently in 16 bits. `ahead` counts the steps of this text that the model has made.
+    """
+
+    def __init__(self, model: Llama, compiled: DecodeStep, streams: bool = True) -> None:
+        self.model, self.compiled, self.sampling, self.streams = model, compiled, compiled.sampling, streams
+        self.cache, self.history, self.generator = compiled.cache, compiled.history, compiled.generator
+        self.ahead, self.is_warm = 0, False
+        # Compiled code is for a number of threads, and a new thread would begin with the default one.
+        self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
+        if not compiled.is_ready:
+            WORKSHOP.reserve(self._thread)
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
+        """As `DecodeStep.begin`."""
+        self.ahead = 0
+        self.compiled.begin(tokens_BL, padding_B, seed)
+        if self._has_to_start:
+            # Said before the first token, in whose line it would stand otherwise.
+            self.is_warm = are_here(self.compiled.described())
+            meanwhile = "until then the text comes slowly" if self.streams else "the text goes on then"
+            log.info("loading the compiled step" if self.is_warm else f"compiling, this once; {meanwhile}")
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """As `DecodeStep.step`."""
+        if self._has_to_start:
+            self._thread.start()
+            if self.is_warm or not self.streams:
+                self.wait()
+        # A CUDA graph is recorded in the first step, and meanwhile no other thread may use the device.
+        if self.compiled.is_ready and not self.is_compiling:
+            return self.compiled.step(ids_B)
+        self.ahead += 1
+        return super().step(ids_B)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the thread is not at work any more."""
+        self._thread.join()
+
+    @property
+    def _has_to_start(self) -> bool:
+        return self._thread.ident is None and not self.compiled.is_ready
+
+    def _compile(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode(), kept(self.compiled.described()) as directory:
+                self.compiled.compile(directory)
+                if self.compiled.device.type == "cuda":
+                    # The prompts of later texts go through a compiled function too.
+                    self.model(self.compiled.ids_B[:, None])
+        except Exception as error:
+            log.warning("the decode step cannot be compiled, and stays slow: %s", first_line(error))
+            log.debug("this is why", exc_info=True)
+        finally:
+            WORKSHOP.reserve(None)
+
+
+class Decoders:
+    """The steps of one conversation, or of all samples of a prompt: one compiled step for all texts that fit its cache.
+
+    `wanted` says whether steps are compiled; None means on CUDA. `streams` is that of `EagerStart`. `use` comes first.
+    """
+
+    def __init__(
+        self, sampling: Sampling, limit: int, device: torch.device, *, wanted: bool | None, streams: bool
+    ) -> None:
+        self.sampling, self.limit, self.streams = sampling, limit, streams
+        self.compiles = (device.type == "cuda" if wanted is None else wanted) and WORKSHOP.knows_torch
+        self.current: EagerStart | None = None
+
+    def use(self, model: Llama) -> None:
+        """Make steps of this model."""
+        self.model = model
+        self.compiles = self.compiles and can_step(model)
+
+    def room(self, positions: int) -> int:
+        """Positions of the cache that a text of so many gets."""
+        return cache_room(positions, self.limit, self.compiles)
+
+    def for_text(self, positions: int) -> Step:
+        """A step for a text of so many positions, prompt and answer together."""
+        if not self.compiles:
+            return PlainStep(self.model, 1, positions, self.sampling)
+        if self.current is None or self.current.cache.max_seq_len < positions:
+            self.wait()
+            self.current = None  # its memory is needed for the next
+            step = DecodeStep(self.model, 1, self.room(positions), self.sampling)
+            self.current = EagerStart(self.model, step, self.streams)
+        return self.current
+
+    def wait(self) -> None:
+        """Let the compiler finish what it has begun, so that the next process finds it."""
+        if self.current is not None and self.current.is_compiling:
+            log.info("still compiling, so that the next text begins faster (Ctrl-C leaves it)")
+            self.current.wait()
+            log.info("compiled in %.1f s", self.build_seconds)
+
+    @property
+    def build_seconds(self) -> float:
+        """Seconds that compiling the step has taken."""
+        return 0.0 if self.current is None else self.current.compiled.build_seconds
+
+    @property
+    def ahead(self) -> int:
+        """Tokens of the current text that the model wrote before the compiled step took over."""
+        return 0 if self.current is None else self.current.ahead

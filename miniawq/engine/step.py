@@ -1,0 +1,230 @@
+"""One more token for every row: what `model.py` computes for one position, by few compiled functions in fixed buffers.
+
+The functions are those of `layer.py`. On CUDA the launches of a whole token are recorded once, in a CUDA graph, and
+replayed for each token; on a CPU the same functions run one by one.
+"""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from miniawq.compiled import check, identity
+from miniawq.engine.attend import SMALLEST_HEAD, mask_of
+from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache
+from miniawq.engine.sampling import History, Sampling, sample
+from miniawq.engine.weights import Accepts, LayerWeights, Weights
+from miniawq.errors import InvalidInput, MiniawqError
+from miniawq.model import KVCache, Llama, attention, attention_mask, rope_tables
+
+# In the first call on a stream libraries allocate what they keep.
+WARM_UP_CALLS = 2
+SPARE_ROOM = 32  # positions of the text that is computed to compile
+SMALLEST_BUCKET = 256  # positions that a recorded token with a mask reads at least
+GREEDY = Sampling()
+# How far logits of the compiled step may be from the model's, relative to their norm: a wrong form is off by about 1.
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+class DecodeStep:
+    """`step(ids_B) -> ids_B` feeds one token to every row and chooses the next, all on the device.
+
+    It owns what a recorded step must own: the cache, the history, the random numbers. A text starts with `begin`; its
+    prompt goes through the model itself, into `cache`; the first `step` compiles, unless `compile` has been called.
+    With `compiles` False the same functions run as they are.
+    """
+
+    def __init__(
+        self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling | None = None, *, compiles: bool = True
+    ) -> None:
+        self.model, self.config, self.sampling = model, model.config, sampling or Sampling()
+        self.device, self.dtype = model.device, model.dtype
+        # What is made in inference mode could not be used outside.
+        with torch.inference_mode(False), torch.no_grad():
+            self.weights = [LayerWeights.of(block) for block in model.model.layers]
+            self.head_weights = Weights.of(model.lm_head)
+        self.norm_D, self.embedding_VD = model.model.norm.weight.data, model.model.embed_tokens.weight.data
+        self.by_blocks = compiles and self.device.type == "cuda" and self.config.head_dim >= SMALLEST_HEAD
+        self.functions = UNCOMPILED
+        self.is_ready = False
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.build_seconds = 0.0
+        self._make_room(batch, max_seq_len)
+        if not compiles:
+            self._choose_products(lambda form: True)
+            self.is_ready = True
+
+    def described(self) -> dict[str, str]:
+        """All that decides what is compiled for this step, in words: the name under which it is kept."""
+        return identity(
+            self.device,
+            (self.weights[0], self.head_weights),
+            model=str(self.config),
+            dtype=str(self.dtype),
+            rows=str(len(self.ids_B)),
+        )
+
+    def _make_room(self, batch: int, max_seq_len: int) -> None:
+        """All that belongs to the text."""
+        with torch.inference_mode(False), torch.no_grad():
+            positions_M = torch.arange(max_seq_len, device=self.device)
+            self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, self.dtype)
+            self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=self.dtype)
+            layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
+            of_queries = batch * self.config.num_attention_heads // kv_heads
+            shape = (layers, of_queries + 2 * batch * max_seq_len, kv_heads, size)
+            cache_NUJE = torch.zeros(shape, device=self.device, dtype=self.dtype)
+            kept_N2BMJE = cache_NUJE[:, of_queries:].unflatten(1, (2, batch, max_seq_len))
+            self.cache.keys_NBMJE, self.cache.values_NBMJE = kept_N2BMJE.unbind(1)
+            self.ids_B = torch.zeros(batch, dtype=torch.long, device=self.device)
+            self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
+            has_history = self.sampling.has_penalties
+            self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
+        self.caches = cache_NUJE.unbind()
+        self.generator = torch.Generator(self.device)
+
+    def _choose_products(self, accepts: Accepts) -> None:
+        rows = len(self.ids_B)
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers = [weights.for_rows(rows, self.dtype, accepts) for weights in self.weights]
+            self.head = self.head_weights.products(rows, self.dtype, accepts)
+
+    @torch.inference_mode()
+    def compile(self, directory: Path | None = None) -> None:
+        """Compile by computing one token of a spare text, and compare its logits with the model's.
+
+        This step's own buffers are left alone: another thread may let the model write a text into them meanwhile. With
+        a directory, which must be of steps like this one, what is there is taken, and the rest is left there.
+        MiniawqError if the logits are not those of the model.
+        """
+        started = time.perf_counter()
+        spare = copy.copy(self)
+        spare._make_room(len(self.ids_B), SPARE_ROOM)
+        # On CUDA loading what was kept takes longer than tracing it again (docs/log).
+        keeps = directory if self.device.type == "cpu" else None
+        spare._choose_products(lambda form: check(form, self.device, self.dtype, keeps))
+        spare.functions = spare._compiled_functions(keeps)
+        spare._token(1)
+        spare._compare_with_model()
+        self.layers, self.head = spare.layers, spare.head
+        self.functions, self.is_ready = spare.functions, True
+        self.build_seconds += time.perf_counter() - started
+
+    def _compiled_functions(self, directory: Path | None) -> Functions:
+        first, rows = self.layers[0], len(self.ids_B)
+        choice = "greedy" if self.sampling == GREEDY else "any"
+        of_qkv, of_head = (frozenset(product.form for product in products) for products in (first.qkv, self.head))
+        forms = (of_qkv, of_qkv, first.forms, first.forms, of_head)
+        return Functions(
+            *(
+                compiled_function(
+                    function, used, self.config, rows, directory and directory / f"{function.__name__}-{choice}.aot"
+                )
+                for function, used in zip(UNCOMPILED, forms, strict=True)
+            )
+        )
+
+    def _compare_with_model(self) -> None:
+        expected_BV = self.model(torch.zeros_like(self.ids_B)[:, None])[:, -1].float()
+        difference = float((self.logits_BV.float() - expected_BV).norm() / expected_BV.norm())
+        if difference > LARGEST_DIFFERENCE[self.dtype]:
+            why = f"its logits differ by {difference:.3g} of their norm from those of the model"
+            raise MiniawqError("what was compiled is wrong", why, "please report it, with the model and the device")
+
+    def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
+        """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
+        self.cache.length, self.cache.padding_B = 0, padding_B
+        self.padding_B.copy_(torch.zeros_like(self.padding_B) if padding_B is None else padding_B)
+        self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        if self.history is not None:
+            fresh = History.of_prompt(tokens_BL, self.config.vocab_size, padding_B)
+            for kept, new in zip(self.history, fresh, strict=True):
+                kept.copy_(new)
+
+    @torch.inference_mode()
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Append ids_B to the rows; the next ids, NOT_A_NUMBER for a row whose logits hold a NaN."""
+        length, room = self.cache.length, self.cache.max_seq_len
+        if length >= room:
+            raise InvalidInput("the cache is full", f"it has room for {room} positions", "make a DecodeStep with more")
+        if not self.is_ready:
+            self.compile()
+        self.position_1.fill_(length)
+        if self.device.type == "cuda":
+            graph = self._graph(self._end_of_reading(length))
+            self.ids_B.copy_(ids_B)
+            graph.replay()
+        else:
+            self.ids_B.copy_(ids_B)
+            self._token(length + 1)
+        self.cache.length += 1
+        return self.ids_B.clone()
+
+    def _end_of_reading(self, length: int) -> int:
+        """How far a recorded token can read: everywhere if it goes by blocks, else to the next power of two."""
+        room = self.cache.max_seq_len
+        return room if self.by_blocks else min(room, max(SMALLEST_BUCKET, 1 << length.bit_length()))
+
+    def _token(self, end: int) -> None:
+        """From `ids_B` to the next `ids_B`, by operations that a CUDA graph can record."""
+        config, functions, position_1 = self.config, self.functions, self.position_1
+        h_BD, prepared, rope, seen = functions.enter(
+            config, self.layers[0], self.by_blocks, self.embedding_VD, self.tables_ME, self.ids_B, position_1,
+            self.padding_B,
+        )  # fmt: skip
+        masks = {} if self.by_blocks else self._masks(end, seen)
+        following = (*self.layers[1:], self.layers[-1])  # Nobody reads what the last one prepares.
+        for layer, next_layer, cache_UJE, window in zip(
+            self.layers, following, self.caches, config.layer_windows, strict=True
+        ):
+            if self.by_blocks:
+                h_BD, prepared = functions.layer(
+                    config, layer, next_layer, h_BD, prepared, rope, cache_UJE, seen[window]
+                )
+                continue
+            functions.before(config, layer, prepared, rope, position_1, cache_UJE)
+            attended_BHE = self._attended(cache_UJE, masks[window], end)
+            h_BD, prepared = functions.after(config, layer, next_layer, h_BD, attended_BHE)
+        if self.history is not None:
+            self.history.add(self.ids_B.clamp_min(0))
+        self.logits_BV, ids_B = functions.finish(config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
+        if ids_B is None:
+            ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)
+        self.ids_B.copy_(ids_B)
+
+    def _attended(self, cache_UJE: Tensor, mask: Tensor | None, end: int) -> Tensor:
+        q_BHE, keys_BMJE, values_BMJE = parts_of_cache(self.config, len(self.ids_B), cache_UJE)
+        keys, values = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
+        return attention(q_BHE.unsqueeze(2), keys, values, mask).squeeze(2)
+
+    def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
+        if self.device.type == "cuda":
+            return {window: mask_of(self.position_1, first_B, end) for window, first_B in first.items()}
+        padding_B = self.cache.padding_B
+        return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in first}
+
+    def _graph(self, end: int) -> torch.cuda.CUDAGraph:
+        """The recorded token that reads up to `end`. Recording it leaves history and random numbers as they were."""
+        if end in self.graphs:
+            return self.graphs[end]
+        started = time.perf_counter()
+        random_state = self.generator.get_state()
+        counts_BV = None if self.history is None else self.history.counts_BV.clone()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                self._token(end)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._token(end)
+        self.generator.set_state(random_state)
+        if self.history is not None and counts_BV is not None:
+            self.history.counts_BV.copy_(counts_BV)
+        self.graphs[end] = graph
+        self.build_seconds += time.perf_counter() - started
+        return graph

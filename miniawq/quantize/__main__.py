@@ -1,0 +1,121 @@
+"""`python -m miniawq.quantize SOURCE DESTINATION`: make an AWQ INT4 checkpoint from a dense one."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from miniawq import cli
+from miniawq.checkpoint.hub import add_hub_flags, hub_options
+from miniawq.checkpoint.loading import load_model
+from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.shards import SHARD_BYTES
+from miniawq.hardware import pick_device
+from miniawq.quantize.calibration import Calibration, read_calibration, sample_calibration
+from miniawq.quantize.grids import GRIDS
+from miniawq.quantize.job import Settings, quantize_checkpoint
+from miniawq.quantize.memory import plan_sampling
+from miniawq.quantize.recipes import RECIPES
+from miniawq.text.tokenizer import Tokenizer
+
+log = logging.getLogger("miniawq.quantize")
+
+FORMATS = ("awq", "compressed-tensors")
+STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser("quantize", "Make an AWQ INT4 checkpoint from a dense one, one block in memory at a time.")
+    parser.add_argument("source", help="directory or Hub id of a dense Llama-family checkpoint")
+    parser.add_argument("destination", help="directory to write; an interrupted run in it goes on")
+    text = parser.add_argument_group("calibration text")
+    text.add_argument(
+        "--calib", metavar="FILE", help=".txt, .jsonl with text or messages, or - (default: the model's own)"
+    )
+    text.add_argument("--num-samples", type=_positive, default=128, help="windows of text (default %(default)s)")
+    text.add_argument("--sequence-length", type=_positive, default=512, help="tokens of one (default %(default)s)")
+    text.add_argument("--seed", type=int, default=0, help="of text the model writes itself (default %(default)s)")
+    method = parser.add_argument_group("method")
+    method.add_argument("--recipe", choices=RECIPES, default="default", help="our searches, the paper's, or none")
+    method.add_argument(
+        "--group-size", type=_inputs_of_a_group, default=128, help="inputs that share a scale; -1 is all"
+    )
+    method.add_argument("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
+    method.add_argument("--compared-tokens", type=_positive, default=4096, help="that modules' outputs are compared on")
+    method.add_argument("--no-clip", action="store_true", help="leave out the search of ranges")
+    method.add_argument("--compensate", action="store_true", help="GPTQ's error compensation on top; no part of AWQ")
+    output = parser.add_argument_group("output")
+    output.add_argument("--format", choices=FORMATS, default="awq", help="AutoAWQ GEMM, or compressed-tensors")
+    output.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="of scales and dense tensors")
+    output.add_argument("--shard-gigabytes", type=float, default=SHARD_BYTES / 1e9, help="largest file")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument("--offload-directory", type=Path, help="keep the hidden states of the text in a file there")
+    add_hub_flags(parser)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def _inputs_of_a_group(text: str) -> int:
+    return -1 if text == "-1" else _positive(text)
+
+
+def _command(arguments: argparse.Namespace) -> None:
+    dtype = STORED_DTYPES[arguments.dtype]
+    recipe = replace(
+        RECIPES[arguments.recipe],
+        group_size=arguments.group_size,
+        grid=arguments.grid,
+        scale_dtype=dtype,
+        compensate=arguments.compensate,
+    )
+    if arguments.no_clip:
+        recipe = replace(recipe, clip="none")
+    symmetric = arguments.format == "compressed-tensors" and arguments.grid == "symmetric"
+    layout = "compressed-tensors-symmetric" if symmetric else arguments.format
+    checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
+    settings = Settings(recipe, layout, dtype, arguments.compared_tokens, int(arguments.shard_gigabytes * 1e9))
+    device = pick_device(arguments.device)
+    calibration = calibrate(checkpoint, arguments, device)
+    log.info(
+        "calibration: %d tokens in %d windows, of %d found in %s",
+        calibration.tokens_BL.numel(), len(calibration.tokens_BL), calibration.tokens_found, calibration.source,
+    )  # fmt: skip
+    report = quantize_checkpoint(
+        checkpoint,
+        arguments.destination,
+        calibration,
+        settings,
+        device=device,
+        offload_directory=arguments.offload_directory,
+    )
+    log.info("%s", report.summary())
+
+
+def calibrate(checkpoint: Checkpoint, arguments: argparse.Namespace, device: torch.device) -> Calibration:
+    """The text named on the command line, or text that the model writes, for which the whole model has to fit."""
+    tokenizer = Tokenizer(checkpoint.directory)
+    size = arguments.num_samples, arguments.sequence_length
+    if arguments.calib:
+        return read_calibration(arguments.calib, tokenizer, *size)
+    log.info("no --calib: the model writes its own calibration text, seed %d", arguments.seed)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    plan_sampling(checkpoint, dtype, device, *size).check(device)
+    model = load_model(checkpoint, device, dtype)
+    return sample_calibration(model, tokenizer, *size, arguments.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_command, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Calibration text: read from a file, packed into windows of equal length, or sampled from the model itself."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miniawq.errors import InvalidInput
+from miniawq.model import KVCache, Llama
+from miniawq.quantize.memory import SAMPLED_ROWS
+from miniawq.text.plain import read_text
+from miniawq.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of token ids [B, L] (int64), their source, and how many tokens were found there."""
+
+    tokens_BL: Tensor
+    source: str
+    tokens_found: int
+
+    @property
+    def sha256(self) -> str:
+        """A hash of the ids and their shape; reports and journals name the text by it."""
+        return hashlib.sha256(f"{tuple(self.tokens_BL.shape)}{self.tokens_BL.tolist()}".encode()).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "samples": self.tokens_BL.shape[0],
+            "sequence_length": self.tokens_BL.shape[1],
+            "tokens_used": self.tokens_BL.numel(),
+            "tokens_found": self.tokens_found,
+            "sha256": self.sha256,
+        }
+
+
+def read_calibration(path: str, tokenizer: Tokenizer, num_samples: int, sequence_length: int) -> Calibration:
+    """Windows from a `.txt` file, a `.jsonl` file, or `-` for plain text on stdin.
+
+    A line of a `.jsonl` file holds `text`, or `messages` that go through the model's chat template. All texts are
+    joined and cut into windows; when there are more tokens than asked for, the windows are spread evenly over them.
+    InvalidInput names the line that cannot be read; NotFound when there is no such file.
+    """
+    ids = [token for text, special in _texts(path, tokenizer) for token in tokenizer.encode(text, special)]
+    return Calibration(windows(ids, num_samples, sequence_length, path), path, len(ids))
+
+
+def windows(ids: list[int], num_samples: int, sequence_length: int, source: str = "the text") -> Tensor:
+    """At most `num_samples` windows [B, L] of `sequence_length` ids, spread evenly from the first id to the last.
+
+    Where there are fewer ids than asked for, the windows overlap so that every id is in one; a text shorter than one
+    window gives one shorter window. They are shuffled, always in the same way, so that the first few are a sample of
+    the whole text.
+    InvalidInput on an empty text.
+    """
+    if not ids:
+        raise InvalidInput(
+            f"{source} holds no calibration text", "it has no tokens", "give some paragraphs like the model's daily use"
+        )
+    length = min(sequence_length, len(ids))
+    count = min(num_samples, -(-len(ids) // length))
+    last = len(ids) - length
+    starts = [round(last * index / max(1, count - 1)) for index in range(count)]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.tensor([ids[start : start + length] for start in starts])[order]
+
+
+def _texts(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Pairs of a text and whether the tokenizer adds its special tokens (a chat template writes its own)."""
+    if not path.endswith(".jsonl"):
+        yield read_text(path), True
+        return
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip():
+            yield _text_of(line, f"{path}, line {number}", tokenizer)
+
+
+def _text_of(line: str, where: str, tokenizer: Tokenizer) -> tuple[str, bool]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(
+            f"{where} is not JSON", str(error), "a .jsonl file has one JSON object on each line"
+        ) from error
+    match record:
+        case {"text": str(text)}:
+            return text, True
+        case {"messages": list(messages)}:
+            return tokenizer.render_chat(messages, add_generation_prompt=False), False
+    raise InvalidInput(
+        f"{where} has neither a `text` nor a `messages` key",
+        "calibration reads these two",
+        'write lines such as {"text": "..."}',
+    )
+
+
+def sample_calibration(
+    model: Llama, tokenizer: Tokenizer, num_samples: int, sequence_length: int, seed: int = 0, batch: int = SAMPLED_ROWS
+) -> Calibration:
+    """Windows that the model writes itself, at temperature 1 from its first token on.
+
+    Every window begins with the BOS token, or with any token of the vocabulary for a model that has none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        _sample(model, tokenizer, min(batch, num_samples - start), sequence_length, generator)
+        for start in range(0, num_samples, batch)
+    ]
+    tokens_BL = torch.cat(rows)
+    return Calibration(tokens_BL, f"sampled from the model, seed {seed}", tokens_BL.numel())
+
+
+@torch.inference_mode()
+def _sample(model: Llama, tokenizer: Tokenizer, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    if tokenizer.bos_id is None:
+        tokens_BL = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
+    else:
+        tokens_BL = torch.full((rows, 1), tokenizer.bos_id)
+    cache = KVCache(model.config, rows, length, device=model.device, dtype=model.dtype)
+    while tokens_BL.shape[1] < length:
+        logits_BV = model(tokens_BL[:, -1:].to(model.device), cache)[:, -1].float().cpu()
+        # Drawn on the CPU, so that a seed means the same text on every device up to rounding.
+        drawn_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+        tokens_BL = torch.cat((tokens_BL, drawn_B1), dim=1)
+    return tokens_BL

@@ -1,0 +1,360 @@
+"""A dense checkpoint in, an AWQ INT4 checkpoint out, one decoder block at a time.
+
+    embed the calibration text
+    for each block: read it, run the text through it, search, fold and round (awq.py), write it, note it in the journal
+    write the rest, re-open the files and check every group
+
+One block is in memory at a time, whatever their number. The hidden states between blocks are never saved: a run that
+goes on after a kill computes them again from the blocks it has finished, without their searches.
+"""
+
+import base64
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from miniawq import __version__, awq
+from miniawq.awq import FactorSearch, Fold, QuantizedLayer, Statistics, llama_folds
+from miniawq.checkpoint.background import Background
+from miniawq.checkpoint.blocks import BlockStream, to_host
+from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
+from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.quant_config import awq_block, compressed_tensors_block
+from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, locked, serialize, write_json
+from miniawq.errors import InvalidInput, UnsupportedCheckpoint
+from miniawq.hardware import peak_memory
+from miniawq.model import DecoderBlock, LlamaConfig
+from miniawq.packing import CODES_PER_WORD
+from miniawq.quantize.calibration import Calibration
+from miniawq.quantize.journal import Journal, fingerprint, interruptible
+from miniawq.quantize.memory import hidden_states, plan_memory
+from miniawq.quantize.moments import SymmetricStatistics
+from miniawq.quantize.recipes import DEFAULT, Recipe
+from miniawq.quantize.report import QuantizationReport, write_report
+from miniawq.quantize.verify import verify
+
+log = logging.getLogger(__name__)
+
+HALF_LIMIT = torch.finfo(torch.float16).max  # activations beyond it overflow in float16
+
+
+def packable_folds(config: LlamaConfig, shapes: dict[str, tuple[int, int]], group_size: int) -> list[Fold]:
+    """The folds whose linears all fit the file format: engines read a set of linears as one matrix."""
+
+    def fits(fold: Fold) -> bool:
+        sizes = [shapes[f"model.layers.0.{name}"] for name in fold.balance_layers]
+        return all(inputs % max(1, group_size) == 0 and outputs % CODES_PER_WORD == 0 for inputs, outputs in sizes)
+
+    return [fold for fold in llama_folds(config) if fits(fold)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the result, beside the model and the calibration text.
+
+    Statistics come from the whole text; modules' outputs are compared on about `compared_tokens` of it.
+    """
+
+    recipe: Recipe = DEFAULT
+    layout: str = "awq"
+    dtype: torch.dtype = torch.float16
+    compared_tokens: int = 4096
+    shard_bytes: int = SHARD_BYTES
+
+    def described(self) -> dict[str, Any]:
+        settings = asdict(self) | {"recipe": self.recipe.described(), "dtype": str(self.dtype).removeprefix("torch.")}
+        return settings | {"miniawq": __version__}
+
+
+class Quantizer:
+    """The work on one checkpoint: what tensors the result has, and how each block is quantized."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, device: torch.device) -> None:
+        if checkpoint.quantized:
+            raise UnsupportedCheckpoint(
+                f"{checkpoint.directory} is quantized already",
+                f"{next(iter(checkpoint.quantized))} is packed",
+                "quantize the dense model that it was made from",
+            )
+        self.checkpoint, self.settings, self.device = checkpoint, settings, device
+        self.stream = BlockStream(checkpoint, device)
+        self.folds = packable_folds(checkpoint.model_config, checkpoint.linears, settings.recipe.group_size)
+        if not self.folds:
+            raise InvalidInput(
+                f"no layer of {checkpoint.directory} can be packed",
+                f"groups of {settings.recipe.group_size} inputs and words of {CODES_PER_WORD} outputs do not fit any",
+                "try --group-size 64 or 32",
+            )
+        self.blocks = checkpoint.model_config.num_hidden_layers
+        names = [name for fold in self.folds for name in fold.balance_layers]
+        self.packed = {f"model.layers.{layer}.{name}" for layer in range(self.blocks) for name in names}
+        self.dense = [name for name in checkpoint.linears if name not in self.packed]
+
+    def specs(self) -> list[Spec]:
+        """Every tensor of the result, in the order of the model."""
+        specs = []
+        for name, parameter in self.checkpoint.skeleton.named_parameters():
+            layer = name.removesuffix(".weight")
+            if layer in self.packed:
+                outputs, inputs = parameter.shape
+                size = self.settings.recipe.group_size
+                groups = 1 if size == -1 else inputs // size
+                parts = part_shapes(self.settings.layout, inputs, outputs, groups, self.settings.recipe.scale_dtype)
+                specs += [Spec(f"{layer}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()]
+            else:
+                specs.append(Spec(name, self.settings.dtype, tuple(parameter.shape)))
+        return specs
+
+    @torch.inference_mode()
+    def process(self, layer: int, hidden_BLD: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantize one block; the hidden states move on to its full-precision outputs.
+
+        Returns the block's tensors in writing order, and what the journal and the report say about it.
+        """
+        started = time.monotonic()
+        block = self.stream.block(layer)
+        if layer == 0:
+            awq.check_folds(block, self.folds, lambda: next(self.stream.run(block, layer, hidden_BLD[:1]))[1])
+        stride = max(1, hidden_BLD.shape[:2].numel() // self.settings.compared_tokens)
+        with awq.observe(block, self.folds, stride, SymmetricStatistics) as statistics:
+            largest = self.advance(block, layer, hidden_BLD)
+        notes = {fold: note_on(fold, seen) for fold, seen in statistics.items()}
+        recipe = self.settings.recipe
+        searches, layers = awq.quantize_block(block, statistics, recipe.rounding, recipe.method, self.settings.dtype)
+        record = {
+            "layer": layer,
+            "largest_activation": largest,
+            "folds": [record_of(search, notes[search.fold]) for search in searches],
+            "layers": {name: {"plain_loss": done.plain_loss, "loss": done.loss} for name, done in layers.items()},
+            "scales": _encode({search.fold.smooth_layer: search.factors_P for search in searches}),
+        }
+        tensors = dict(self._tensors(block, layer, layers))
+        return tensors, record | {"seconds": round(time.monotonic() - started, 3)}
+
+    def advance(self, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> float:
+        """Replace hidden states by the block's outputs; returns the largest magnitude among them."""
+        largest = []
+        for rows, output_BLD in self.stream.run(block, layer, hidden_BLD):
+            hidden_BLD[rows] = output_BLD.to(hidden_BLD.device)
+            largest.append(output_BLD.abs().max())
+        return float(torch.stack(largest).max())
+
+    def _tensors(self, block: nn.Module, layer: int, layers: dict[str, QuantizedLayer]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in block.named_parameters(prefix=f"model.layers.{layer}"):
+            module = name.removesuffix(".weight")
+            if module in self.packed:
+                quantized = layers[module.removeprefix(f"model.layers.{layer}.")].quantized
+                for part, tensor in LAYOUTS[self.settings.layout].encode(quantized).items():
+                    yield f"{module}.{part}", to_host(tensor)
+            else:
+                yield name, to_host(self.stored(name, parameter.data))
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A dense tensor in the dtype of the result; InvalidInput when that cannot hold it."""
+        converted = tensor.to(self.settings.dtype)
+        if not converted.isfinite().all():
+            raise InvalidInput(
+                f"{name} does not fit in {self.settings.dtype}",
+                f"its values reach {tensor.abs().max().item():.3g}",
+                "use --dtype bfloat16, or look for a damaged tensor if they are not finite",
+            )
+        return converted
+
+    def smooth(self, factors: list[dict[str, Tensor]], name: str, weight_OI: Tensor) -> Tensor:
+        """A layer's weight as it was when it was rounded: after all folds."""
+        number, _, local = name.removeprefix("model.layers.").partition(".")
+        found = {fold: factors[int(number)][fold.smooth_layer].to(weight_OI.device) for fold in self.folds}
+        for fold, factors_P in found.items():
+            if local == fold.smooth_layer:
+                weight_OI = weight_OI / factors_P[:, None]
+            if local in fold.balance_layers:
+                weight_OI = weight_OI * fold.spread(factors_P)
+        return weight_OI
+
+    def config(self) -> dict[str, Any]:
+        """The new config.json."""
+        size = self.settings.recipe.group_size
+        if self.settings.layout == "awq":
+            block = awq_block(size, self.dense)
+        else:
+            block = compressed_tensors_block(size, self.settings.layout.endswith("symmetric"), self.dense)
+        dtype = str(self.settings.dtype).removeprefix("torch.")
+        key = "dtype" if "dtype" in self.checkpoint.config else "torch_dtype"
+        return self.checkpoint.config | {key: dtype, "quantization_config": block}
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Let a GPU multiply float32 matrices in TF32, which keeps as many digits as float16 and more range."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def note_on(fold: Fold, statistics: Statistics) -> str:
+    """What a user has to know about the text that a fold saw; mostly nothing."""
+    if not statistics.usable:
+        return "no calibration text, or NaN or infinity in it"
+    dead = int((fold.gather(statistics.magnitude_I) == 0).sum())
+    return f"{dead} channels are never active" if dead else ""
+
+
+def record_of(search: FactorSearch, note: str) -> dict[str, Any]:
+    """A search as the journal and the report hold it."""
+    return {
+        "previous": search.fold.smooth_layer,
+        "compared": search.fold.compared,
+        "formula": search.chosen.formula,
+        "ratio": search.chosen.ratio,
+        "loss": search.chosen.loss,
+        "plain_loss": search.trials[0].loss,
+        "note": note,
+        "trials": [list(trial) for trial in search.trials],
+    }
+
+
+def _encode(tensors: dict[str, Tensor]) -> str:
+    return base64.b64encode(serialize(tensors)).decode()
+
+
+def _decode(text: str) -> dict[str, Tensor]:
+    return safetensors.torch.load(base64.b64decode(text))
+
+
+@torch.inference_mode()
+def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_BL: Tensor, hidden_BLD: Tensor) -> None:
+    """Write every tensor that is not written yet; a block's tensors are written while the next block is searched."""
+    finished = len(journal.blocks)
+    with interruptible() as stop, Background() as disk, tqdm(total=job.blocks, unit="block", disable=None) as bar:
+        job.stream.embed(tokens_BL, hidden_BLD)
+        if not finished:
+            disk.run(_write_dense, job, writer, writer.specs[:1])
+        for layer in range(job.blocks):
+            if layer < finished:
+                job.advance(job.stream.block(layer), layer, hidden_BLD)
+            else:
+                tensors, record = job.process(layer, hidden_BLD)
+                disk.run(_write_block, writer, journal, tensors, record)
+                _warn(record)
+                bar.set_postfix_str(_gains(record))
+            bar.update()
+            if stop.is_set() and layer + 1 < job.blocks:
+                disk.wait()
+                log.warning("stopped after block %d of %d: run the same command to go on", layer + 1, job.blocks)
+                raise KeyboardInterrupt
+    _write_dense(job, writer, writer.specs[writer.done :])
+    writer.finish()
+
+
+def _write_block(writer: ShardWriter, journal: Journal, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.flush()
+    journal.add(record | {"tensors": writer.done})
+
+
+def _write_dense(job: Quantizer, writer: ShardWriter, specs: Sequence[Spec]) -> None:
+    for spec in specs:
+        writer.write(spec.name, job.stored(spec.name, job.checkpoint.read(spec.name)))
+
+
+def _warn(record: dict[str, Any]) -> None:
+    """Log what a user has to know about a block."""
+    for fold in record["folds"]:
+        if fold["note"]:
+            log.warning("block %d, %s: %s", record["layer"], fold["previous"], fold["note"])
+    if not record["largest_activation"] <= HALF_LIMIT:
+        told = "block %d: activations reach %.3g, and float16 holds 65504: run the model in bfloat16"
+        log.warning(told, record["layer"], record["largest_activation"])
+
+
+def _gains(record: dict[str, Any]) -> str:
+    """Each fold's loss as a part of plain rounding's."""
+    parts = [(fold["compared"].rpartition(".")[2], fold["loss"], fold["plain_loss"]) for fold in record["folds"]]
+    return " ".join(f"{name} {loss / plain:.2f}" for name, loss, plain in parts if plain > 0)
+
+
+def quantize_checkpoint(
+    source: str | Path | Checkpoint,
+    destination: str | Path,
+    calibration: Calibration,
+    settings: Settings = Settings(),
+    *,
+    device: torch.device | str = "cpu",
+    offload_directory: Path | None = None,
+) -> QuantizationReport:
+    """Quantize `source` into the directory `destination`, or go on with an interrupted run of the same arguments.
+
+    Raises UnsupportedCheckpoint and DoesNotFit before anything is written, UsageError when `destination` holds
+    something else or another run is writing to it, KeyboardInterrupt after the current block when the user asked to
+    stop.
+    """
+    started = time.monotonic()
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    device, destination = torch.device(device), Path(destination)
+    job = Quantizer(checkpoint, settings, device)
+    samples, length = calibration.tokens_BL.shape
+    offload = offload_directory is not None
+    plan = plan_memory(checkpoint, job.folds, samples, length, settings.compared_tokens, device, offload)
+    log.info("%s", plan.describe())
+    plan.check(device)
+    job = Quantizer(checkpoint.fetched(), settings, device)
+    with locked(destination):
+        return _quantize(job, plan.hidden_on_device, destination, calibration, offload_directory, started)
+
+
+def _quantize(
+    job: "Quantizer",
+    hidden_on_device: bool,
+    destination: Path,
+    calibration: Calibration,
+    offload_directory: Path | None,
+    started: float,
+) -> QuantizationReport:
+    checkpoint, settings, device = job.checkpoint, job.settings, job.device
+    run = settings.described() | {"model": fingerprint(checkpoint), "text": calibration.sha256}
+    journal = Journal(destination, run)
+    home = device if hidden_on_device else torch.device("cpu")
+    shape = (*calibration.tokens_BL.shape, checkpoint.model_config.hidden_size)
+    hidden_BLD = hidden_states(shape, home, offload_directory)
+    specs = job.specs()
+    with ShardWriter(destination, specs, settings.shard_bytes) as writer, tensor_cores():
+        writer.resume(journal.blocks[-1]["tensors"] if journal.blocks else 0)
+        check_disk(destination, sum(spec.nbytes for spec in specs[writer.done :]))
+        _write_model(job, writer, journal, calibration.tokens_BL, hidden_BLD)
+    write_json(destination / "config.json", job.config())
+    checkpoint.copy_side_files(destination)
+    factors = [_decode(block["scales"]) for block in journal.blocks]
+    smooth = partial(job.smooth, factors)
+    # Compensated codes are not the nearest ones: the bound does not hold for them, and is only reported.
+    limit = math.inf if settings.recipe.compensate else 1.0
+    verification = verify(checkpoint, open_checkpoint(destination), set(job.dense), smooth, device, limit)
+    report = QuantizationReport(
+        source=str(checkpoint.directory),
+        settings=settings.described(),
+        calibration=calibration.summary(),
+        dense_linears=job.dense,
+        blocks=[{key: value for key, value in block.items() if key != "scales"} for block in journal.blocks],
+        verification=verification,
+        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        written_bytes=sum(spec.nbytes for spec in specs),
+        peak_memory_bytes=peak_memory(),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    write_report(destination, report)
+    journal.remove()
+    return report

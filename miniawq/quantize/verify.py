@@ -1,0 +1,81 @@
+"""Check a finished INT4 checkpoint against the dense one it was made from, from the files alone.
+
+With the scale s and zero z of a group as stored, and the nearest codes, no weight w of the folded model is further from
+its stored value than
+
+    max(s / 2, max(w) - (15 - z) s, -min(w) - z s)
+
+The last two are what clipping cuts off on purpose.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miniawq.checkpoint.background import ahead
+from miniawq.checkpoint.blocks import Stored, place_stored, read_stored
+from miniawq.checkpoint.opening import Checkpoint
+from miniawq.errors import MiniawqError
+from miniawq.packing import TOP_CODE, Quantized, row_slices
+
+ROUNDING = 1e-6  # relative; folding the weights again rounds them in float32
+
+
+def verify(
+    source: Checkpoint,
+    written: Checkpoint,
+    listed: set[str],
+    smooth: Callable[[str, Tensor], Tensor],
+    device: torch.device | str = "cpu",
+    limit: float = 1.0,
+) -> dict[str, Any]:
+    """Check every linear layer of `written`: packed within the bound, or in `listed` and dense.
+
+    `smooth` gives a layer's weight [O, I] float32 after folding; no error may exceed `limit` bounds. MiniawqError names
+    the first layer that fails.
+    """
+    device = torch.device(device)
+    for name in source.linears:
+        if (name in written.quantized) == (name in listed):
+            raise _broken(name, "it is neither packed nor listed as dense, or it is both")
+
+    def stored(name: str) -> tuple[str, Stored, Stored]:
+        return name, read_stored(source, f"{name}.weight", device), read_stored(written, f"{name}.weight", device)
+
+    worst = 0.0
+    for name, weight, packed in ahead(map(stored, written.quantized)):
+        dense, quantized = place_stored(source, name, weight, device), place_stored(written, name, packed, device)
+        assert isinstance(dense, Tensor)
+        assert isinstance(quantized, Quantized)
+        weight_OI = smooth(name, dense.float())
+        error = error_over_bound(weight_OI, quantized)
+        if not error <= limit + ROUNDING:
+            raise _broken(name, f"a weight is {error:.6f} times the bound away from its code")
+        worst = max(worst, error)
+    return {"packed_linears": len(written.quantized), "largest_error_over_bound": worst}
+
+
+def error_over_bound(weight_OI: Tensor, quantized: Quantized) -> float:
+    """The largest error of any weight, in units of its group's bound; at most 1 for nearest codes."""
+    codes_OI, scales_OG, zeros_OG = quantized
+    worst = []
+    for rows in row_slices(codes_OI):
+        groups_OGS = weight_OI[rows].unflatten(1, (scales_OG.shape[1], -1)).double()
+        scale_OG, zero_OG = scales_OG[rows].double(), zeros_OG[rows].double()
+        above_OG = groups_OGS.amax(-1) - (TOP_CODE - zero_OG) * scale_OG
+        below_OG = -groups_OGS.amin(-1) - zero_OG * scale_OG
+        bound_OG = torch.maximum(torch.maximum(above_OG, below_OG), scale_OG / 2)
+        codes_OGS = codes_OI[rows].unflatten(1, (scales_OG.shape[1], -1))
+        values_OGS = (codes_OGS - zero_OG.unsqueeze(-1)) * scale_OG.unsqueeze(-1)
+        worst.append(((groups_OGS - values_OGS).abs().amax(-1) / bound_OG).max())
+    return float(torch.stack(worst).max())
+
+
+def _broken(name: str, why: str) -> MiniawqError:
+    return MiniawqError(
+        f"the written checkpoint is wrong at {name}",
+        why,
+        "do not use it; this is a defect of miniawq or of the disk: please report it",
+    )

@@ -1,0 +1,167 @@
+"""Perplexity and divergence, against the formulas written out."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from miniawq.checkpoint.loading import load_model
+from miniawq.checkpoint.opening import open_checkpoint
+from miniawq.commands import evaluate
+from miniawq.errors import InvalidInput
+from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense, make_with_its_own_head
+
+
+def some_tokens(rows: int = 3, length: int = 11) -> torch.Tensor:
+    return torch.randint(48, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_streamed_perplexity_is_that_of_the_model(family: str, tmp_path: Path, device: torch.device) -> None:
+    directory, model = make_dense(tmp_path / "dense", family)
+    tokens_BL = some_tokens()
+    scores = evaluate.evaluate(open_checkpoint(directory), tokens_BL, device=device)
+    losses = cross_entropy(model(tokens_BL)[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten())
+    assert scores.perplexity == pytest.approx(math.exp(losses), rel=1e-4)
+    assert scores.mean_loss == pytest.approx(float(losses), rel=1e-4)
+    assert (scores.windows, scores.sequence_length, scores.tokens_scored) == (3, 11, 30)
+    assert scores.reference is None
+
+
+def test_pieces_of_a_window_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, model = make_dense(tmp_path / "dense")
+    whole = evaluate.perplexity(model, some_tokens())
+    monkeypatch.setattr(evaluate, "POSITIONS_PER_STEP", 3)
+    assert evaluate.perplexity(model, some_tokens()).mean_loss == pytest.approx(whole.mean_loss)
+    streamed = evaluate.evaluate(open_checkpoint(directory), some_tokens())
+    assert streamed.mean_loss == pytest.approx(whole.mean_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+def test_divergence_from_a_reference(layout: str, tmp_path: Path) -> None:
+    reference, dense = make_dense(tmp_path / "dense")
+    directory, _ = make(tmp_path / "int4", layout)
+    tokens_BL = some_tokens()
+    model = load_model(open_checkpoint(directory), dtype=torch.float32)
+    scores = evaluate.evaluate(open_checkpoint(directory), tokens_BL, open_checkpoint(reference))
+    ours_BLV, theirs_BLV = model(tokens_BL).log_softmax(-1), dense(tokens_BL).log_softmax(-1)
+    kl_T = (theirs_BLV.exp() * (theirs_BLV - ours_BLV))[:, :-1].sum(-1).flatten()
+    ours_T, theirs_T = (
+        -logits_BLV[:, :-1].gather(-1, tokens_BL[:, 1:, None]).flatten() for logits_BLV in (ours_BLV, theirs_BLV)
+    )
+    found = scores.reference
+    assert found is not None
+    assert found.kl_mean == pytest.approx(float(kl_T.mean()), rel=1e-3)
+    assert found.kl_95th_percentile == pytest.approx(float(kl_T.sort().values[27]), rel=1e-3)
+    assert found.loss_difference == pytest.approx(float((ours_T - theirs_T).mean()), abs=1e-5)
+    assert found.standard_error == pytest.approx(float((ours_T - theirs_T).std() / 30**0.5), rel=1e-3)
+    agree_BL = (ours_BLV.argmax(-1) == theirs_BLV.argmax(-1))[:, :-1]
+    assert found.top1_agreement == pytest.approx(float(agree_BL.float().mean()))
+    in_memory = evaluate.perplexity(model, tokens_BL, dense).reference
+    assert in_memory is not None
+    assert asdict(in_memory) == pytest.approx(asdict(found), rel=1e-3, abs=1e-5)
+
+
+def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
+    directory, _ = make_dense(tmp_path / "dense")
+    checkpoint = open_checkpoint(directory)
+    found = evaluate.evaluate(checkpoint, some_tokens(), checkpoint).reference
+    assert found is not None
+    assert (found.kl_mean, found.loss_difference, found.top1_agreement) == (0, 0, 1)
+
+
+def test_a_head_that_differs_from_the_embedding_is_the_one_that_counts(tmp_path: Path, caplog) -> None:
+    directory, model = make_with_its_own_head(tmp_path)
+    losses = cross_entropy(model(some_tokens())[:, :-1].flatten(0, 1), some_tokens()[:, 1:].flatten())
+    scores = evaluate.evaluate(open_checkpoint(directory), some_tokens())
+    assert scores.mean_loss == pytest.approx(float(losses), rel=1e-4)
+    assert "tie_word_embeddings" in caplog.text
+
+
+def test_windows_do_not_overlap_and_the_rest_is_not_scored() -> None:
+    assert evaluate.cut_windows(list(range(11)), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert evaluate.cut_windows([7, 8, 9], 2048).tolist() == [[7, 8, 9]]
+    for ids, length in (([], 4), ([1], 4), ([1, 2], 1)):
+        with pytest.raises(InvalidInput, match="too short to score"):
+            evaluate.cut_windows(ids, length)
+
+
+def test_the_command_line(fairytales: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three sons. " * 9)
+    command = [str(fairytales), "--text", str(tmp_path / "text.txt"), "--sequence-length", "32", "--device", "cpu"]
+    assert evaluate.main([*command, "--reference", str(fairytales), "--max-windows", "2", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["windows"] == 2
+    assert scores["reference"]["kl_mean"] == 0
+    assert 1 < scores["perplexity"] < 100
+    assert evaluate.main(command) == 0
+    assert capsys.readouterr().out.startswith("perplexity ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"),
+    [
+        ("--max-windows", "0", 1),
+        ("--max-windows", "-2", 1),
+        ("--sequence-length", "0", 2),
+        ("--sequence-length", "1", 2),
+    ],
+)
+def test_nothing_to_score_is_a_usage_error(flag, least, value, fairytales, tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king.")
+    assert evaluate.main([str(fairytales), "--text", str(tmp_path / "text.txt"), flag, value]) == 2
+    what, _, fix = capsys.readouterr().err.splitlines()
+    assert f"{flag} {value} makes no sense" in what
+    assert f"give {least} or more" in fix
+
+
+def with_tokenizer(directory: Path, fairytales: Path, change=lambda tokenizer: tokenizer) -> str:
+    """A copy of the demo model whose tokenizer.json is changed."""
+    shutil.copytree(fairytales, directory)
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    return str(directory)
+
+
+def other_ids(tokenizer: dict) -> dict:
+    """The same tokens, two of which have changed their ids: as many ids, other ones."""
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["Ġking"], vocabulary["Ġwas"] = vocabulary["Ġwas"], vocabulary["Ġking"]
+    return tokenizer
+
+
+def no_merges(tokenizer: dict) -> dict:
+    tokenizer["model"]["merges"] = []
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", [other_ids, no_merges])
+def test_a_reference_with_another_tokenizer_is_refused(change, fairytales, tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three sons.")
+    command = [str(fairytales), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
+    assert evaluate.main([*command, "--reference", with_tokenizer(tmp_path / "same", fairytales)]) == 0
+    capsys.readouterr()
+    assert evaluate.main([*command, "--reference", with_tokenizer(tmp_path / "other", fairytales, change)]) == 2
+    what, why, fix = capsys.readouterr().err.splitlines()
+    assert "the reference has another tokenizer than the model" in what
+    assert str(tmp_path / "other" / "tokenizer.json") in why
+    assert "--reference" in fix
+
+
+def test_a_reference_without_a_tokenizer_is_taken_on_trust(fairytales, tmp_path, caplog) -> None:
+    reference = with_tokenizer(tmp_path / "reference", fairytales)
+    (tmp_path / "reference" / "tokenizer.json").unlink()
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three sons.")
+    assert evaluate.main([str(fairytales), "--text", str(tmp_path / "text.txt"), "--reference", reference]) == 0
+    assert "reference has no tokenizer.json" in caplog.text
+
+
+def test_scores_are_plain_numbers() -> None:
+    scores = evaluate.Scores(2.0, 0.7, 1, 4, 3, evaluate.Divergence(2.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+    assert json.loads(json.dumps(asdict(scores)))["reference"]["top1_agreement"] == 1
+    assert "+0.00000 +- 0.00000" in evaluate.describe_scores(scores)

@@ -1,0 +1,64 @@
+"""Instructions of the GPU forms, counted without a GPU. Needs Triton: `pip install triton==3.6.0` beside torch 2.13.
+
+The limits are what the tiles chosen by `tiles.block_sizes` cost. The fastest tile of a shape is not the one with the
+fewest instructions: two outputs of one warp cost 2.84 a weight and four 2.67, but wait less (docs/performance.md).
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from miniawq.compiled import launch as tiles
+from tests.helpers import TESTS
+
+MOST = {
+    ("reduce", 4096, 4096, 1): 2.9,
+    ("reduce", 28672, 4096, 1): 2.9,
+    ("reduce", 4096, 14336, 1): 3.3,
+    ("reduce", 8192, 8192, 1): 2.9,
+    ("reduce", 8192, 28672, 1): 3.5,
+    ("reduce", 28672, 4096, 2): 4.1,
+    ("reduce", 4096, 14336, 2): 5.0,
+    ("reduce", 8192, 28672, 2): 5.0,
+    ("dot", 28672, 4096, 8): 4.8,
+    ("dot", 28672, 4096, 16): 5.0,
+    ("dot", 4096, 14336, 16): 5.0,
+    ("dot", 28672, 4096, 32): 5.3,
+    ("dot", 28672, 4096, 64): 5.4,
+    ("dot", 4096, 14336, 128): 6.4,
+}
+LAYER, EXPAND = ("layer", 4096, 14336, 16), ("expand", 4096, 14336, 0)
+CASES = [*MOST, LAYER, EXPAND]
+
+
+@pytest.fixture(scope="module")
+def counts():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: the GPU kernels' instructions are not counted")
+    program = [sys.executable, TESTS / "helpers" / "inductor_counts.py", json.dumps(CASES)]
+    answer = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return dict(zip(CASES, map(json.loads, answer.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", MOST, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_stay_small(counts, case):
+    count = counts[case]
+    assert count["per_weight"] <= MOST[case]
+    assert count["stack"] == 0, "registers are spilled"
+    assert count["row_by_row"] == 0, "rows of a tile begin in the same bank of shared memory"
+    summed_apart = case[0] == "dot" and tiles.splits_for((case[1], 16, case[2] // 128), case[3]) > 1
+    assert count["kernels"] == 1 + summed_apart
+
+
+def test_nothing_is_searched_and_parts_are_summed_where_they_are_read(counts):
+    """Three times activations in order and product, and once activations in order for the following layer."""
+    assert counts[LAYER] == {"kernels": 7, "searched": 0}
+
+
+def test_a_weight_is_read_and_written_by_one_kernel_in_whole_sectors(counts):
+    """Planes of neighbouring groups, in a tile of its own dimension each. In one it wrote pieces of 16 bytes."""
+    assert counts[EXPAND] == {"kernels": 1, "dimensions": [3]}

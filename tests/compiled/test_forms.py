@@ -1,0 +1,274 @@
+"""The compiled forms as plain functions: arrangements that can be undone, products within derived bounds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miniawq.compiled import cpu_forms, eager, prepacked
+from miniawq.compiled import gpu_forms as forms
+from miniawq.packing import SEQUENTIAL, Quantized, dequantize, unpack
+
+FLOAT32 = 2.0**-24
+
+
+def random_quantized(outputs, inputs, group_size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = inputs // group_size
+    codes_OI = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    zeros_OG = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8)
+    scales_OG = (torch.rand(outputs, groups, generator=generator) * 0.02 + 1e-4).half()
+    return Quantized(codes_OI, scales_OG, zeros_OG)
+
+
+def random_rows(rows, inputs, dtype=torch.float32, seed=1):
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def in_planes(quantized):
+    """words_OPG and grid_OG: what lies in the memory of a GPU."""
+    words_OGP = prepacked.sequential_words(quantized.codes_OI, quantized.scales_OG.shape[1])
+    return words_OGP.transpose(1, 2).contiguous(), prepacked.pack_grid(quantized.scales_OG, quantized.zeros_OG)
+
+
+def planes_product(x_TI, quantized, parts=1):
+    words_OPG, grid_OG = in_planes(quantized)
+    x = forms.prescale(x_TI, grid_OG.shape[1], parts)
+    return forms.reduce_planes(forms.planes(words_OPG, parts), grid_OG, quantized.scales_OG.dtype, *x)
+
+
+def words_product(x_TI, quantized, lanes=8):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepacked, "lanes_for", lambda _: lanes)
+        target = prepacked.prepack(quantized)
+    x = cpu_forms.prescale_words(x_TI, target.grid.shape[1])
+    return cpu_forms.reduce_words(cpu_forms.as_loaded(target.words), target.grid, *x)[: len(x_TI)]
+
+
+def dot_product(x_TI, quantized, splits=1, bias_O=None):
+    words_OPG, grid_OG = in_planes(quantized)
+    x_NTPG, exponents_2O = forms.spread(x_TI, grid_OG.shape[1]), forms.magic_exponents(x_TI.device, len(words_OPG))
+    grid = grid_OG, quantized.scales_OG.dtype
+    y_TO = forms.dot_planes(words_OPG, *grid, x_NTPG, exponents_2O, bias_O, splits=splits)
+    return y_TO[: x_TI.shape[0]]
+
+
+def exact(x_TI, quantized):
+    return x_TI.double() @ dequantize(quantized, torch.float64).t()
+
+
+def magnitude(x_TI, quantized, term):
+    """sum |x| term, with term [O, G, S] a function of codes, zeros and scales as float64."""
+    codes_OGS = quantized.codes_OI.double().unflatten(1, (quantized.scales_OG.shape[1], -1))
+    zeros_OG1, scales_OG1 = quantized.zeros_OG.double().unsqueeze(-1), quantized.scales_OG.double().unsqueeze(-1)
+    return x_TI.double().abs() @ term(codes_OGS, zeros_OG1, scales_OG1).expand(codes_OGS.shape).flatten(1).t()
+
+
+def reduction_bound(x_TI, quantized):
+    """`reduce_planes` and `reduce_words` round nothing but sums and their products with zero and scale.
+
+    A group's sums, of code * x and of x, take S additions each; subtracting, scaling and adding up G groups G + 8
+    more. Each is off by 2^-24 of at most the sum of (code + zero) * scale * |x|.
+    """
+    groups = quantized.scales_OG.shape[1]
+    roundings = quantized.group_size + groups + 8
+    return roundings * FLOAT32 * magnitude(x_TI, quantized, lambda code, zero, scale: (code + zero) * scale)
+
+
+def dot_bound(x_TI, quantized):
+    """`dot_planes` rounds every weight, twice in float32 under an exponent of up to 2^11, once to the dtype of x.
+
+    The float32 roundings are off by 2^-24 of (2^11 + 30) scales each. The sum takes I float32 additions, and is rounded
+    to the dtype.
+    """
+    unit = torch.finfo(x_TI.dtype).eps / 2
+    weight_TO = magnitude(x_TI, quantized, lambda code, zero, scale: (code - zero).abs() * scale)
+    scale_TO = magnitude(x_TI, quantized, lambda code, zero, scale: scale)
+    sums = x_TI.shape[1] * FLOAT32 + unit
+    return (sums + unit) * weight_TO + 3 * (2**11 + 30) * FLOAT32 * scale_TO * (1 + sums)
+
+
+PRODUCTS = {
+    "planes": (planes_product, reduction_bound),
+    "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
+    "words": (words_product, reduction_bound),
+    "words of 16 outputs": (lambda x_TI, quantized: words_product(x_TI, quantized, 16), reduction_bound),
+    "dot": (dot_product, dot_bound),
+    "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
+}
+
+
+@pytest.fixture(params=PRODUCTS)
+def form(request):
+    return PRODUCTS[request.param]
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(0, 2**32))
+def test_words_hold_every_code_and_give_it_back(outputs, groups, group_size, seed):
+    codes_OI = random_quantized(outputs, groups * group_size, group_size, seed).codes_OI
+    words_OGP = prepacked.sequential_words(codes_OI, groups)
+    assert words_OGP.shape == (outputs, groups, group_size // 8)
+    assert torch.equal(unpack(words_OGP.flatten(1), SEQUENTIAL), codes_OI)
+    output, group, word, nibble = outputs - 1, groups - 1, group_size // 8 - 1, 5
+    code = (int(words_OGP[output, group, word]) >> 4 * nibble) & 15
+    assert code == codes_OI[output, group * group_size + 8 * word + nibble]
+
+
+# One to nine, and both sides of every number of rows at which a tile ends or a form begins.
+ROWS = (*range(1, 10), 16, 17, 31, 32, 33, 63, 64, 65, 128, 257)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 384])
+@pytest.mark.parametrize("rows", ROWS)
+def test_forms_stay_within_their_bounds(form, rows, group_size):
+    product, bound = form
+    quantized = random_quantized(48, 384, group_size)
+    x_TI = random_rows(rows, 384)
+    error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= bound(x_TI, quantized)).all()
+
+
+@pytest.mark.parametrize(("outputs", "lanes"), [(8, 8), (24, 8), (16, 16), (48, 16)])
+def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
+    monkeypatch.setattr(prepacked, "lanes_for", lambda _: lanes)
+    quantized = random_quantized(outputs, 256, 32)
+    target = prepacked.prepack(quantized)
+    assert target.outputs == outputs
+    assert all(torch.equal(*pair) for pair in zip(prepacked.unprepack(target), quantized, strict=True))
+    output, group, word, nibble = outputs - 3, 5, 2, 7
+    code = (int(target.words[output // lanes, group, word, output % lanes]) >> 4 * nibble) & 15
+    assert code == quantized.codes_OI[output, 32 * group + 8 * word + nibble]
+    parts = list(prepacked.slices(target, 1))
+    assert [part.outputs for _, part in parts] == [lanes] * (outputs // lanes)
+    assert torch.equal(torch.cat([part.words for _, part in parts]), target.words)
+
+
+@pytest.mark.parametrize(("capability", "outputs", "lanes"), [("AVX2", 32, 8), ("AVX512", 32, 16), ("AVX512", 24, 8)])
+def test_a_block_fills_a_vector_where_it_can(capability, outputs, lanes, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert prepacked.lanes_for(outputs) == lanes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 16, 33])
+def test_half_precision_dots_stay_within_their_bound(dtype, rows):
+    quantized = random_quantized(48, 512, 128)
+    x_TI = random_rows(rows, 512, dtype)
+    error_TO = (dot_product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= dot_bound(x_TI, quantized)).all()
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_bias_is_added_before_dots_are_rounded(splits):
+    """So it may take away what was rounded, and leave the rest."""
+    quantized, x_TI = random_quantized(48, 512, 128), random_rows(4, 512, torch.bfloat16)
+    y_TO = dot_product(x_TI, quantized, splits)
+    rest_O = dot_product(x_TI, quantized, splits, -y_TO[0].float())[0]
+    assert (rest_O != 0).all()
+    assert (rest_O.abs() <= 2**-8 * y_TO[0].abs()).all()
+
+
+@pytest.mark.parametrize("wrong", ["code", "zero", "scale", "activation"])
+def test_bounds_catch_the_smallest_fault(form, wrong):
+    product, bound = form
+    quantized, x_TI = random_quantized(32, 256, 64), random_rows(2, 256)
+    codes_OI, scales_OG, zeros_OG = (tensor.clone() for tensor in quantized)
+    faulty_x_TI = x_TI.clone()
+    if wrong == "code":
+        codes_OI[3, 77] ^= 1
+    elif wrong == "zero":
+        zeros_OG[3, 1] ^= 1
+    elif wrong == "scale":
+        scales_OG[3, 1] *= 1 + 2.0**-9
+    else:
+        faulty_x_TI[0, 7] *= 1.03
+    faulty = Quantized(codes_OI, scales_OG, zeros_OG)
+    error_TO = (product(faulty_x_TI, faulty).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO > bound(x_TI, quantized)).any()
+
+
+def dense_product(x_TI, weight_OI):
+    return cpu_forms.reduce_dense(weight_OI, cpu_forms.in_tiles(x_TI))[: len(x_TI)]
+
+
+def dense_bound(x_TI, weight_OI):
+    """Products and sums, rounded to float32 each: off by 2^-24 of at most the sum of |weight| * |x|."""
+    return (x_TI.shape[1] + 1) * FLOAT32 * (x_TI.double().abs() @ weight_OI.double().abs().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outputs", [1, 6, 7, 8])
+@pytest.mark.parametrize("rows", ROWS)
+def test_dense_sums_stay_within_their_bound(rows, outputs, dtype):
+    """Outputs that fill four parts, two, or none."""
+    weight_OI, x_TI = random_rows(outputs, 96, dtype, seed=2), random_rows(rows, 96)
+    error_TO = (dense_product(x_TI, weight_OI).double() - x_TI.double() @ weight_OI.double().t()).abs()
+    assert (error_TO <= dense_bound(x_TI, weight_OI)).all()
+    faulty_OI = weight_OI.clone()
+    faulty_OI[-1, 5] *= 1 + 2.0**-7
+    error_TO = (dense_product(x_TI, faulty_OI).double() - x_TI.double() @ weight_OI.double().t()).abs()
+    assert (error_TO > dense_bound(x_TI, weight_OI)).any()
+
+
+def test_a_nan_stays_in_its_row_of_a_dense_sum():
+    x_TI = random_rows(6, 64)
+    x_TI[4, 3] = torch.nan
+    is_nan_TO = dense_product(x_TI, random_rows(10, 64)).isnan()
+    assert torch.equal(is_nan_TO.all(1), is_nan_TO.any(1))
+    assert is_nan_TO.any(1).tolist() == [row == 4 for row in range(6)]
+
+
+@pytest.mark.parametrize("places", ["SUBNORMAL_PLACES", "MAGIC_PLACES"])
+def test_bounds_catch_two_nibbles_exchanged(places, monkeypatch):
+    product, bound = PRODUCTS["planes" if places == "SUBNORMAL_PLACES" else "dot"]
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256)
+    good = getattr(forms, places)
+    monkeypatch.setattr(forms, places, (good[1], good[0], *good[2:]))
+    error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO > bound(x_TI, quantized)).any()
+
+
+def test_every_code_and_zero_in_every_nibble_is_exact(form):
+    """One activation of 1 and the rest 0 read out single weights: (code - zero) * scale, with nothing to round."""
+    product, _ = form
+    codes_OI = torch.arange(16, dtype=torch.uint8).repeat_interleave(16)[:, None].repeat(1, 32)
+    zeros_OG = torch.arange(16, dtype=torch.uint8).repeat(16)[:, None]
+    quantized = Quantized(codes_OI, torch.full((256, 1), 0.25).half(), zeros_OG)
+    y_IO = product(torch.eye(32), quantized)
+    assert torch.equal(y_IO.double(), dequantize(quantized, torch.float64).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_expand_rounds_like_the_definition(dtype, group_size):
+    quantized = random_quantized(48, 384, group_size)
+    words_OPG, grid_OG = in_planes(quantized)
+    weight_OI = eager.expand(words_OPG, grid_OG, quantized.scales_OG.dtype, dtype).view(dtype)
+    assert torch.equal(weight_OI, dequantize(quantized, dtype))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_a_grid_keeps_scale_and_zero(scale_dtype):
+    scales_OG = torch.arange(2**15).to(torch.int16).view(scale_dtype).unflatten(0, (-1, 16)).nan_to_num()
+    zeros_OG = (torch.arange(2**15) % 16).to(torch.uint8).unflatten(0, (-1, 16))
+    grid = prepacked.unpack_grid(prepacked.pack_grid(scales_OG, zeros_OG), scale_dtype)
+    assert torch.equal(grid[0], scales_OG.float())
+    assert torch.equal(grid[1], -(zeros_OG.float() + 128))
+
+
+@pytest.mark.parametrize("value", [2.0**40, 2.0**-60, 6e4, 0.0])
+def test_activations_of_any_size_keep_the_bound(form, value):
+    product, bound = form
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256)
+    x_TI[0] *= value
+    x_TI[1, 9] = value
+    error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
+    assert (error_TO <= bound(x_TI, quantized) + 2.0**-70).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(form, value):
+    product, _ = form
+    quantized, x_TI = random_quantized(48, 256, 64), random_rows(3, 256)
+    x_TI[1, 9] = value
+    assert product(x_TI, quantized).isfinite().all(1).tolist() == [True, False, True]

@@ -1,0 +1,98 @@
+"""What Inductor makes of our operations, and the sources that are made into products of matrices or left alone."""
+
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_cpp_code
+
+from miniawq.compiled.inductor import with_matrices
+from miniawq.compiled.operations import sums_in_step
+
+BATCHED = """\
+    yindex = yoffset + tl.arange(0, YBLOCK)[None, :, None, None]
+    xindex = xoffset + tl.arange(0, XBLOCK)[None, None, :, None]
+    xmask = xindex < xnumel
+    r0_base = tl.arange(0, R0_BLOCK)[None, None, None, :]
+    x2 = xindex
+    _tmp9 = tl.full([YBLOCK, XBLOCK], 0, tl.float32)
+    for r0_offset in tl.range(0, r0_numel, R0_BLOCK):
+        r0_index = r0_offset + r0_base
+        tmp0 = tl.load(in_ptr0 + (r0_index + 512*yindex), None)
+        tmp1 = tl.load(in_ptr1 + (r0_index + 512*x2), xmask)
+        tmp2 = tl.full([1, 1, 1, 1], 12, tl.int32)
+        tmp3 = tl.reshape(tmp0 << tmp2, [YBLOCK, R0_BLOCK])
+        tmp4 = tl.trans(tl.reshape(tmp1, [XBLOCK, R0_BLOCK]))
+        tmp5 = tl.dot(tmp3, tmp4, input_precision="ieee")
+        tmp6 = tl.dot(tmp4, tmp3, input_precision="ieee")
+        tmp7 = tmp5 + tmp6
+        tmp8 = _tmp9 + tmp7
+        _tmp9 = tmp8
+    tmp9 = _tmp9[None,:,:,None]
+    tl.store(out_ptr0 + (x2 + 16*yindex), tmp9, xmask)
+"""
+MATRICES = """\
+    yindex = yoffset + tl.arange(0, YBLOCK)[:, None]
+    xindex = xoffset + tl.arange(0, XBLOCK)[None, :]
+    xmask = xindex < xnumel
+    r0_base = tl.arange(0, R0_BLOCK)[None, :]
+    x2 = xindex
+    _tmp9 = tl.full([YBLOCK, XBLOCK], 0, tl.float32)
+    xindex_R = xoffset + tl.arange(0, XBLOCK)[:, None]
+    xmask_R = xindex_R < xnumel
+    x2_R = xindex_R
+    for r0_offset in tl.range(0, r0_numel, R0_BLOCK):
+        r0_index = r0_offset + r0_base
+        tmp0 = tl.load(in_ptr0 + (r0_index + 512*yindex), None)
+        tmp1 = tl.load(in_ptr1 + (r0_index + 512*x2_R), xmask_R)
+        tmp2 = tl.full([1, 1], 12, tl.int32)
+        tmp3 = tl.reshape(tmp0 << tmp2, [YBLOCK, R0_BLOCK])
+        tmp4 = tl.trans(tl.reshape(tmp1, [XBLOCK, R0_BLOCK]))
+        tmp5 = tl.dot(tmp3, tmp4, _tmp9, input_precision="ieee")
+        tmp6 = tl.dot(tmp4, tmp3, input_precision="ieee")
+        tmp7 = tmp5 + tmp6
+        tmp8 = tmp7
+        _tmp9 = tmp8
+    tmp9 = _tmp9
+    tl.store(out_ptr0 + (x2 + 16*yindex), tmp9, xmask)
+"""
+
+
+def test_operands_become_matrices_and_sums_begin_with_what_is_summed():
+    assert with_matrices(BATCHED) == MATRICES
+
+
+def test_three_dimensions_as_well_as_four():
+    three = BATCHED.replace("[None, ", "[").replace("[1, 1, 1, 1]", "[1, 1, 1]").replace("[None,:,:", "[:,:")
+    assert "[:, None, None]" in three
+    assert with_matrices(three) == MATRICES
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("    _tmp9 = tl", "    _tmp3 = tl.full([YBLOCK, XBLOCK], 0, tl.float32)\n    _tmp9 = tl"),
+    ("    _tmp9 = tl", "    _tmp3 = tl.full([YBLOCK, XBLOCK, R0_BLOCK], 0, tl.float32)\n    _tmp9 = tl"),
+    ("    x2 = xindex\n", "    x2 = xindex\n    tmp7 = tl.load(in_ptr2 + (x2), None)\n"),
+    ("_tmp9 + tmp7", "tmp7 * tmp7"),
+    ("tl.dot(", "tl.sum("),
+    ("    tl.store", "    for r0_offset in tl.range(0, r0_numel, R0_BLOCK):\n        pass\n    tl.store"),
+], ids=["two sums", "another sum", "columns loaded before", "not a sum", "no product", "two loops"])  # fmt: skip
+def test_what_looks_different_stays_as_it_is(old, new):
+    assert old in BATCHED
+    source = BATCHED.replace(old, new)
+    assert with_matrices(source) == source
+
+
+def test_sums_grow_in_step_in_one_loop():
+    """Which is what makes them an operation: written as sums they are computed one after the other."""
+
+    def function(x):
+        return [total.exp2() for total in sums_in_step([x.exp(), x.sin(), x.cos(), x.tan(), x.erf(), x.sqrt()], 2)]
+
+    x = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    results, source = run_and_get_cpp_code(torch.compile(function, dynamic=False, options={"fx_graph_cache": False}), x)
+    loop, *others = re.findall(r"for\(int64_t .*?\.store\(out_ptr\d+ .*?\n {8}\}", source, re.DOTALL)
+    assert not others
+    assert re.findall(r"\.(exp|sin|cos|tan|erf|sqrt|exp2)\(\)", loop) == [
+        "exp", "sin", "cos", "tan", "erf", "sqrt", "exp2", "exp2"
+    ]  # fmt: skip
+    torch.testing.assert_close(results, [(x.exp() + x.cos() + x.erf()).exp2(), (x.sin() + x.tan() + x.sqrt()).exp2()])

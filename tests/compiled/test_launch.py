@@ -1,0 +1,72 @@
+"""Tiles are what Triton takes: powers of two, and neither less nor more than the work."""
+
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miniawq.compiled import launch as tiles
+
+SIZES, ROWS = st.integers(1, 1 << 18), st.integers(1, 300)
+THREADS = 32
+
+
+def blocks_of(tile):
+    return {name: size for name, size in tile.items() if name.endswith("BLOCK")}
+
+
+def is_power_of_two(number):
+    return number > 0 and number & (number - 1) == 0
+
+
+@given(st.dictionaries(st.sampled_from("xyz"), SIZES, min_size=1))
+def test_pointwise_tiles_fit_what_they_cover(sizes):
+    tile = tiles.block_sizes("pointwise", sizes, sums=0)
+    blocks = blocks_of(tile)
+    assert blocks.keys() == {f"{name.upper()}BLOCK" for name in sizes}
+    assert all(is_power_of_two(block) for block in blocks.values())
+    assert all(blocks[f"{name.upper()}BLOCK"] < 2 * size for name, size in sizes.items())
+    assert prod(blocks.values()) <= tiles.MOST_ELEMENTS
+    assert tile["num_warps"] in (1, 2, 4)
+    assert tile["num_warps"] == 1 or prod(blocks.values()) >= THREADS * tile["num_warps"]
+
+
+@pytest.mark.parametrize(("sizes", "blocks"), [
+    ({"x": 98304}, (512,)), ({"x": 6144}, (128,)), ({"y": 4096, "x": 16}, (16, 16)), ({"y": 8, "x": 8192}, (8, 32)),
+    ({"y": 1792, "x": 128}, (32, 32)),
+])  # fmt: skip
+def test_pointwise_tiles_of_a_decode_step(sizes, blocks):
+    """About two programs for each multiprocessor of an H100, and both sides of a transposition in one tile."""
+    assert sorted(blocks_of(tiles.pointwise_tile(sizes)).values()) == sorted(blocks)
+
+
+@given(SIZES)
+def test_sums_have_a_program_of_their_own_unless_they_are_short(summands):
+    tile = tiles.block_sizes("sum", {"x": 7, "r0_": summands}, sums=0)
+    assert is_power_of_two(tile["R0_BLOCK"])
+    assert is_power_of_two(tile["XBLOCK"])
+    assert tile["R0_BLOCK"] >= min(summands, tiles.MOST_SUMMANDS_AT_ONCE)
+    assert THREADS * tile["num_warps"] <= tile["R0_BLOCK"] * tile["XBLOCK"]
+    assert tile["XBLOCK"] == 1 or tile["R0_BLOCK"] < THREADS
+
+
+def test_rows_take_the_narrowest_tile_that_holds_them():
+    assert [tiles.columns_for(rows) for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129)] == [
+        8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 128,
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 1 << 17), st.integers(0, 4).map(lambda power: 3 << power), st.integers(1, 224), ROWS)
+def test_splits_are_parts_of_the_planes(outputs, planes, groups, rows):
+    splits = tiles.splits_for((outputs, planes, groups), rows)
+    assert planes % splits == 0
+
+
+@pytest.mark.parametrize(("outputs", "groups", "rows", "splits"), [
+    (28672, 32, 16, 2), (6144, 32, 16, 4), (4096, 112, 16, 4), (28672, 32, 64, 1), (6144, 32, 64, 2), (4096, 32, 64, 4),
+    (10240, 64, 32, 4), (10240, 64, 128, 2), (6144, 32, 128, 1), (4096, 32, 128, 2), (4096, 32, 256, 1),
+])  # fmt: skip
+def test_splits_are_what_was_fastest_on_an_h100(outputs, groups, rows, splits):
+    """Or within a few per cent of it."""
+    assert tiles.splits_for((outputs, 16, groups), rows) == splits

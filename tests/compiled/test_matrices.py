@@ -1,0 +1,135 @@
+"""`with_matrices` on what Inductor really writes, of the versions of torch that `golden/make_triton.py` ran under."""
+
+import ast
+
+import pytest
+
+from miniawq.compiled import inductor
+from tests.helpers import GOLDEN
+
+SOURCES = sorted((GOLDEN / "triton").rglob("*.py.txt"))
+ROWS, COLUMNS, SUMMED = "YBLOCK", "XBLOCK", "R0_BLOCK"
+
+
+class Shapes:
+    """The shapes of what a kernel computes, by its source, whose loop is read once."""
+
+    def __init__(self, source):
+        # What is given a name; the operands of products; what is reshaped, before and after; what is stored.
+        self.names, self.products, self.reshaped, self.stored = {}, [], [], []
+        (kernel,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+        self.blocks = ast.literal_eval(kernel.decorator_list[0].keywords[0].value)
+        self.read(kernel.body)
+
+    def read(self, statements):
+        for statement in statements:
+            match statement:
+                case ast.For(body=body):
+                    self.read(body)
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
+                    self.names[name] = self.of(value)
+                case ast.Expr(value):
+                    self.of(value)
+                case _:
+                    raise NotImplementedError(ast.unparse(statement))
+
+    def of(self, node):
+        match node:
+            case ast.Name(name):
+                return self.names.get(name, ())
+            case ast.BinOp(left, _, right) | ast.Compare(left, _, [right]):
+                return broadcast(self.of(left), self.of(right))
+            case ast.UnaryOp(_, operand):
+                return self.of(operand)
+            case ast.Subscript(value, ast.Tuple(places)):
+                sizes = iter(self.of(value))
+                return tuple(next(sizes) if isinstance(place, ast.Slice) else "1" for place in places)
+            case ast.Call(ast.Attribute(ast.Name("tl"), name), arguments):
+                return self.called(name, arguments)
+            case ast.Call(ast.Attribute(value, "to")):
+                return self.of(value)
+            case ast.Constant():
+                return ()
+        raise NotImplementedError(ast.unparse(node))
+
+    def called(self, name, arguments):
+        match name, arguments:
+            case "program_id", _:
+                return ()
+            case "arange", [_, size]:
+                return self.sizes([size])
+            case "full", [ast.List(sizes), *_]:
+                return self.sizes(sizes)
+            case "reshape" | "broadcast_to", [value, ast.List(sizes)]:
+                shape = self.sizes(sizes)
+                self.reshaped.append((self.of(value), shape))
+                return shape
+            case "trans", [value]:
+                return self.of(value)[::-1]
+            case "dot", operands:
+                self.products.append([self.of(operand) for operand in operands])
+                return self.products[-1][0][0], self.products[-1][1][1]
+            case "load" | "where", _:
+                return broadcast(*(self.of(argument) for argument in arguments))
+            case "store", _:
+                self.stored.append(broadcast(*(self.of(argument) for argument in arguments)))
+                return ()
+        raise NotImplementedError(name)
+
+    def sizes(self, nodes):
+        """As named in the source; a block of one is as good as 1."""
+        names = [ast.unparse(node) for node in nodes]
+        return tuple("1" if self.blocks.get(name) == 1 else name for name in names)
+
+
+def broadcast(*shapes):
+    """Triton's rule: shapes are aligned at their ends."""
+    rank = max(map(len, shapes))
+    sizes = zip(*(("1",) * (rank - len(shape)) + shape for shape in shapes), strict=True)
+    alike = [set(of_a_dimension) - {"1"} or {"1"} for of_a_dimension in sizes]
+    assert all(len(size) == 1 for size in alike), shapes
+    return tuple(size for (size,) in alike)
+
+
+@pytest.fixture(params=SOURCES, ids=[f"{path.parent.name}-{path.name.removesuffix('.py.txt')}" for path in SOURCES])
+def source(request):
+    return request.param.read_text()
+
+
+def test_the_same_kernels_are_stored_of_both_versions():
+    of_versions = {}
+    for path in SOURCES:
+        of_versions.setdefault(path.parent.name, []).append(path.name)
+    assert sorted(of_versions) == ["torch-2.11", "torch-2.13"]
+    assert of_versions["torch-2.11"] == of_versions["torch-2.13"]
+
+
+def test_what_inductor_writes_has_more_dimensions_and_sums_afterwards(source):
+    shapes = Shapes(source)
+    assert max(map(len, shapes.names.values())) > 2
+    assert shapes.products
+    assert all(len(operands) == 2 for operands in shapes.products)
+
+
+def test_all_tiles_become_matrices(source):
+    source = inductor.with_matrices(source)
+    indices = [node.slice for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Subscript)]
+    assert {len(index.elts) for index in indices if isinstance(index, ast.Tuple)} == {2}
+    shapes = Shapes(source)
+    assert max(map(len, shapes.names.values())) == 2
+    assert shapes.stored == [(ROWS, COLUMNS)]
+    # Operands are loaded in the shape in which they are multiplied.
+    assert all(before == after for before, after in shapes.reshaped)
+
+
+def test_sums_begin_with_what_is_summed(source):
+    """Triton itself lets every further product of a step begin with the one before."""
+    first, *others = Shapes(inductor.with_matrices(source)).products
+    assert first == [(ROWS, SUMMED), (SUMMED, COLUMNS), (ROWS, COLUMNS)]
+    assert all(operands == first[:2] for operands in others)
+
+
+def test_a_second_time_changes_nothing(source):
+    once = inductor.with_matrices(source)
+    assert once != source
+    assert inductor.with_matrices(once) == once

@@ -1,0 +1,46 @@
+"""The forms that are compiled for decoding keep the oracle's rules for the product, as expressions and compiled."""
+
+import pytest
+import torch
+
+from miniawq.compiled.prepacked import prepack_awq
+from miniawq.compiled.products import compile_with_forms, int4_product, multiply, prepare
+from miniawq.oracle.door import CHECKS, conformance
+from miniawq.oracle.report import as_text
+
+PRODUCT_CHECKS = [
+    check for check in CHECKS if check.level == "L3" and check.id not in ("L3.refuses-short-input", "L3.no-rows")
+]
+
+
+class OneProduct:
+    """The product that one layer is given, in the contract's names; a layer's shapes are checked when it is loaded."""
+
+    def __init__(self, compiled=False):
+        self.compiled = compiled
+        if compiled:
+            self.dtypes = ("float32",)  # each dtype and shape is compiled anew
+
+    def matmul(self, x, qweight, qzeros, scales, group_size, bias=None):
+        x_TI = x.reshape(-1, x.shape[-1])
+        weight = prepack_awq(qweight, qzeros, scales)
+        products = (int4_product(weight, bias, len(x_TI), x.dtype, lambda form: True),)
+
+        def product(x_TI, products):
+            return multiply(products, prepare(products, x_TI))
+
+        chosen = compile_with_forms(product, [form for form, _ in products]) if self.compiled else product
+        return chosen(x_TI, products).reshape(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("check", PRODUCT_CHECKS, ids=lambda check: check.id)
+def test_expressions_conform(check):
+    report = conformance(OneProduct(), [check])
+    assert report.ok, as_text(report)
+
+
+def test_compiled_form_conforms(device):
+    (check,) = (check for check in CHECKS if check.id == "L3.bias")
+    torch.compiler.reset()
+    report = conformance(OneProduct(compiled=True), [check], device=str(device))
+    assert report.ok, as_text(report)

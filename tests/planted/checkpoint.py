@@ -1,0 +1,93 @@
+"""Directories, configs, layouts, reading, writing, loading."""
+
+from tests.planted.fault import Fault
+
+OPENING, REFUSALS, SHARDS, HUB = (f"checkpoint/test_{name}" for name in ("opening", "refusals", "shards", "hub"))
+FAULTS = [
+    # config.json
+    Fault("checkpoint/config.py", r"layer >= first else", "layer > first else", "test_model"),
+    Fault("checkpoint/config.py", r'or config\.get\("use_sliding_window", False\)', "or True", "test_model"),
+    Fault("checkpoint/config.py", r"return mscale\(1\.0\)", "return 1.0", "test_model"),
+    Fault("checkpoint/config.py", r"original or longest", "longest", "test_model"),
+    Fault("checkpoint/config.py", r"if kind not in INVERSE_FREQUENCIES:", "if False:", "test_model"),
+    # Layouts.
+    Fault("checkpoint/layouts.py", r"1 if group_size >= 128", "1 if group_size >= 64", "test_packing"),
+    Fault("checkpoint/layouts.py", r"\.t\(\)\[:outputs\]", ".t()", "test_packing"),
+    Fault(
+        "checkpoint/layouts.py", r"-\(-codes // CODES_PER_WORD\)", "codes // CODES_PER_WORD", "commands/test_convert"
+    ),
+    Fault("checkpoint/detection.py", r"s\[1\] == q\[1\] \* CODES_PER_WORD and", "", REFUSALS),
+    Fault("checkpoint/detection.py", r"if group_size not in \{", "if 0 in {", REFUSALS),
+    Fault("checkpoint/detection.py", r"if part in FOREIGN_PARTS:", "if False:", REFUSALS),
+    Fault("checkpoint/detection.py", r'if part == "weight" and info\.dtype in FOREIGN_DTYPES:', "if False:", REFUSALS),
+    Fault("checkpoint/detection.py", r"if config and config\.layout not in \(layout, None\):", "if False:", REFUSALS),
+    Fault(
+        "checkpoint/detection.py", r"if zeros is None and not \(config and config\.symmetric\):", "if False:", REFUSALS
+    ),
+    Fault("checkpoint/detection.py", r'if parts\["qweight"\]\.dtype == torch\.int16:', "if False:", REFUSALS),
+    Fault(
+        "checkpoint/detection.py", r"if \(linear\.in_features, linear\.out_features\) != .*:$", "if False:", REFUSALS
+    ),
+    Fault(
+        "checkpoint/detection.py", r"if config and config\.symmetric is False and zeros is None:", "if False:", REFUSALS
+    ),
+    Fault("checkpoint/detection.py", r"(linear\._replace\()in_features=inputs, ", r"\1", OPENING),
+    Fault("checkpoint/detection.py", r"if inputs % size == 0 and", "if", REFUSALS),
+    # What the config says about the quantization.
+    Fault("checkpoint/quant_config.py", r"if bits != BITS:", "if False:", REFUSALS),
+    Fault("checkpoint/quant_config.py", r"if block\.get\(key\) not in \(plain, None\):", "if False:", REFUSALS),
+    Fault("checkpoint/quant_config.py", r'if value and key\[:2\] != "-:"\]', "if False]", REFUSALS),
+    Fault("checkpoint/quant_config.py", r"if word in REFUSED_VERSIONS:", "if False:", REFUSALS),
+    Fault("checkpoint/quant_config.py", r"if value not in values:", "if False:", REFUSALS),
+    Fault("checkpoint/quant_config.py", r"sizes\.add\(-1 if channel else", "sizes.add(", OPENING),
+    Fault("checkpoint/quant_config.py", r"str\(block\[key\]\)\.lower\(\)", "str(block[key])", OPENING),
+    Fault("checkpoint/quant_config.py", r' if name != "lm_head"\]', "]", "commands/test_convert"),
+    # Files.
+    Fault("checkpoint/hub.py", r"if head == LFS_POINTER:", "if False:", REFUSALS),
+    Fault("checkpoint/hub.py", r"if len\(made\) < len\(pairs\):", "if False:", REFUSALS),
+    Fault("checkpoint/hub.py", r"if info\.id != self\.repo_id:", "if False:", HUB),
+    Fault("checkpoint/hub.py", r"(self\.online = )not local_files_only and ", r"\1", HUB),
+    Fault("checkpoint/headers.py", r"if Path\(shard\)\.name != shard or", "if", REFUSALS),
+    Fault("checkpoint/headers.py", r"if absent := .*:$", "if False:", REFUSALS),
+    Fault("checkpoint/headers.py", r"if name in tensors:", "if False:", REFUSALS),
+    # Reading.
+    Fault(
+        "checkpoint/opening.py",
+        r"(tensor = )(file\.get_tensor\(info\.key\))",
+        r"\1vars(self.files).setdefault(info.key, \2)",
+        OPENING,
+    ),
+    Fault("checkpoint/opening.py", r'(torch\.device\("meta"\)), _NoValues\(\):', r"\1:", OPENING),
+    Fault("checkpoint/opening.py", r"if not scales\.isfinite\(\)\.all\(\):", "if False:", OPENING),
+    Fault("checkpoint/opening.py", r"shape\.tolist\(\) != \[.*:$", "False:", REFUSALS),
+    Fault("checkpoint/opening.py", r"if any\(problems\.values\(\)\):", "if False:", REFUSALS),
+    Fault(
+        "checkpoint/opening.py", r"if torch\.equal\(self\.read\(HEAD\), self\.read\(EMBEDDING\)\):", "if True:", OPENING
+    ),
+    Fault("checkpoint/opening.py", r"if tensor\.dtype == torch\.uint32 else", "if False else", OPENING),
+    Fault("checkpoint/opening.py", r"torch\.full_like\(scales, SYMMETRIC_ZERO, ", "torch.zeros_like(scales, ", OPENING),
+    Fault("checkpoint/reading.py", r"\(8 \+ length \+ start,", "(length + start,", OPENING),
+    Fault("checkpoint/reading.py", r"file\.seek\(start\)", "file.seek(start + 1)", OPENING),
+    # Loading.
+    Fault("checkpoint/loading.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', OPENING),
+    Fault("checkpoint/loading.py", r"tensor\.to\(loaded_dtype\(.*\)\)$", "tensor.to(dtype)", OPENING),
+    Fault("checkpoint/loading.py", r"dimensions == 2 and (stored in HALVES)", r"\1", "test_model"),
+    Fault("checkpoint/loading.py", r"y\[\.\.\., first : first \+ step\] =", "y[..., :step] =", "test_model"),
+    Fault("checkpoint/loading.py", r"return y if bias_O is None else y \+ bias_O", "return y", "test_model"),
+    # Writing.
+    Fault("checkpoint/shards.py", r"self\._file\.seek\(size\)", "pass", SHARDS),
+    Fault("checkpoint/shards.py", r'b" " \* \(-len\(text\) % 8\)', 'b""', SHARDS),
+    Fault("checkpoint/shards.py", r"same = file\.read\(.*$", "same = True", SHARDS),
+    Fault("checkpoint/shards.py", r"\(shard\.file \+ PARTIAL\)", "shard.file", SHARDS),
+    Fault("checkpoint/shards.py", r"if given != planned:", "if False:", SHARDS),
+    Fault("checkpoint/shards.py", r"if self\.done in self\._starts:", "if self.done + 1 in self._starts:", SHARDS),
+    Fault(
+        "checkpoint/shards.py",
+        r"if parts\[-1\] and spec\.nbytes > room:",
+        "if parts[-1] and spec.nbytes >= room:",
+        SHARDS,
+    ),
+    Fault("checkpoint/shards.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
+    Fault("checkpoint/shards.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
+    Fault("checkpoint/shards.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
+]

@@ -1,0 +1,113 @@
+"""Behind the wall: words as they lie in memory, forms, what is kept, and the proofs."""
+
+from tests.planted.fault import Fault
+
+FORMS, PROOF, STEP = "compiled/test_forms", "compiled/test_proof", "engine/test_step"
+FAULTS = [
+    # How words lie.
+    Fault("compiled/prepacked.py", r"(offsets_OG = -\(2\.0\*\*7\)) - zeros", r"\1 + zeros", FORMS),
+    Fault("compiled/prepacked.py", r"and outputs % 16 == 0 else 8", "else 8", FORMS),
+    Fault("compiled/prepacked.py", r"(// whole\) \* )whole", r"\1CODES_PER_WORD", FORMS),
+    Fault("compiled/prepacked.py", r"movedim\(-1, 1\)", "movedim(-1, 0)", FORMS),
+    Fault("compiled/prepacked.py", r"(len\(part\.words\) for part in parts)\]", r"\1[::-1]]", "test_kernel"),
+    Fault("compiled/prepacked.py", r"!= ends\[:-1\]", "== ends", STEP),
+    # Forms of a GPU.
+    Fault("compiled/gpu_forms.py", r"(scales_O1G \* )\(2\.0\*\*11 - 2\.0\*\*7\)", r"\g<1>2.0**11", FORMS),
+    Fault("compiled/gpu_forms.py", r"(WORD\)\)\.permute\(3, 0, )2, 1\)", r"\g<1>1, 2)", FORMS),
+    Fault("compiled/gpu_forms.py", r"y_KTO = y_KTO \* factors_T1", "pass", "compiled/test_products"),
+    Fault(
+        "compiled/gpu_forms.py", r"with_bias\(y_KTO\.squeeze\(0\), bias_O,", "with_bias(y_KTO.squeeze(0), None,", FORMS
+    ),
+    Fault(
+        "compiled/gpu_forms.py",
+        r"with_bias\(written\(y_KTO\)\.sum\(0\), bias_O,",
+        "with_bias(written(y_KTO).sum(0), None,",
+        FORMS,
+    ),
+    Fault("compiled/operations.py", r"sum\(others, first\)", "sum(others[:-1], first)", FORMS),
+    Fault("compiled/eager.py", r"\(first & 0xFFFF\)", "first", "test_kernel"),
+    # Forms of a CPU.
+    Fault("compiled/cpu_forms.py", r">> 4 if nibble % 2", ">> 4 if nibble < 7 and nibble % 2", FORMS),
+    Fault("compiled/cpu_forms.py", r"(256\.0 \*\* -\(nibble // 2)\)", r"\1 % 3)", FORMS),
+    Fault("compiled/cpu_forms.py", r"\((x_\w+\.sum\(-1\)) / x_\w+\.shape\[3\]\)", r"\1", FORMS),
+    Fault("compiled/cpu_forms.py", r"permute\(3, 1, 0, 2, 4\)", "permute(1, 3, 0, 2, 4)", FORMS),
+    Fault("compiled/cpu_forms.py", r"zeros_\w+ \* (-means_\w+ for)", r"\1", FORMS),
+    Fault(
+        "compiled/cpu_forms.py",
+        r"\(parts, rows\)\)(\.permute\(3, 1, 0, 2, 4\))",
+        r"(rows, parts)).transpose(0, 1)\1",
+        FORMS,
+    ),
+    Fault("compiled/cpu_forms.py", r"permute\(3, 1, 0, 2\)\.flatten", "permute(1, 3, 0, 2).flatten", FORMS),
+    Fault(
+        "compiled/cpu_forms.py", r"(for weight_\w+ in weights_\w+) (for x_\w+ in x_\w+\.unbind\(1\))", r"\2 \1", FORMS
+    ),
+    Fault("compiled/cpu_forms.py", r"tiles \* tile - len\(x_TI\)", "0", FORMS),
+    Fault("compiled/operations.py", r"terms\[first::sums\]", "terms[first * sums :][:sums]", FORMS),
+    # Private torch.
+    Fault("compiled/inductor.py", r'rf"\\1, \{accumulator\}"', r'r"\\1"', "compiled/test_inductor"),
+    Fault("compiled/inductor.py", r"COLUMNS\.sub\([^()]*, loop\), tail", "loop, tail", "compiled/test_inductor"),
+    Fault("compiled/inductor.py", r"(len\(accumulators\) != 1 or) not all\(", r"\1 all(", "compiled/test_inductor"),
+    Fault(
+        "compiled/inductor.py", r"\[all_in_step, \*\((.*range\()1, sums\)\)\]", r"[\1sums)]", "compiled/test_inductor"
+    ),
+    Fault("compiled/inductor.py", r"loaders\[number::sums\]", "loaders[::sums]", "compiled/test_inductor"),
+    Fault(
+        "compiled/inductor.py",
+        r"^(        )TritonScheduling\.kernel_type = before",
+        r"\1pass",
+        "compiled/test_inductor",
+    ),
+    Fault("compiled/launch.py", r" \* ceil\(rows / columns\)", "", "compiled/test_launch"),
+    Fault("compiled/launch.py", r"elements //= block", "elements //= 1", "compiled/test_launch"),
+    # Products.
+    Fault("compiled/products.py", r"\+ eps / pieces", "+ eps", "compiled/test_products"),
+    Fault("compiled/products.py", r"^    h_TI = gpu_forms\.in_whole_tiles\(h_TI\)\n", "", "compiled/test_products"),
+    Fault("compiled/products.py", r"fits = first\.form\.stays_float32 or", "fits = True or", "compiled/test_products"),
+    Fault(
+        "compiled/products.py",
+        r"next\(filter\(accepts, wanted\), PLAIN\)",
+        "next(iter(wanted), PLAIN)",
+        "compiled/test_products",
+    ),
+    # What is kept.
+    Fault(
+        "compiled/compiler.py",
+        r"self\.kept is not None and self\.kept\.guard_check\(\*arguments\)",
+        "self.kept is not None",
+        "compiled/test_compiler",
+    ),
+    Fault("compiled/compiler.py", r"torch\._dynamo\.mark_dynamic\(alias, dim\)", "pass", "compiled/test_compiler"),
+    Fault("compiled/compiler.py", r"alias = x\.detach\(\)", "alias = x", "compiled/test_compiler"),
+    Fault("compiled/compiler.py", r", settings\.patch\(self\.function\.options\):", ":", "compiled/test_compiler"),
+    Fault(
+        "compiled/artifacts.py",
+        r"\{leaf\.dtype\} \{list\(leaf\.shape\)\}",
+        "{list(leaf.shape)}",
+        "compiled/test_artifacts",
+    ),
+    Fault("compiled/artifacts.py", r'not changed and seal\["decides"\] == decides', "True", "compiled/test_artifacts"),
+    Fault("compiled/artifacts.py", r"\w+\.st_uid != os\.getuid\(\) or ", "", "compiled/test_artifacts"),
+    Fault("compiled/artifacts.py", r"\(stat\.S_IWGRP \| stat\.S_IWOTH\)", "stat.S_IWGRP", "compiled/test_artifacts"),
+    Fault("compiled/artifacts.py", r"mode=0o700, ", "", "compiled/test_artifacts"),
+    Fault("compiled/artifacts.py", r"place >= MOST_DIRECTORIES or ", "", "compiled/test_artifacts"),
+    Fault("compiled/artifacts.py", r" or time\.time\(\) - .* > OLDEST_SECONDS", "", "compiled/test_artifacts"),
+    Fault(
+        "compiled/artifacts.py",
+        r"^        del os\.environ\[INDUCTOR_DIRECTORY\]",
+        "        pass",
+        "compiled/test_artifacts",
+    ),
+    # Whether the compiler may be used, and what of it.
+    Fault("compiled/workshop.py", r"first <= found < end", "first <= found", PROOF),
+    Fault("compiled/workshop.py", r"first <= found < end", "found < end", PROOF),
+    Fault("compiled/workshop.py", r" and self\.knows_torch", "", PROOF),
+    Fault("compiled/workshop.py", r"\(None, current_thread\(\)\)", "(None, self._reserved_for)", PROOF),
+    Fault("compiled/workshop.py", r"if text not in self\._said", "if True", PROOF),
+    Fault("compiled/workshop.py", r"^        except torch\.OutOfMemoryError:\n            raise\n", "", PROOF),
+    Fault("compiled/workshop.py", r"return not problem", "return True", PROOF),
+    Fault("compiled/proof.py", r"found_TO != right_TO", "right_TO != right_TO", PROOF),
+    Fault("compiled/proof.py", r"WORKSHOP\.knows_torch and ", "", PROOF),
+    Fault("compiled/eager.py", r'"" if torch\.equal\(', '"" if True or torch.equal(', PROOF),
+    Fault("compiled/eager.py", r"WORKSHOP\.may_compile and ", "", PROOF),
+]

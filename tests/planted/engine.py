@@ -1,0 +1,85 @@
+"""The compiled decode step, attention of the new token, caches, sampling, memory of running."""
+
+from tests.planted.fault import Fault
+
+STEP, ARTIFACTS, PLAN = "engine/test_step", "compiled/test_artifacts", "commands/test_plan"
+COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
+FAULTS = [
+    # Attention.
+    Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
+    Fault("engine/attend.py", r"position_1 // BLOCK \+ 1 - first_block_B", "position_1 // BLOCK - first_block_B", STEP),
+    Fault(
+        "engine/attend.py",
+        r"first_block_B\[:, None\] \+ torch\.arange",
+        "0 * first_block_B[:, None] + torch.arange",
+        STEP,
+    ),
+    Fault("engine/attend.py", r" & \(position >= blocks\.first_B\[row\]\)", "", STEP),
+    Fault("engine/attend.py", r"torch\.maximum\(padding_B, position_1 \+ 1 - window\)", "padding_B", STEP),
+    # One token through a layer.
+    Fault("engine/layer.py", r"\.to\(first\.input_norm_D\.dtype\)", "", STEP),
+    Fault("engine/layer.py", r"head_A >= heads \+ kv_heads", "head_A >= heads", STEP),
+    Fault("engine/layer.py", r"place_E < size // 2, -sin_1E, sin_1E", "place_E < size // 2, sin_1E, -sin_1E", STEP),
+    Fault("engine/layer.py", r"row_B1 \+ rows \* is_value_A\) \* room", "row_B1 + is_value_A) * room", STEP),
+    Fault("engine/layer.py", r"\* room \+ position_1", "* room", STEP),
+    Fault("engine/layer.py", r"following\.input_norm_D", "layer.post_norm_D", STEP),
+    Fault("engine/layer.py", r"\.masked_fill\(best\.amax\(-1\)\.isnan\(\), NOT_A_NUMBER\)", "", STEP),
+    Fault("engine/weights.py", r" and len\(\{weight\.dtype for weight in dense\}\) == 1", "", STEP),
+    Fault("engine/weights.py", r"\{\(weight\.lanes, ", "{(8, ", STEP),
+    Fault(
+        "engine/weights.py",
+        r"norms = \(attn\.q_norm\.weight\.data, attn\.k_norm",
+        "norms = (attn.k_norm.weight.data, attn.q_norm",
+        STEP,
+    ),
+    # The step.
+    Fault(
+        "engine/step.py", r"following = \(\*self\.layers\[1:\], self\.layers\[-1\]\)", "following = self.layers", STEP
+    ),
+    Fault("engine/step.py", r"difference > LARGEST_DIFFERENCE\[self\.dtype\]", "False", STEP),
+    Fault("engine/step.py", r"^        spare\._compare_with_model\(\)", "        pass", STEP),
+    Fault("engine/step.py", r"if length >= room:", "if length > room:", STEP),
+    Fault("engine/step.py", r"^ +rows=str\(len\(self\.ids_B\)\),\n", "", ARTIFACTS),
+    Fault("engine/step.py", r"^        spare\._make_room\(.*\)", "        pass", ARTIFACTS),
+    Fault("engine/start.py", r"if self\.is_warm or not self\.streams:", "if not self.streams:", ARTIFACTS),
+    Fault("engine/start.py", r"if self\.is_warm or not self\.streams:", "if self.is_warm:", ARTIFACTS),
+    Fault("engine/start.py", r"WORKSHOP\.reserve\(self\._thread\)", "pass", ARTIFACTS),
+    Fault("engine/start.py", r"^            WORKSHOP\.reserve\(None\)", "            pass", ARTIFACTS),
+    # Sampling.
+    Fault("engine/sampling.py", r"mass_before_BK >= top_p", "mass_before_BK > 2 * top_p", SAMPLING),
+    Fault(
+        "engine/sampling.py",
+        r"\(position_L >= padding_B\[:, None\]\)",
+        "(position_L >= 0 * padding_B[:, None])",
+        SAMPLING,
+    ),
+    Fault("engine/sampling.py", r"logits_BV < 0, logits_BV \* factor", "logits_BV < 0, logits_BV / factor", SAMPLING),
+    # Texts.
+    Fault(
+        "engine/completion.py",
+        r"\(end, _, self\.found\) = min|end, _, self\.found = min",
+        "end, _, self.found = max",
+        COMPLETION,
+    ),
+    # Memory.
+    Fault(
+        "engine/memory.py", r"loaded_dtype\(tensor\.dtype, tensor\.dim\(\), dtype\)\.itemsize", "dtype.itemsize", PLAN
+    ),
+    Fault("engine/memory.py", r"min\(codes, CODES_PER_EXPANDED_SLICE\)", "codes", "engine/test_memory"),
+    Fault("engine/memory.py", r"masks = \(1 \+ dtype\.itemsize\)", "masks = dtype.itemsize", "engine/test_memory"),
+    Fault(
+        "engine/memory.py",
+        r"down = \(4 \* width \+ 3 \* inner\)",
+        "down = (4 * width + 2 * inner)",
+        "engine/test_memory",
+    ),
+    Fault("engine/memory.py", r"return 2 \* config\.num_hidden_layers", "return config.num_hidden_layers", PLAN),
+    Fault("engine/memory.py", r"if total <= free else", "if total < 2 * free else", PLAN),
+    Fault("engine/memory.py", r"sum\(dense\) \+ sum\(packed_bytes\(.*\)$", "sum(dense)", PLAN),
+    Fault(
+        "engine/memory.py",
+        r"max\(SMALLEST_CACHE, 1 << \(positions - 1\)\.bit_length\(\)\)",
+        "max(SMALLEST_CACHE, positions)",
+        "test_generate",
+    ),
+]

@@ -1,0 +1,16 @@
+"""The loop from prompt to last token, and its command line."""
+
+from tests.planted.fault import Fault
+
+COMPLETION, GENERATE = "engine/test_completion", "test_generate"
+FAULTS = [
+    Fault("generate.py", r"max\(1, prefill_chunk // batch\)", "prefill_chunk", COMPLETION),
+    Fault("generate.py", r"is_on and token_id not in stop_ids", "token_id not in stop_ids", COMPLETION),
+    Fault("generate.py", r"if NOT_A_NUMBER in ids:", "if False:", COMPLETION),
+    Fault("generate.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
+    Fault("generate.py", r"left if wanted == -1 else", "wanted if wanted == -1 else", GENERATE),
+    Fault(
+        "generate.py", r"decoders\.room\(length \+ self\.room\(length\)\)", "decoders.room(self.room(length))", GENERATE
+    ),
+    Fault("generate.py", r"add_special_tokens=not is_chat", "add_special_tokens=True", GENERATE),
+]

@@ -1,0 +1,38 @@
+"""A checkpoint streamed through the method: our searches, grids, resume, memory, verification."""
+
+from tests.planted.fault import Fault
+
+SEARCHES, COSTS, JOB = (f"quantize/test_{name}" for name in ("searches", "costs", "job"))
+FAULTS = [
+    Fault(
+        "quantize/grids.py",
+        r"below_OG / \(SYMMETRIC_ZERO \+ 0\.5\)",
+        "below_OG / (SYMMETRIC_ZERO + 0.6)",
+        "test_packing",
+    ),
+    Fault(
+        "quantize/grids.py",
+        r"above_OG / \(TOP_CODE - SYMMETRIC_ZERO \+ 0\.5\)",
+        "above_OG / SYMMETRIC_ZERO",
+        "test_packing",
+    ),
+    Fault("quantize/moments.py", r", alpha=2\)", ", alpha=1)", SEARCHES),
+    Fault("quantize/moments.py", r"\[: rows\.start, rows\] = .*$", "[: rows.start, rows] *= 0.5", SEARCHES),
+    Fault("quantize/ranges.py", r"^( +)(ranges_KO2 = )", r"\1assert weight_OS.amax() > 0\n\1\2", COSTS),
+    Fault("quantize/ranges.py", r"\.add_\(2 \* pull_OS\)", ".add_(pull_OS)", SEARCHES),
+    Fault(
+        "quantize/factors.py", r"\[PLAIN, \*\((.*) if candidate != PLAIN\)\]", r"[\1 if candidate != PLAIN]", SEARCHES
+    ),
+    Fault(
+        "quantize/recipes.py",
+        r"Method\(factors, ranges, compensated\) if self\.compensate",
+        "Method(factors, ranges) if self.compensate",
+        JOB,
+    ),
+    Fault("quantize/memory.py", r'("one block": block),', r"\1 // 2,", COSTS),
+    Fault("checkpoint/background.py", r"if kind is None:", "if False:", COSTS),
+    Fault("quantize/verify.py", r"not error <= limit \+ ROUNDING", "False", JOB),
+    Fault("quantize/journal.py", r"if changed := .*:$", "if False:", JOB),
+    Fault("quantize/job.py", r"^( +)journal\.remove\(\)", r"\1pass", JOB),
+    Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
+]

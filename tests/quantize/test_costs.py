@@ -1,0 +1,97 @@
+"""What quantizing costs beside arithmetic: memory as planned, and no question to the device inside a search."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from miniawq import awq, packing
+from miniawq.awq import Rounding
+from miniawq.checkpoint import blocks as stream
+from miniawq.checkpoint.background import Background, ahead
+from miniawq.checkpoint.opening import open_checkpoint
+from miniawq.quantize import memory, ranges
+from miniawq.quantize.job import Quantizer, Settings
+from miniawq.quantize.recipes import Recipe
+from tests.helpers.allocations import Allocations
+from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
+from tests.helpers.tiny_checkpoints import make_dense
+
+
+class Questions(TorchDispatchMode):
+    """How often a number was fetched from a tensor, for which a GPU would have to finish all it has to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*arguments, **(keywords or {}))
+
+
+@torch.inference_mode()
+def test_memory_is_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes of Llama-3.1-8B with everything an eighth as wide and as long, as on a GPU."""
+    scale = 8
+    monkeypatch.setitem(ranges.CANDIDATE_ELEMENTS, "cpu", ranges.CANDIDATE_ELEMENTS["cuda"] // scale**2)
+    monkeypatch.setattr(packing, "WEIGHTS_AT_ONCE", packing.WEIGHTS_AT_ONCE // scale**2)
+    for module in (stream, memory):
+        monkeypatch.setattr(module, "TOKENS_PER_BATCH", 4096 // scale)
+    shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
+    source, _ = make_dense(tmp_path / "dense", num_hidden_layers=1, head_dim=128, **shape)
+    settings, tokens_BL = Settings(compared_tokens=4096 // scale), torch.randint(48, (16, 512))
+    job = Quantizer(open_checkpoint(source), settings, torch.device("cpu"))
+    plan = memory.plan_memory(
+        job.checkpoint, job.folds, *tokens_BL.shape, settings.compared_tokens, job.device, False
+    ).host
+    with Allocations() as allocations, sdpa_kernel(SDPBackend.MATH):
+        hidden_BLD = torch.zeros(*tokens_BL.shape, 512)
+        job.stream.embed(tokens_BL, hidden_BLD)
+        job.process(0, hidden_BLD)
+    planned = sum(size for purpose, size in plan.items() if purpose != "process")
+    assert 0.9 * planned < allocations.peak < 1.05 * planned
+
+
+def test_searching_ranges_asks_the_device_nothing() -> None:
+    weight_OI, x_TI = layer_and_inputs(1)
+    statistics = statistics_of(x_TI)
+    with Questions() as questions:
+        ranges.independent_sides("mlp.up_proj", weight_OI, statistics, Rounding(16))
+        awq.search_ranges("mlp.up_proj", weight_OI, statistics, Rounding(16))
+    assert questions.count == 0
+
+
+def test_searching_factors_asks_the_device_once_for_all_candidates_of_a_stage() -> None:
+    text = Block()
+    fold, statistics = text.folds[0], text.observed()[text.folds[0]]
+    asked = []
+    for recipe in (Recipe(group_size=32), Recipe(group_size=32, ratios=40)):
+        with Questions() as questions:
+            recipe.method.factors(text.block, fold, statistics, recipe.rounding)
+        asked.append(questions.count)
+    assert asked[0] == asked[1]
+
+
+def test_items_come_ahead_in_order_and_errors_where_they_belong() -> None:
+    def failing() -> Any:
+        yield 1
+        raise ValueError("second")
+
+    assert list(ahead(range(5))) == list(range(5))
+    assert list(ahead([])) == []
+    items = ahead(failing())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="second"):
+        next(items)
+
+
+def test_what_runs_behind_is_done_in_order_and_its_errors_are_told() -> None:
+    done: list[int] = []
+    with Background() as disk:
+        for number in range(5):
+            disk.run(done.append, number)
+    assert done == list(range(5))
+    with pytest.raises(ZeroDivisionError), Background() as disk:
+        disk.run(lambda: 1 // 0)  # type: ignore[arg-type]

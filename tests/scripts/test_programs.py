@@ -1,0 +1,61 @@
+"""Programs in `scripts/` follow the package, whose names they use: each can be imported and says what it does."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.planted.fault import Fault
+from tests.scripts import script
+
+PROGRAMS = (
+    "bench", "bench_products", "bench_quantize", "planted_faults", "random_checkpoint", "train_demo",
+    "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_answer_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        script(name).main()
+    assert exit_.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_steps_that_are_timed_are_there():
+    for owner, name, _ in script("bench_quantize").STEPS:
+        assert callable(getattr(owner, name))
+
+
+def test_a_wrong_product_is_seen():
+    products = script("bench_products")
+    case = products.Case(64, 256, torch.device("cpu"))
+    for name in ("eager", "bfloat16", "torch_int4", "float32"):
+        candidate = products.PEERS["cpu"][name](case)(3)
+        y_TO = candidate.call(*candidate.sets[0])
+        assert case.error(y_TO) < products.LARGEST_ERROR[candidate.dtype]
+        y_TO[1, 5] += case.magnitude_TO[1, 5] / 50
+        assert case.error(y_TO) > products.LARGEST_ERROR[candidate.dtype]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "problem"),
+    [
+        ("a = 1", "a = 2", ""),
+        ("^(b = )1", r"\g<1>2", ""),
+        ("= 1", "= 2", "matches 2 times"),
+        ("c", "d", "matches 0 times"),
+        ("a = 1", "a = 1", "changes nothing"),
+        ("a = 1", "a =", "invalid syntax"),
+    ],
+)
+def test_a_fault_is_planted_once_or_is_stale(pattern, replacement, problem, tmp_path):
+    for file in ("file.py", "test_it.py"):
+        (tmp_path / file).write_text("a = 1\nb = 1\n")
+    assert problem in Fault("file.py", pattern, replacement, "test_it").problem(tmp_path, tmp_path)
+    assert Fault("none.py", pattern, replacement, "test_it").problem(tmp_path, tmp_path) == "matches 0 times"
+    if not problem:
+        assert (
+            Fault("file.py", pattern, replacement, "none").problem(tmp_path, tmp_path) == "there is no test file none"
+        )
