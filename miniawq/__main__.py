@@ -2,11 +2,13 @@
 
 import difflib
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from miniawq import __version__
+from miniawq.errors import DoesNotFit
 
 
 class Verb(NamedTuple):
@@ -30,7 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Hand the arguments after the verb to its module; no other verb's module is imported."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in VERBS:
-        return importlib.import_module(VERBS[arguments[0]].module).main(arguments[1:])
+        try:
+            module = importlib.import_module(VERBS[arguments[0]].module)
+        except (MemoryError, ImportError) as error:
+            if isinstance(error, ImportError) and not any(word in str(error) for word in ("map segment", "allocate")):
+                raise
+            full = DoesNotFit("there is not enough memory to load torch", str(error), "raise the limit (ulimit -v)")
+            print(f"miniawq: {full}", file=sys.stderr or io.StringIO())
+            return full.exit_code
+        return module.main(arguments[1:])
     lines = [f"  {name:10} {verb.does}\n" for name, verb in VERBS.items()]
     usage = "usage: miniawq VERB [--help] ...\n\n" + "".join(lines)
     match arguments:
@@ -39,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["--help" | "-h"]:
             print(usage, end="")
         case []:
-            print(usage, end="", file=sys.stderr)
+            print(usage, end="", file=sys.stderr or io.StringIO())
             return 2
         case [word, *_]:
+            word = word[:100]
             nearest = difflib.get_close_matches(word, VERBS, 1)
             meant = f"  did you mean {nearest[0]!r}?\n" if nearest else ""
-            print(f"miniawq: there is no verb {word!r}\n{meant}{usage}", end="", file=sys.stderr)
+            print(f"miniawq: there is no verb {word!r}\n{meant}{usage}", end="", file=sys.stderr or io.StringIO())
             return 2
     return 0
 

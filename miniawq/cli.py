@@ -1,15 +1,23 @@
-"""What all command lines share: kebab-case flags, three-line errors, exit codes, logging to stderr."""
+"""What all command lines share: kebab-case flags, three-line errors, exit codes, logging to stderr.
+
+Everything that is said goes to stderr through `say` or through logging, and so through `errors.clean`; text on stdout
+stays as it was written. A closed stream reads as empty and swallows what is written: the exit code is that of the work.
+"""
 
 import argparse
+import errno
+import io
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn, TextIO
 
 import torch
 
 from miniawq import __version__
-from miniawq.errors import DoesNotFit, MiniawqError
+from miniawq.errors import MESSAGE_CHARACTERS, DoesNotFit, MiniawqError, clean
 
 INTERRUPTED = 130
 
@@ -20,6 +28,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_kebab(argument) for argument in args], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(clean(message))
 
 
 def _kebab(argument: str) -> str:
@@ -44,36 +55,111 @@ def run(
 
     Errors go to stderr as what, why and what to do; other exceptions are bugs and keep their traceback.
     """
-    arguments = parser.parse_args(argv)
-    level = logging.DEBUG if arguments.debug else logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("miniawq").setLevel(level)
+    _open_streams()
     try:
-        return main_body(arguments) or 0
+        arguments = parser.parse_args(argv)
+        level = logging.DEBUG if arguments.debug else logging.INFO
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_CleanFormatter("%(message)s"))
+        logging.basicConfig(handlers=[handler])
+        logging.getLogger("miniawq").setLevel(level)
+        return _exit_code(main_body, arguments, parser.prog)
+    finally:
+        # What a full disk or a reader who has left did not take is dropped: Python would complain at exit.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                _mute(stream)
+
+
+def _exit_code(main_body: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace, prog: str) -> int:
+    try:
+        code = main_body(arguments) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        say(f"\n{prog}: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has left (`| head`); stderr is closed too, or Python complains at exit.
-        sys.stderr.close()
+        # The reader of our output has left (`| head`).
         return 0
-    except Exception as caught:
+    except BaseException as caught:
         error = _known(caught)
         if error is None:
             raise
         if arguments.debug:
             traceback.print_exc()
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}")
         return error.exit_code
 
 
-def _known(error: Exception) -> MiniawqError | None:
+def say(text: str, limit: int | None = MESSAGE_CHARACTERS, end: str = "\n") -> None:
+    """Write a cleaned line to stderr, or nothing if stderr takes nothing: what is done counts, not what is said."""
+    try:
+        print(clean(text, limit), end=end, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _mute(sys.stderr)
+
+
+class _CleanFormatter(logging.Formatter):
+    """Cleans notices. A traceback, which --debug asks for, has any length."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(super().format(record), None if record.exc_info else MESSAGE_CHARACTERS)
+
+
+def _open_streams() -> None:
+    """Make the closed ones of stdin, stdout and stderr such that they can be used: Python gives None for them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # It takes the free number, or the next file to be written would.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+
+
+def _mute(stream: TextIO) -> None:
+    """Let what is in the buffer of a stream, and what comes, go nowhere."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):
+        pass
+
+
+# Words of torch, safetensors, Python and Rust for memory that the system does not give.
+FULL = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+    "threadpoolbuilderror",
+)
+
+
+def _known(error: BaseException) -> MiniawqError | None:
     """The error as a user is told it; None if it is a bug."""
     if isinstance(error, MiniawqError):
         return error
-    # torch reports a full GPU by a class of its own, and a full host by a plain RuntimeError.
-    is_full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-    if not is_full:
+    if isinstance(error, SystemExit | GeneratorExit):
         return None
-    why = str(error).partition("\n")[0] or "Python could not get more"
-    return DoesNotFit("the memory of the device is full", why, "ask for less, or see what fits with `miniawq plan`")
+    # torch reports a full GPU by a class of its own, and a full host by a plain RuntimeError.
+    is_full = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(error).lower() for word in FULL
+    )
+    why = str(error).partition("\n")[0]
+    if is_full or getattr(error, "errno", None) == errno.ENOMEM:
+        fix = "ask for less, or see what fits with `miniawq plan`"
+        return DoesNotFit("the memory of the device is full", why or "Python could not get more", fix)
+    if isinstance(error, OSError):
+        return MiniawqError(
+            "the system cannot read or write this", why, "check the path, its rights and the space left"
+        )
+    if type(error).__name__ == "PanicException":  # of a library in Rust; it is no Exception
+        return MiniawqError("a library has failed", why, "a file may be damaged: download it again")
+    return None

@@ -1,4 +1,31 @@
-"""What can go wrong, told in three lines: what; why, with the file and the key; what to do."""
+"""What can go wrong, told in three lines: what; why, with the file and the key; what to do.
+
+Words of strangers are in these lines: names of tensors, values of configs, what a template says. So they are written
+with `clean`, as every notice is.
+"""
+
+import re
+
+MESSAGE_CHARACTERS = 2000
+LINE_CHARACTERS = 600
+# Control characters but for tab and end of line, marks that turn the direction of text or end a line, tags, and halves
+# of surrogate pairs.
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def clean(text: str, limit: int | None = MESSAGE_CHARACTERS) -> str:
+    """`text` as a terminal can show it: unsafe characters as escapes, and its middle left out if it is too long."""
+    if limit is not None and len(text) > limit:
+        text = _shortened(text, limit)
+    text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return text if limit is None else _shortened(text, limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    half = limit // 2 - 4
+    return text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}"
 
 
 class MiniawqError(Exception):
@@ -11,7 +38,8 @@ class MiniawqError(Exception):
         self.what, self.why, self.fix = what, why, fix
 
     def __str__(self) -> str:
-        return "\n  ".join(line for line in (self.what, self.why, self.fix) if line)
+        lines = (" ".join(str(part).split("\n")) for part in (self.what, self.why, self.fix) if part)
+        return "\n  ".join(clean(line, LINE_CHARACTERS) for line in lines)
 
 
 class InvalidInput(MiniawqError, ValueError):

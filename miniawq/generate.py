@@ -30,9 +30,9 @@ from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags
 from miniawq.commands.interactive import converse
 from miniawq.engine.completion import Completion
 from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
-from miniawq.engine.sampling import NOT_A_NUMBER, Sampling, sample
+from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.start import Decoders, PlainStep, Step
-from miniawq.errors import InvalidInput, MiniawqError, UsageError
+from miniawq.errors import InvalidInput, UsageError
 from miniawq.hardware import pick_device, threads
 from miniawq.model import Llama
 from miniawq.text.chat import Message
@@ -86,14 +86,14 @@ def generate(
     have the same `sampling`.
     """
     sampling = sampling or Sampling()
-    check_prompt(model, tokens_BL, max_tokens)
+    check_prompt(model, tokens_BL, max_tokens, padding_B)
     batch, needed = len(tokens_BL), tokens_BL.shape[1] + max_tokens
     decoder = decoder or PlainStep(model, batch, needed, sampling)
     found = (decoder.sampling, decoder.cache.keys_NBMJE.shape[1], decoder.cache.max_seq_len >= needed)
     if found != (sampling, batch, True):
         why = f"wanted: {batch} rows, {needed} positions, {sampling}"
         raise InvalidInput("the decoder was made for another text", why, "make one for this text, or give none")
-    decoder.begin(tokens_BL, padding_B, seed)
+    decoder.begin(tokens_BL, padding_B, fold_seed(seed))
     for chunk_BL in tokens_BL.split(max(1, prefill_chunk // batch), dim=1):
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
@@ -101,8 +101,7 @@ def generate(
     for left in reversed(range(max_tokens)):
         ids = ids_B.tolist()
         if NOT_A_NUMBER in ids:
-            fix = f"{logits_BV.dtype} may be too narrow for this model: try --dtype bfloat16 or float32"
-            raise MiniawqError("the model computed something that is not a number", "", fix)
+            raise not_a_number(model, logits_BV.dtype)
         yield [token_id if is_on else None for token_id, is_on in zip(ids, running, strict=True)]
         running = [is_on and token_id not in stop_ids for token_id, is_on in zip(ids, running, strict=True)]
         if not left or not any(running):
@@ -110,13 +109,23 @@ def generate(
         ids_B = decoder.step(ids_B)
 
 
-def check_prompt(model: Llama, tokens_BL: Tensor, max_tokens: int) -> None:
-    """Raise InvalidInput if the prompt is empty, has ids unknown to the model, or leaves no room for `max_tokens`."""
+def check_prompt(model: Llama, tokens_BL: Tensor, max_tokens: int, padding_B: Tensor | None = None) -> None:
+    """Raise InvalidInput if the prompt is empty or padding alone, has ids unknown to the model, or leaves no room for
+    `max_tokens`.
+    """
     length, limit = tokens_BL.shape[1], model.config.max_position_embeddings
     if tokens_BL.numel() == 0:
         raise InvalidInput("the prompt has no tokens", "this tokenizer puts no BOS before a text", "give it a word")
-    if int(tokens_BL.max()) >= model.config.vocab_size:
-        why = f"id {int(tokens_BL.max())}; config.json: vocab_size = {model.config.vocab_size}"
+    if padding_B is not None and not (
+        not padding_B.is_floating_point()
+        and padding_B.shape == tokens_BL.shape[:1]
+        and 0 <= int(padding_B.min()) <= int(padding_B.max()) < length
+    ):
+        why = f"wanted: for each of {len(tokens_BL)} rows a number from 0 to {length - 1}, its positions of padding"
+        raise InvalidInput("padding_B does not fit the prompt", why)
+    known, lowest, highest = model.config.vocab_size, int(tokens_BL.min()), int(tokens_BL.max())
+    if lowest < 0 or highest >= known:
+        why = f"id {lowest if lowest < 0 else highest}; config.json: vocab_size = {known}"
         raise InvalidInput("the prompt has an id that the model does not know", why, "use the tokenizer of this model")
     if max_tokens < 1 or length + max_tokens > limit:
         why = f"{length} in the prompt and {max_tokens} new; config.json: max_position_embeddings = {limit}"
@@ -189,7 +198,7 @@ class Writer:
     ) -> None:
         self.arguments, self.tokenizer, self.sampling = arguments, tokenizer, sampling
         longest = checkpoint.model_config.max_position_embeddings
-        self.limit = arguments.max_seq_len or longest
+        self.limit = longest if arguments.max_seq_len is None else arguments.max_seq_len
         if not 0 < self.limit <= longest:
             why = f"config.json: max_position_embeddings = {longest}"
             raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {longest} or less")
@@ -237,15 +246,15 @@ class Writer:
             yield from completion
         finally:
             if self.arguments.stats:
-                print(file=sys.stderr)
+                cli.say("")
                 report(self, completion, seed)
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion with the next seed."""
         if self.arguments.show_prompt:
-            print(prompt, file=sys.stderr)
+            cli.say(prompt, limit=None)
         prompt_ids = self.encode(prompt, is_chat)
-        seed, self.next_seed = self.next_seed, self.next_seed + 1
+        seed, self.next_seed = self.next_seed, (self.next_seed + 1) % SEEDS
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
         max_tokens, wanted = self.room(len(prompt_ids)), self.arguments.max_tokens
         if wanted is not None and wanted > max_tokens:

@@ -59,6 +59,7 @@ FOREIGN_DTYPES = {
     torch.uint32: "MLX",
 }
 WORDS = (torch.int32, torch.uint32)
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def find_quantized(
@@ -84,6 +85,7 @@ def find_quantized(
             found[name] = _compressed_tensors(name, parts, config)
     for name, linear in found.items():
         found[name] = _fitted(name, linear, linears.get(name))
+        _check_groups(name, found[name], tensors)
     if config and not found:
         raise UnsupportedCheckpoint(
             "this checkpoint says that it is quantized, and no tensor is",
@@ -105,6 +107,14 @@ def _fitted(name: str, linear: QuantizedLinear, expected: tuple[int, int] | None
             "the files may be from different uploads: download the repository again",
         )
     return linear._replace(in_features=inputs, group_size=min(linear.group_size, inputs))
+
+
+def _check_groups(name: str, linear: QuantizedLinear, tensors: Mapping[str, TensorInfo]) -> None:
+    """UnsupportedCheckpoint if the scales of a compressed-tensors layer are not one for each group of its inputs."""
+    if linear.layout == "compressed-tensors":
+        scales = tensors[linear.tensors["weight_scale"]]
+        if linear.in_features != scales.shape[1] * linear.group_size:
+            _unknown(name, f"weight_scale {scales} for {linear.in_features} inputs")
 
 
 def _is_gemm(q: tuple[int, ...], s: tuple[int, ...], z: tuple[int, ...] | None) -> bool:
@@ -140,6 +150,8 @@ def _autoawq(name: str, parts: Parts, config: QuantizationConfig | None) -> Quan
     flat = [info.shape for part in ("qweight", "scales", "qzeros") if (info := parts.get(part))]
     words_wrong = any(info.dtype not in WORDS for info in (parts["qweight"], zeros) if info)
     if "scales" not in parts or words_wrong or any(len(shape) != 2 or 0 in shape for shape in flat):
+        _unknown(name, shown)
+    if parts["scales"].dtype not in SCALES:
         _unknown(name, shown)
     shapes = parts["qweight"].shape, parts["scales"].shape, zeros.shape if zeros else None
     layout = next((kind for kind, fits in SHAPES.items() if fits(*shapes)), None)
@@ -180,7 +192,9 @@ def _compressed_tensors(name: str, parts: Parts, config: QuantizationConfig | No
     if scales is None or "weight_shape" not in parts or len(packed.shape) != 2 or packed.dtype not in WORDS:
         _unknown(name, shown)
     outputs, words = packed.shape
-    if len(scales.shape) != 2 or scales.shape[0] != outputs or not scales.shape[1]:
+    if len(scales.shape) != 2 or scales.shape[0] != outputs or not scales.shape[1] or scales.dtype not in SCALES:
+        _unknown(name, shown)
+    if parts["weight_shape"].dtype not in (torch.int64, torch.int32) or parts["weight_shape"].shape != (2,):
         _unknown(name, shown)
     if zeros is not None and (zeros.shape != (words_for(outputs), scales.shape[1]) or zeros.dtype not in WORDS):
         _unknown(name, shown)

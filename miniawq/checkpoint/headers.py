@@ -10,6 +10,7 @@ import torch
 from miniawq.checkpoint.hub import LocalFiles
 from miniawq.checkpoint.quant_config import refuse_layout
 from miniawq.checkpoint.shards import DTYPE_NAMES
+from miniawq.checkpoint.values import checked_values, shown
 from miniawq.errors import UnsupportedCheckpoint
 
 STORED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -69,7 +70,7 @@ def weight_files(files: LocalFiles) -> dict[str, set[str]]:
 
 
 def _indexed_files(files: LocalFiles, index: str) -> dict[str, set[str]]:
-    weight_map = files.json(index).get("weight_map")
+    weight_map = checked_values(index, files.json(index), {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnsupportedCheckpoint(f"{index} has no weight_map", "", "download the repository again")
     shards = sorted(set(map(str, weight_map.values())))
@@ -77,7 +78,7 @@ def _indexed_files(files: LocalFiles, index: str) -> dict[str, set[str]]:
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise UnsupportedCheckpoint(
                 f"{index} names a file outside the checkpoint",
-                f"weight_map: {shard!r} is no plain name of a safetensors file",
+                f"weight_map: {shown(shard)} is no plain name of a safetensors file",
                 "do not use this upload: such an index can read files it should not",
             )
     if missing := [shard for shard in shards if shard not in files.names]:
@@ -116,4 +117,6 @@ def tensors_of(files: LocalFiles, weights: Mapping[str, set[str]], notices: list
 
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(name[:200] for name in names[:SHOWN]) + (
+        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    )

@@ -7,8 +7,12 @@ Small files come first. A weight file is downloaded when one of its tensors is r
 import argparse
 import json
 import logging
+import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,27 @@ SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.md", "LICENSE
 LFS_POINTER = b"version https://git-lfs"
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
+# Bytes that a file of each kind may have; the first pattern that fits its name counts. Parsed by Python, JSON takes up
+# to thirty times its bytes. The largest published ones of dense models have a third of it.
+LIMITS = {
+    "*.safetensors": 16 << 20,  # of the header
+    "*.safetensors.index.json": 16 << 20,
+    "tokenizer.json": 128 << 20,
+    "tokenizer_config.json": 16 << 20,
+    "*.jinja": 4 << 20,
+    "*report*.json": 64 << 20,
+    "*.json": 8 << 20,
+}
+COPIED_LIMIT = 256 << 20  # of a file that is only copied
+DEEPEST = 64  # levels of a JSON file
+
 
 class LocalFiles:
     """The files of a checkpoint in a directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.name = directory, directory.name
+        self.stamps: dict[str, tuple[int, int]] = {}  # size and time of the weight files whose headers were read
         found = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
         self.names = sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
 
@@ -54,12 +73,23 @@ class LocalFiles:
     def header(self, name: str) -> Header:
         """dtype and shape of every tensor of a safetensors file, without reading values."""
         path = self.local(name)
+        self.stamps[name] = _stamp(path)
+        check_head(path)
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
         except SafetensorError as error:
             raise _damaged_file(path, error) from error
+
+    def unchanged(self, name: str) -> None:
+        """UnsupportedCheckpoint if a weight file is another one than when its header was read."""
+        if name in self.stamps and _stamp(path := self.local(name)) != self.stamps[name]:
+            raise UnsupportedCheckpoint(
+                f"{name} was changed while it was in use",
+                f"{path} has another size or time than when its header was read",
+                "let nobody write to a checkpoint that is in use, and run the command again",
+            )
 
     def fetch(self, names: Sequence[str]) -> None:
         """Make sure that these files are on this machine."""
@@ -148,10 +178,15 @@ def locate(
     """The files of `model`: a directory, a Hub id, "id@revision", or None for the demo that comes with miniawq."""
     if model is None:
         return LocalFiles(DEMO)
-    if (path := Path(model).expanduser()).is_dir():
-        return LocalFiles(path)
     name, _, named_revision = str(model).partition("@")
-    if path.exists():
+    path = Path(os.path.expanduser(model))
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long, or a directory that may not be searched
+        raise NotFound(f"there is no directory {str(model)[:200]}", error.strerror or "", "check the path") from error
+    if is_directory:
+        return LocalFiles(path)
+    if exists:
         raise UnsupportedCheckpoint(
             f"{model} is a single file", "a checkpoint is a directory with config.json and safetensors files"
         )
@@ -176,28 +211,90 @@ def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+def limit_of(name: str) -> int:
+    """Bytes that a file of this name, or the header of a weight file, may have."""
+    return next((limit for pattern, limit in LIMITS.items() if fnmatch(name, pattern)), COPIED_LIMIT)
+
+
+def read_small(path: Path, limit: int | None = None) -> bytes:
+    """A small file, read whole; UnsupportedCheckpoint if it is larger than `limit`, or than LIMITS has it."""
+    limit = limit or limit_of(path.name)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(limit + 1) if size <= limit else b""
+    except OSError as error:
+        raise NotFound(f"{path.name} cannot be read", f"{path}: {error.strerror}", "make it readable") from error
+    if max(size, len(content)) > limit:
+        raise UnsupportedCheckpoint(
+            f"{path.name} is too large",
+            f"{path} has {size} bytes, and a file of its kind has at most {limit}",
+            "the file is damaged or made to take memory: look for another upload",
+        )
+    return content
+
+
 def parse_json(path: Path) -> Any:
-    """A JSON file, read strictly: UnsupportedCheckpoint if a key is there twice, and on NaN, which is not JSON."""
+    """A JSON file, read strictly: UnsupportedCheckpoint if it is large or deep, if a key is there twice, and on numbers
+    that are not finite.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+            ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {key[:100]!r} is there twice")
         return made
 
-    def not_finite(word: str) -> None:
-        raise ValueError(f"{word} is no JSON number")
+    def finite(word: str) -> float:
+        if not math.isfinite(number := float(word)):
+            raise ValueError(f"{word[:100]} is no finite JSON number")
+        return number
 
+    content = read_small(path)
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=not_finite)
+        value = json.loads(content, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        _check_depth(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise UnsupportedCheckpoint(
             f"{path.name} cannot be read", f"{path}: {error}", "download the file again, or correct it"
         ) from error
 
 
-def _damaged_file(path: Path, error: SafetensorError) -> UnsupportedCheckpoint:
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        values = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in values for item in items]
+    if level:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a file, which tell whether it was changed."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def check_head(path: Path) -> None:
+    """UnsupportedCheckpoint if a safetensors file has no header of an allowed length."""
+    try:
+        with open(path, "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(head := file.read(8), "little")
+    except OSError as error:
+        raise NotFound(f"{path.name} cannot be read", f"{path}: {error.strerror}", "make it readable") from error
+    if head == LFS_POINTER[:8] or len(head) < 8 or length > size - 8:
+        raise _damaged_file(path, f"its header has {length} bytes")
+    if length > (limit := limit_of(path.name)):
+        raise UnsupportedCheckpoint(
+            f"the header of {path.name} is too large",
+            f"{path} says that it has {length} bytes, and a header has at most {limit}",
+            "the file is damaged or made to take memory: look for another upload",
+        )
+
+
+def _damaged_file(path: Path, error: SafetensorError | str) -> UnsupportedCheckpoint:
     """Tell a Git LFS pointer and an incomplete download from other damage."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -214,9 +311,10 @@ def _damaged_file(path: Path, error: SafetensorError) -> UnsupportedCheckpoint:
             try:
                 entries = json.loads(file.read(expected - 8))
                 expected += max(entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__")
-            except (ValueError, KeyError, TypeError, AttributeError):
+                expected = expected if isinstance(expected, int) else size
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 expected = size
-    why = f"{path} has {size} bytes, expected {expected}" if expected != size else f"{path}: {error}"
+    why = f"{path} has {size} bytes, expected {expected}" if expected != size else f"{path}: {str(error)[:300]}"
     return UnsupportedCheckpoint(
         f"{path.name} is damaged or incomplete", why, "the download may have been interrupted: download the file again"
     )

@@ -1,6 +1,7 @@
 """A checkpoint becomes a model in memory: packed layers as `QuantLinear`, 16-bit matrices as they are stored."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch.nn.functional import linear
 
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.opening import Checkpoint
+from miniawq.checkpoint.reading import is_finite
+from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama
 from miniawq.packing import Quantized, dequantize
@@ -24,13 +27,12 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
     that keep their dtype are views of the file. One tensor is read at a time, so there is never a second copy of the
     model.
     """
-    checkpoint = checkpoint.fetched()
+    checkpoint = replace(checkpoint, mapped=True).fetched()
     model = copy.deepcopy(checkpoint.skeleton)
     for name, module in list(model.named_modules()):
         for leaf in ("weight", "bias"):
             if f"{name}.{leaf}" in checkpoint.tensors:
-                tensor = checkpoint.read(f"{name}.{leaf}", device)
-                tensor = tensor.to(loaded_dtype(tensor.dtype, tensor.dim(), dtype))
+                tensor = _converted(f"{name}.{leaf}", checkpoint.read(f"{name}.{leaf}", device), dtype)
                 module.load_state_dict({leaf: tensor}, strict=False, assign=True)
         if isinstance(module, QuantLinear):
             _fill_packed(checkpoint, name, module, device)
@@ -48,6 +50,15 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if stated == "bfloat16" else torch.float16
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense tensor as the model takes it; InvalidInput if a value is too large for that."""
+    converted = tensor.to(loaded_dtype(tensor.dtype, tensor.dim(), dtype))
+    if converted.dtype == torch.float16 != tensor.dtype and not is_finite(converted):
+        why = f"{name} has a value beyond {torch.finfo(torch.float16).max:g}"
+        raise InvalidInput("these weights do not fit into float16", why, "compute in bfloat16 or float32: --dtype")
+    return converted
 
 
 def _fill_packed(checkpoint: Checkpoint, name: str, layer: QuantLinear, device: torch.device | str) -> None:

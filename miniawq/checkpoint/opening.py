@@ -5,7 +5,7 @@ must never give plausible but wrong text. `shards.py` writes.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from miniawq.checkpoint.headers import INDEX, TensorInfo, some, tensors_of, weig
 from miniawq.checkpoint.hub import SMALL_FILES, LocalFiles, locate
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.quant_config import CONFIG_FILES, QuantizationConfig, read_block
-from miniawq.checkpoint.shards import write_bytes
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama, LlamaConfig
@@ -31,6 +30,8 @@ from miniawq.packing import CODES_PER_WORD, SYMMETRIC_ZERO, Quantized, pack
 log = logging.getLogger(__name__)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of what is not packed
+DAMAGED = "the file is damaged: download it again"
 UNTIED = {"tie_word_embeddings": False}
 
 
@@ -40,7 +41,8 @@ class Checkpoint:
 
     `tensors` holds every tensor under its Hugging Face name, `quantized` every packed linear layer, `linears` the
     (in_features, out_features) of every linear layer. `skeleton` is the model on the meta device: shapes without
-    values, each linear layer packed or dense as it is stored.
+    values, each linear layer packed or dense as it is stored. If `mapped`, tensors on a CPU are views of the files,
+    which take no memory of their own and need files that stay as they are.
     """
 
     files: LocalFiles
@@ -52,6 +54,7 @@ class Checkpoint:
     linears: dict[str, tuple[int, int]]
     skeleton: Llama
     notices: list[str] = field(default_factory=list)
+    mapped: bool = False
 
     @property
     def directory(self) -> Path:
@@ -59,30 +62,33 @@ class Checkpoint:
         return self.files.directory
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in the dtype of the file. On a CPU it is a view of the file."""
-        info = self.tensors[name]
-        path = self.files.local(info.file)
-        if torch.device(device).type == "cuda":
-            tensor = reading.read_tensor(path, info.key, info.dtype, info.shape, torch.device(device))
-        else:
+        """One tensor in the dtype of the file; UnsupportedCheckpoint if a value is not finite, or the file changed."""
+        info, device = self.tensors[name], torch.device(device)
+        place = path, *_ = self.files.local(info.file), info.key, info.dtype, info.shape
+        self.files.unchanged(info.file)
+        if self.mapped and device.type == "cpu":
+            finite = reading.is_finite_on_disk(*place)
             # The file is opened for each tensor: a handle kept open would count all pages ever read as our memory.
             with safe_open(path, framework="pt", device=str(device)) as file:
                 tensor = file.get_tensor(info.key)
+        else:
+            tensor = reading.read_tensor(*place, device)
+            finite = reading.is_finite(tensor)
+        self.files.unchanged(info.file)
+        if not finite:
+            raise UnsupportedCheckpoint(f"{name} has values that are not finite", f"{path}: NaN or infinity", DAMAGED)
         return tensor.view(torch.int32) if tensor.dtype == torch.uint32 else tensor
 
     def read_packed(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of a packed linear layer by the names of their parts, checked; absent AutoAWQ zeros become 8."""
         linear = self.quantized[name]
         parts = {part: self.read(tensor, device) for part, tensor in linear.tensors.items()}
-        scales = parts["weight_scale" if linear.layout == "compressed-tensors" else "scales"]
-        if not scales.isfinite().all():
-            raise _damaged_tensors(f"{name} has scales that are not finite", self.tensors, linear.tensors.values())
         if (shape := parts.get("weight_shape")) is not None and shape.tolist() != [*self.linears[name]][::-1]:
             inputs, outputs = self.linears[name]
             why = f"{name}.weight_shape is {shape.tolist()}, and config.json makes it {[outputs, inputs]}"
             raise UnsupportedCheckpoint("the config and the tensors of this checkpoint disagree", why)
         if linear.layout == "awq" and "qzeros" not in parts:
-            parts["qzeros"] = pack(torch.full_like(scales, SYMMETRIC_ZERO, dtype=torch.uint8))
+            parts["qzeros"] = pack(torch.full_like(parts["scales"], SYMMETRIC_ZERO, dtype=torch.uint8))
         return parts
 
     def read_linear(self, name: str, device: torch.device | str = "cpu") -> Quantized | Tensor:
@@ -108,14 +114,16 @@ class Checkpoint:
         skeleton = build_skeleton(model_config, self.tensors, self.quantized)
         return replace(self, config=self.config | UNTIED, model_config=model_config, skeleton=skeleton)
 
-    def copy_side_files(self, directory: Path) -> None:
-        """Copy tokenizer, templates, licence and card to another checkpoint, byte for byte."""
-        for name in self.files.names:
+    @property
+    def side_files(self) -> list[str]:
+        """Names of tokenizer, templates, licence and card: another checkpoint of the model takes them byte for byte."""
+
+        def is_side(name: str) -> bool:
             kept = any(Path(name).match(pattern) for pattern in SMALL_FILES) and not name.endswith(INDEX)
             in_place = name.rpartition("/")[0] in ("", "additional_chat_templates")
-            if kept and in_place and name not in ("config.json", *CONFIG_FILES):
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(directory / name, self.files.local(name).read_bytes())
+            return kept and in_place and name not in ("config.json", *CONFIG_FILES)
+
+        return [name for name in self.files.names if is_side(name)]
 
 
 def open_checkpoint(
@@ -134,11 +142,12 @@ def open_checkpoint(
     files = locate(model, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     weights = weight_files(files)
     config = files.json("config.json")
-    quantization = read_block(config, {name: files.json(name) for name in CONFIG_FILES if name in files.names})
     refuse_architecture(config)
+    quantization = read_block(config, {name: files.json(name) for name in CONFIG_FILES if name in files.names})
     model_config = llama_config(config)
     notices: list[str] = []
     tensors = tensors_of(files, weights, notices)
+    check_layers(model_config, tensors, str(files.directory))
     linears = linear_shapes(meta_model(model_config))
     quantized = find_quantized(tensors, quantization, linears)
     if quantized and quantization is None:
@@ -146,7 +155,7 @@ def open_checkpoint(
     if "lm_head" in quantized:
         config = config | UNTIED if model_config.tie_word_embeddings else config
         model_config = replace(model_config, tie_word_embeddings=False)
-    elif HEAD not in tensors and "tie_word_embeddings" not in config:
+    elif HEAD not in tensors and config.get("tie_word_embeddings") is None:
         notices.append("no lm_head is stored: it shares the embedding's matrix")
         model_config = replace(model_config, tie_word_embeddings=True)
     skeleton = build_skeleton(model_config, tensors, quantized)
@@ -197,10 +206,21 @@ def build_skeleton(
     return model
 
 
+def check_layers(config: LlamaConfig, tensors: Mapping[str, TensorInfo], directory: str) -> None:
+    """UnsupportedCheckpoint if the files hold fewer layers than config.json says, before a model of these is made."""
+    held = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
+    if held < config.num_hidden_layers:
+        raise UnsupportedCheckpoint(
+            "the tensors are not those of the model that config.json describes",
+            f"config.json: num_hidden_layers = {config.num_hidden_layers}; {directory} holds tensors of {held}",
+            "the download may be incomplete, or this is a variant of the architecture that is not implemented",
+        )
+
+
 def check_tensors(
     model: Llama, tensors: Mapping[str, TensorInfo], quantized: Mapping[str, QuantizedLinear], directory: str
 ) -> None:
-    """UnsupportedCheckpoint lists tensors that are missing, tensors that the model lacks, and wrong shapes."""
+    """UnsupportedCheckpoint lists tensors that are missing, tensors that the model lacks, wrong shapes and dtypes."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     packed = {name for linear in quantized.values() for name in linear.tensors.values()}
     for name in quantized:
@@ -217,6 +237,9 @@ def check_tensors(
             for name in sorted(expected.keys() & found)
             if tensors[name].shape != expected[name]
         ],
+        "of a dtype that is not read": [
+            f"{name} {tensors[name]}" for name in sorted(expected.keys() & found) if tensors[name].dtype not in DENSE
+        ],
     }
     if any(problems.values()):
         told = [f"{len(names)} tensors are {what}: {some(names)}" for what, names in problems.items() if names]
@@ -225,8 +248,3 @@ def check_tensors(
             f"{directory}: " + "; ".join(told),
             "the download may be incomplete, or this is a variant of the architecture that is not implemented",
         )
-
-
-def _damaged_tensors(what: str, tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> UnsupportedCheckpoint:
-    shown = ", ".join(f"{name} {tensors[name]}" for name in names)
-    return UnsupportedCheckpoint(what, shown, "the file is damaged: download it again")

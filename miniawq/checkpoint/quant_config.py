@@ -8,6 +8,7 @@ dialects and who writes them.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from miniawq.checkpoint.values import Key, checked_values, shown
 from miniawq.errors import UnsupportedCheckpoint
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -54,6 +55,17 @@ REFUSED_METHODS = {
 }
 PACK_QUANTIZED = "pack-quantized"
 
+# Types of what is read of a block, whatever its method; what is implemented is checked where it is read.
+_PLACES = {key: Key("object", "the quantization") for key in (*CONFIG_KEYS, "text_config")}
+_BLOCK = {
+    **{key: Key("text", "the method") for key in ("quant_method", "method")},
+    **{key: Key("text", "the layout") for key in ("version", "checkpoint_format")},
+    **{key: Key("flag", "whether zeros are stored") for key in ("zero_point", "sym", "symmetric")},
+    **{key: Key("object", "settings") for key in ("dynamic", "config_groups", "sparsity_config", "transform_config")},
+}
+_GROUP = {"weights": Key("object", "the form of the weights")}
+_WEIGHTS = {"symmetric": Key("flag", "whether all zeros are 8", default=True)}
+
 
 class QuantizationConfig(NamedTuple):
     """What the tensors must agree with; None is for what the block does not say."""
@@ -77,7 +89,7 @@ def refuse_layout(what: str, why: str) -> NoReturn:
 def refuse_setting(where: str, key: str, value: object, why: str) -> NoReturn:
     """Raise UnsupportedCheckpoint: this setting of the block is not implemented."""
     raise UnsupportedCheckpoint(
-        f"this checkpoint has {key} = {value!r}",
+        f"this checkpoint has {key} = {shown(value)}",
         f"{where}: {why}",
         "going on would give wrong text: look for another upload, or quantize the dense model with miniawq quantize",
     )
@@ -90,16 +102,20 @@ def read_block(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
     """
     if isinstance(config.get("quantization"), Mapping):
         refuse_layout("MLX", "config.json: quantization is the key that mlx-lm writes")
-    places = [("config.json", config), ("config.json: text_config", config.get("text_config") or {})]
-    blocks = [(f"{where}: {key}", block.get(key)) for where, block in places for key in CONFIG_KEYS]
-    blocks += list(files.items())
-    for where, block in blocks:
-        if isinstance(block, Mapping) and block:
-            return _read(where, {str(key).lower(): value for key, value in block.items()})
+    outer = checked_values("config.json", config, _PLACES)
+    inner = checked_values("config.json: text_config", outer["text_config"] or {}, _PLACES)
+    places = [("config.json", outer), ("config.json: text_config", inner)]
+    blocks = [(f"{where}: {key}", block[key]) for where, block in places for key in CONFIG_KEYS]
+    for where, block in [*blocks, *files.items()]:
+        if found := {} if block is None else checked_values(where, block, {}):
+            return _read(where, found)
     return None
 
 
 def _read(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
+    if len(lower := {key.lower(): value for key, value in block.items()}) < len(block):
+        refuse_setting(where, "keys", sorted(block), "two of them differ only in their case")
+    block = {key: value for key, value in checked_values(where, lower, _BLOCK).items() if key in lower}
     method = _word(block, "quant_method", "method") or _guess_method(block)
     if method in REFUSED_METHODS:
         refuse_layout(REFUSED_METHODS[method], f"{where}: quant_method = {method!r}")
@@ -107,7 +123,7 @@ def _read(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
         return _read_awq(where, block)
     if method == "compressed-tensors":
         return _read_compressed_tensors(where, block)
-    refuse_layout(repr(method), f"{where}: quant_method = {method!r}; known: awq, compressed-tensors")
+    refuse_layout(shown(method), f"{where}: quant_method = {shown(method)}; known: awq, compressed-tensors")
 
 
 def _word(block: Mapping[str, Any], *keys: str) -> str | None:
@@ -157,7 +173,9 @@ def _checked_group_size(where: str, value: object) -> int:
 
 
 def _read_compressed_tensors(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
-    groups = [group for group in (block.get("config_groups") or {}).values() if group.get("weights")]
+    named = (block.get("config_groups") or {}).items()
+    groups = [checked_values(f"{where}: config_groups.{name}", group, _GROUP) for name, group in named]
+    groups = [group for group in groups if group["weights"]]
     for form in [block.get("format"), *(group.get("format") for group in groups)]:
         if form not in (None, PACK_QUANTIZED):
             refuse_setting(where, "format", form, f"of its formats only {PACK_QUANTIZED} is implemented")
@@ -167,12 +185,12 @@ def _read_compressed_tensors(where: str, block: Mapping[str, Any]) -> Quantizati
         refuse_setting(where, "transform_config", "present", "rotations at run time are not implemented")
     sizes, symmetric = set(), set()
     for group in groups:
-        weights = group["weights"]
+        weights = checked_values(f"{where}: config_groups.weights", group["weights"], _WEIGHTS)
         _check_weights(where, group, weights)
         channel = weights.get("strategy") == "channel"
         if channel or weights.get("group_size") is not None:
             sizes.add(-1 if channel else _checked_group_size(where, weights["group_size"]))
-        symmetric.add(bool(weights.get("symmetric", True)))
+        symmetric.add(weights["symmetric"])
     return QuantizationConfig(
         where=where,
         method="compressed-tensors",

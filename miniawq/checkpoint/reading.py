@@ -1,36 +1,71 @@
-"""A tensor of a safetensors file, brought to a GPU at the speed of the file.
+"""A tensor of a safetensors file, read into memory or brought to a GPU at the speed of the file.
 
 A copy from the mapped file is slow: each page is first faulted in and then copied by the driver, one after the other.
-Here two pinned buffers take turns: the device copies one while the file fills the other.
+Here two pinned buffers take turns: the device copies one while the file fills the other. And a process that reads a
+page of a mapped file which another one has cut off is ended by the system; here that is an error.
 """
 
 import ctypes
 import json
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from miniawq.checkpoint.hub import check_head
 from miniawq.errors import UnsupportedCheckpoint
 
 CHUNK_BYTES = 16 << 20  # of a buffer
+CHECKED_BYTES = 1 << 16  # of a piece whose values are looked at, which stays in the cache
 
 
 def read_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The tensor `key` on the device; its dtype and shape come from the header, which is checked already."""
-    start, end = _places(path, path.stat().st_mtime_ns)[key]
-    values = torch.empty(end - start, dtype=torch.uint8, device=device)
+    place = _place(path, key, dtype, shape)
+    values = torch.empty(place[1], dtype=torch.uint8, device=device)
+    parts = values.split(CHUNK_BYTES)
+    if device.type == "cpu":
+        for _ in _filled(path, key, place, iter(parts)):
+            pass
+    else:
+        stage = staging(device)
+        for part, buffer in zip(parts, _filled(path, key, place, iter(stage.next, None)), strict=True):
+            part.copy_(buffer, non_blocking=True)
+            stage.taken()
+    return values.view(dtype).reshape(shape)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; makes no copy of the tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # each is NaN if a value is
+    return bool(low.isfinite() & high.isfinite())
+
+
+def is_finite_on_disk(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a file is finite; reads it in pieces, which a view of the file would keep in memory."""
+    if not dtype.is_floating_point:
+        return True
+    buffers = repeat(torch.empty(CHECKED_BYTES, dtype=torch.uint8))
+    return all(is_finite(buffer.view(dtype)) for buffer in _filled(path, key, _place(path, key, dtype, shape), buffers))
+
+
+def _filled(path: Path, key: str, place: tuple[int, int], buffers: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The bytes of a tensor in pieces, each in the next of the buffers on the host."""
+    start, left = place
     with open(path, "rb") as file:
         file.seek(start)
-        for part in values.split(CHUNK_BYTES):
-            buffer = staging(device).next()
-            if file.readinto((ctypes.c_char * len(part)).from_address(buffer.data_ptr())) != len(part):
+        while left:
+            buffer = next(buffers)[:left]
+            if file.readinto((ctypes.c_char * len(buffer)).from_address(buffer.data_ptr())) != len(buffer):
                 fix = "the file is damaged: download it again"
                 raise UnsupportedCheckpoint(f"{path.name} ends within {key}", str(path), fix)
-            part.copy_(buffer[: len(part)], non_blocking=True)
-            staging(device).taken()
-    return values.view(dtype).reshape(shape)
+            left -= len(buffer)
+            yield buffer
 
 
 class Staging:
@@ -61,11 +96,26 @@ def staging(device: torch.device) -> Staging:
     return Staging(device)
 
 
+def _place(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Where the bytes of a tensor begin, and their number; UnsupportedCheckpoint if the file is another one by now."""
+    start, end = _places(path, path.stat().st_mtime_ns).get(key, (0, -1))
+    if end - start != dtype.itemsize * torch.Size(shape).numel():
+        why = f"{path} does not hold {key} as its header said"
+        raise UnsupportedCheckpoint(f"{path.name} was changed while it was in use", why, "run the command again")
+    return start, end - start
+
+
 @lru_cache(maxsize=64)
 def _places(path: Path, changed: int) -> dict[str, tuple[int, int]]:
     """Where the bytes of each tensor begin and end; `changed`, the time of the file, is for the cache."""
+    check_head(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    places = {key: entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"}
-    return {key: (8 + length + start, 8 + length + end) for key, (start, end) in places.items()}
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        places = {key: entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"}
+        return {key: (8 + length + start, 8 + length + end) for key, (start, end) in places.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        fix = "the download may have been interrupted: download the file again"
+        raise UnsupportedCheckpoint(f"{path.name} is damaged or incomplete", f"{path}: its header", fix) from error

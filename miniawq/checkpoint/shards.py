@@ -7,12 +7,14 @@ value is, so the header is written first and the tensors follow one by one.
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,7 +26,10 @@ from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UsageError
 
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
+UNFINISHED = "unfinished"  # the directory, in that of a checkpoint, of what is not published yet
 LOCK = ".lock"
+LAST = "config.json"  # without which nobody takes a directory for a checkpoint
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -108,7 +113,7 @@ class ShardWriter:
     """Writes the tensors of `specs`, in that order, into the shards of a checkpoint directory.
 
     A shard is called `<name>.partial` until its last tensor is on the disk. Its bytes depend only on the specs, the
-    values and `shard_bytes`, even if a run was killed and resumed.
+    values and `shard_bytes`, even if a run was killed and resumed. `digests` holds the SHA-256 of each tensor's bytes.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class ShardWriter:
         self.specs = [Spec(name, dtype, tuple(shape)) for name, dtype, shape in specs]
         self.shards = plan_shards(self.specs, shard_bytes)
         self.done = 0
+        self.digests: dict[str, str] = {}
         self._file: BinaryIO | None = None
         self._starts = [0]
         for shard in self.shards:
@@ -131,12 +137,14 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file:
-            self._file.close()
+            # Only a run that fails ends within a file. What a full disk does not take now is written again by the next.
+            with suppress(OSError):
+                self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor. InvalidInput when its name, dtype or shape is not the planned one.
 
-        MiniawqError when the disk is full: shards already complete stay, and `resume` goes on from the last one.
+        MiniawqError when the disk does not take it: complete shards stay, and `resume` goes on from the last one.
         """
         if self.done == len(self.specs):
             raise InvalidInput(f"tensor {name} was not planned", "all planned tensors are written")
@@ -144,13 +152,15 @@ class ShardWriter:
         if given != planned:
             raise InvalidInput(f"tensor {name} is out of plan", f"the plan says {planned}, and {given} came")
         shard = self.shards[self._shard_of(self.done)]
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             if self._file is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._file = self._partial(shard).open("wb")
                 self._file.write(shard.header)
             values = tensor.detach().cpu().contiguous()
-            self._file.write((ctypes.c_char * planned.nbytes).from_address(values.data_ptr()))
+            content = (ctypes.c_char * planned.nbytes).from_address(values.data_ptr())
+            self._file.write(content)
+            self.digests[name] = hashlib.sha256(content).hexdigest()
             self.done += 1
             if self.done in self._starts:
                 self._complete(shard)
@@ -158,7 +168,7 @@ class ShardWriter:
     def flush(self) -> None:
         """Put everything written so far on the disk, so that a journal may say so."""
         if self._file:
-            with _disk_errors(self.directory):
+            with disk_errors(self.directory):
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
@@ -167,6 +177,11 @@ class ShardWriter:
 
         InvalidInput when the files there do not hold those tensors.
         """
+        with disk_errors(self.directory):
+            self._resume(done)
+        self.done = done
+
+    def _resume(self, done: int) -> None:
         index = self._shard_of(done)
         for shard in self.shards[:index]:
             self._check(self.directory / shard.file, shard, shard.nbytes)
@@ -178,7 +193,6 @@ class ShardWriter:
             self._check(self._partial(shard), shard, size)
             self._file = self._partial(shard).open("r+b")
             self._file.seek(size)
-        self.done = done
 
     def finish(self) -> None:
         """Write the index (for more than one shard) once all tensors are written."""
@@ -227,7 +241,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a small file that appears complete or not at all."""
     partial = path.with_name(path.name + PARTIAL)
-    with _disk_errors(path.parent):
+    with disk_errors(path.parent):
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
@@ -243,18 +257,21 @@ def published(destination: str | Path) -> Iterator[Path]:
     end.
     """
     destination = Path(destination)
-    _refuse_existing(destination)
-    partial = destination.with_name(f"{destination.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
-    with _disk_errors(destination.parent):
-        partial.mkdir(parents=True)
+    with disk_errors(destination):
+        _refuse_existing(destination)
+        partial = destination.with_name(f"{destination.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
+        made = _make_directory(partial)
     try:
         yield partial
-        _refuse_existing(destination)
-        _rename(partial, destination)
+        with disk_errors(destination):
+            _refuse_existing(destination)
+            _rename(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
         raise
-    _sync_directory(destination.parent)
+    with disk_errors(destination):
+        _sync_directory(destination.parent)
 
 
 def _refuse_existing(destination: Path) -> None:
@@ -278,28 +295,86 @@ def _exists(destination: Path) -> UsageError:
     )
 
 
+def publish(work: Path) -> None:
+    """Move all that is in `work` into the directory around it, config.json last, and remove `work`.
+
+    A kill leaves a directory that does not open, or the whole checkpoint.
+    """
+    with disk_errors(work.parent):
+        for path in sorted(work.iterdir(), key=lambda path: (path.name == LAST, path.name)):
+            if path.name == LAST:
+                _sync_directory(work.parent)
+            os.replace(path, work.parent / path.name)
+        _sync_directory(work.parent)
+        work.rmdir()
+
+
+def recall(names: Sequence[str], work: Path) -> None:
+    """Move what a killed `publish` has moved back into `work`, config.json first."""
+    with disk_errors(work.parent):
+        work.mkdir(exist_ok=True)
+        for name in sorted(names, key=lambda name: name != LAST):
+            if (work.parent / name).exists():
+                os.replace(work.parent / name, work / name)
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory, which is made, for this run alone: UsageError while another run holds it."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"cannot write to {directory}", "it is no directory", "name a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    """Hold a directory, which is made, for this run alone: UsageError while another run holds it.
+
+    At the end a directory that was made and is empty is removed. The lock stays in one with unfinished work: another
+    run may wait for this very file.
+    """
+    with disk_errors(directory):
+        if (directory.exists() or directory.is_symlink()) and not directory.is_dir():
+            raise UsageError(f"cannot write to {directory}", "it is no directory", "name a new directory")
+        made = _make_directory(directory)
     lock = FileLock(directory / LOCK, timeout=0)
     try:
+        with disk_errors(directory):
+            os.close(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
         with lock:
             try:
                 yield
             finally:
-                (directory / LOCK).unlink(missing_ok=True)
+                if not (directory / UNFINISHED).exists():
+                    with suppress(OSError):
+                        (directory / LOCK).unlink()
     except Timeout as error:
         why, fix = f"{directory / LOCK} is held by it", "wait for it, or name another directory"
         raise UsageError(f"another run is writing to {directory}", why, fix) from error
+    finally:
+        _remove_empty(made)
+
+
+def _make_directory(directory: Path) -> list[Path]:
+    """Make a directory and those around it; returns those that were not there, the innermost first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        _remove_empty(missing)
+        raise
+    return missing
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def check_disk(destination: Path, nbytes: int) -> None:
-    """DoesNotFit when the disk of `destination`, which need not exist yet, has less than `nbytes` free."""
-    place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(place).free) < nbytes:
+    """DoesNotFit when the disk of `destination`, which need not exist yet, has less than `nbytes` free.
+
+    MiniawqError when it is read-only.
+    """
+    with disk_errors(destination):
+        place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if free < nbytes:
+            tempfile.TemporaryFile(dir=place).close()  # a read-only disk has no space free either
+    if free < nbytes:
         raise DoesNotFit(
             f"{destination} needs {nbytes / 1e9:.2f} GB of disk",
             f"{place} has {free / 1e9:.2f} GB free",
@@ -308,23 +383,26 @@ def check_disk(destination: Path, nbytes: int) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    # A rename is on the disk only once its directory is.
+    """Put renames on the disk, which they are only once their directory is."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            raise
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Tell what the system says to a write in `directory` as a MiniawqError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise MiniawqError(
-            f"the disk is full while writing to {directory}",
-            f"{os.strerror(error.errno)}; complete shards are kept",
-            "free some space and run the same command again",
-        ) from error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        what, fix = f"cannot write to {directory}", "check the disk and its permissions, or name another directory"
+        if error.errno in FULL:
+            what = f"the disk is full while writing to {directory}"
+            fix = "free some space and run the same command again"
+        raise MiniawqError(what, why, fix) from error

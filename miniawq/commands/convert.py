@@ -25,9 +25,12 @@ from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.checkpoint.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
 from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, published, write_json
+from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, side_digests
 from miniawq.errors import InvalidInput
 from miniawq.hardware import pick_device, roomiest
 from miniawq.packing import CODES_PER_WORD, SYMMETRIC_ZERO, Quantized, dequantize
+from miniawq.quantize.verify import check_digests, has_tokenizer
+from miniawq.text.tokenizer import Tokenizer
 
 FORMATS = ("awq", "compressed-tensors", "dense")
 BYTES_A_WEIGHT = 4  # that unpacking and packing a layer take at most
@@ -65,24 +68,11 @@ def convert_checkpoint(
         raise InvalidInput(
             f"{checkpoint.directory} is not quantized", "convert moves INT4 codes", "run miniawq quantize on it"
         )
-    checkpoint = checkpoint.fetched()
-    layout = _layout(checkpoint, format)
-    packed = _packed_linears(checkpoint, layout)
-    pieces = list(_pieces(checkpoint))
-    specs = [spec for name, leaf in pieces for spec in _specs(checkpoint, name, leaf, layout, packed)]
-    check_disk(Path(destination), sum(spec.nbytes for spec in specs))
     with published(destination) as directory:
-        with ShardWriter(directory, specs, shard_bytes) as writer:
-            tensors = (
-                pair
-                for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None)
-                for pair in _tensors(checkpoint, name, leaf, layout, packed, torch.device(device))
-            )
-            for name, tensor in ahead(tensors):
-                writer.write(name, tensor)
-            writer.finish()
-        write_json(directory / "config.json", _config(checkpoint, layout, packed))
-        checkpoint.copy_side_files(directory)
+        checkpoint = checkpoint.fetched()
+        layout = _layout(checkpoint, format)
+        packed = _packed_linears(checkpoint, layout)
+        specs = _write(checkpoint, directory, layout, packed, shard_bytes, torch.device(device))
     return Conversion(
         source_layout=next(iter(checkpoint.quantized.values())).layout,
         layout=layout,
@@ -92,6 +82,32 @@ def convert_checkpoint(
         nbytes=sum(spec.nbytes for spec in specs),
         seconds=time.monotonic() - started,
     )
+
+
+def _write(
+    checkpoint: Checkpoint, directory: Path, layout: str, packed: set[str], shard_bytes: int, device: torch.device
+) -> list[Spec]:
+    """Write the whole checkpoint and read it again; returns what tensors it has."""
+    sides, readable = side_digests(checkpoint), has_tokenizer(checkpoint.directory)
+    copy_side_files(checkpoint, directory)
+    pieces = list(_pieces(checkpoint))
+    specs = [spec for name, leaf in pieces for spec in _specs(checkpoint, name, leaf, layout, packed)]
+    check_disk(directory, sum(spec.nbytes for spec in specs))
+    with ShardWriter(directory, specs, shard_bytes) as writer:
+        tensors = (
+            pair
+            for name, leaf in tqdm(pieces, desc="converting", unit="tensor", disable=None)
+            for pair in _tensors(checkpoint, name, leaf, layout, packed, device)
+        )
+        for name, tensor in ahead(tensors):
+            writer.write(name, tensor)
+        writer.finish()
+    write_json(directory / "config.json", _config(checkpoint, layout, packed))
+    check_digests(open_checkpoint(directory), writer.digests)
+    check_side_files(checkpoint, directory, sides)
+    if readable:
+        Tokenizer(directory)
+    return specs
 
 
 def _layout(checkpoint: Checkpoint, format: str) -> str:

@@ -1,8 +1,9 @@
 """How good a checkpoint is: its perplexity, and how its predictions diverge from those of a reference.
 
 The protocol is that of AutoAWQ, GPTQ and llm-awq for WikiText-2: the whole text is tokenized once, with one BOS at its
-start if the model has one, and cut into windows of 2048 tokens that do not overlap; a rest shorter than a window is not
-scored. Perplexity is the exponential of the mean loss over all predicted tokens.
+start if the model has one, and cut into windows that do not overlap, of 2048 tokens or, where that is shorter, of the
+context; a rest shorter than a window is not scored. Perplexity is the exponential of the mean loss over all predicted
+tokens.
 
 A model is read block by block and computed in float32, with INT4 weights as the numbers that they stand for. So the
 file is measured and not the arithmetic of a kernel, and a model larger than the memory can be measured too.
@@ -24,7 +25,7 @@ from miniawq import cli
 from miniawq.checkpoint.blocks import BlockStream, micro_batches
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
-from miniawq.errors import InvalidInput, UsageError
+from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
 from miniawq.hardware import pick_device, roomiest
 from miniawq.model import Llama
 from miniawq.text.plain import read_text
@@ -32,6 +33,9 @@ from miniawq.text.tokenizer import Tokenizer
 
 log = logging.getLogger("miniawq.evaluate")
 
+SEQUENCE_LENGTH = 2048
+FIX_LENGTH = "give a smaller --sequence-length"
+LARGEST_LOSS = 700.0  # whose exp is a number in float64
 POSITIONS_PER_STEP = 256  # whose logits are in memory at once
 
 
@@ -87,7 +91,14 @@ def cut_windows(ids: Sequence[int], sequence_length: int) -> Tensor:
 def evaluate(
     checkpoint: Checkpoint, tokens_BL: Tensor, reference: Checkpoint | None = None, device: torch.device | str = "cpu"
 ) -> Scores:
-    """Score a checkpoint, streamed block by block, on windows of token ids."""
+    """Score a checkpoint, streamed block by block, on windows of token ids.
+
+    UsageError if a window is longer than a context: positions that a model was not trained on are not its quality.
+    """
+    for one in (checkpoint, reference):
+        if one and tokens_BL.shape[1] > (limit := one.model_config.max_position_embeddings):
+            why = f"{one.directory / 'config.json'}: max_position_embeddings = {limit}"
+            raise UsageError(f"windows of {tokens_BL.shape[1]} tokens are longer than the context", why, FIX_LENGTH)
     ours = stream_predictor(checkpoint.fetched(), tokens_BL, device)
     theirs = None if reference is None else stream_predictor(reference.fetched(), tokens_BL, device)
     return score(tokens_BL, ours, theirs)
@@ -119,7 +130,12 @@ def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
 
 
 def score(tokens_BL: Tensor, model: Predictor, reference: Predictor | None = None) -> Scores:
-    """Compare predictions with the text, and with the reference's predictions."""
+    """Compare predictions with the text, and with the reference's predictions.
+
+    UnsupportedCheckpoint if a model predicts nothing that is a number.
+    """
+    if reference is not None and tokens_BL.shape[0] * (tokens_BL.shape[1] - 1) < 2:
+        raise InvalidInput("one predicted token cannot be compared", "its loss has no standard error", "give more text")
     losses, others, divergences, agreements = [], [], [], []
     for hidden_places, next_T in _steps(tokens_BL):
         ours_TV = model.logits(model.hidden_BLD[hidden_places]).log_softmax(-1)
@@ -134,17 +150,30 @@ def score(tokens_BL: Tensor, model: Predictor, reference: Predictor | None = Non
     compared = None
     if reference is not None:
         other_T, kl_T = torch.cat(others).double(), torch.cat(divergences).double()
+        if not kl_T.isfinite().all():
+            raise _no_numbers("a model", "the divergence is not finite")
         compared = Divergence(
-            perplexity=math.exp(other_T.mean()),
+            perplexity=_perplexity(other_T, "the reference"),
             loss_difference=float((loss_T - other_T).mean()),
             standard_error=float((loss_T - other_T).std()) / math.sqrt(len(loss_T)),
             kl_mean=float(kl_T.mean()),
             kl_95th_percentile=float(kl_T.sort().values[int(0.95 * (len(kl_T) - 1))]),
             top1_agreement=float(torch.cat(agreements).double().mean()),
         )
-    mean = float(loss_T.mean())
     windows, length = tokens_BL.shape
-    return Scores(math.exp(mean), mean, windows, length, len(loss_T), compared)
+    return Scores(_perplexity(loss_T, "the model"), float(loss_T.mean()), windows, length, len(loss_T), compared)
+
+
+def _perplexity(loss_T: Tensor, whose: str) -> float:
+    """exp of the mean; UnsupportedCheckpoint if that is no number, as with weights whose products overflow."""
+    if not (mean := float(loss_T.mean())) < LARGEST_LOSS:
+        raise _no_numbers(whose, f"the mean loss is {mean:g}")
+    return math.exp(mean)
+
+
+def _no_numbers(whose: str, why: str) -> UnsupportedCheckpoint:
+    fix = "the weights are damaged: download the checkpoint again"
+    return UnsupportedCheckpoint(f"the predictions of {whose} are no numbers", f"{why}: activations overflow", fix)
 
 
 def _steps(tokens_BL: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
@@ -165,7 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="directory or Hub id of the model to measure")
     parser.add_argument("--text", required=True, help="a UTF-8 text file, or - for stdin")
     parser.add_argument("--reference", metavar="MODEL", help="the dense model it was made from")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of one window (default 2048)")
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        help=f"tokens of one window (default: {SEQUENCE_LENGTH}, or the context where that is shorter)",
+    )
     parser.add_argument("--max-windows", type=int, help="score only the first windows")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -189,7 +222,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if reference is not None:
         check_same_ids(text, tokenizer, reference)
     ids = tokenizer.encode(text)
-    tokens_BL = cut_windows(ids, arguments.sequence_length)[: arguments.max_windows]
+    contexts = [one.model_config.max_position_embeddings for one in (checkpoint, reference) if one]
+    length = arguments.sequence_length or min(SEQUENCE_LENGTH, *contexts)
+    tokens_BL = cut_windows(ids, length)[: arguments.max_windows]
     log.info(
         "%d of %d tokens in %d windows of %d; BOS only where the tokenizer puts it, at the start of the text",
         tokens_BL.numel(), len(ids), *tokens_BL.shape,

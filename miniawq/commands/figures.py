@@ -1,10 +1,10 @@
 """What `miniawq generate` tells about a text it has written: for machines, and for people on stderr."""
 
 import dataclasses
-import sys
 from argparse import Namespace
 from typing import Any, Protocol
 
+from miniawq.cli import say
 from miniawq.engine.completion import Completion
 from miniawq.engine.memory import bytes_per_token
 from miniawq.engine.sampling import Sampling
@@ -40,23 +40,20 @@ def figures(run: Writing, completion: Completion, seed: int) -> dict[str, Any]:
 
 def report(run: Writing, completion: Completion, seed: int) -> None:
     """Say on stderr how it went: in one line, or with --stats in several."""
-    if run.arguments.quiet:
+    if run.arguments.quiet or not completion.ids:
         return
     found = figures(run, completion, seed)
     generation = f"Generation: {found['generation_tokens']} tokens, {found['generation_tps']:.1f} tokens-per-sec"
     if found["compiled_tps"]:
         generation += f", {found['compiled_tps']:.1f} by the compiled step"
     if not run.arguments.stats:
-        print(generation, "" if run.sampling.temperature == 0 else f"(seed {seed})", file=sys.stderr)
-        return
+        return say(generation if run.sampling.temperature == 0 else f"{generation} (seed {seed})")
     settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
-    print(
-        f"Prompt: {found['prompt_tokens']} tokens, {found['prompt_tps']:.1f} tokens-per-sec",
-        f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second",
-        f"Time to first token: {found['first_token_s']:.3f} s",
-        f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s",
-        f"Peak memory: {found['peak_memory']:.3f} GB",
-        f"Sampling: {settings}, seed {seed}",
-        sep="\n",
-        file=sys.stderr,
+    say(
+        f"Prompt: {found['prompt_tokens']} tokens, {found['prompt_tps']:.1f} tokens-per-sec\n"
+        f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"
+        f"Time to first token: {found['first_token_s']:.3f} s\n"
+        f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s\n"
+        f"Peak memory: {found['peak_memory']:.3f} GB\n"
+        f"Sampling: {settings}, seed {seed}"
     )

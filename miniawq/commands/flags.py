@@ -8,6 +8,7 @@ from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags
 from miniawq.checkpoint.loading import DTYPES
 from miniawq.commands import prompts
+from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
 
 DEFAULT_MAX_TOKENS = 512
@@ -81,6 +82,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UsageError("--interactive goes with neither --json nor --num-samples")
     if arguments.num_samples < 1:
         raise UsageError(f"--num-samples {arguments.num_samples} makes no sense", "", "give 1 or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < SEEDS:
+        raise UsageError(f"--seed {arguments.seed} makes no sense", "", "give a number from 0 to 2**64 - 1")
     if arguments.max_tokens is not None and arguments.max_tokens < 1 and arguments.max_tokens != -1:
         raise UsageError(f"--max-tokens {arguments.max_tokens} makes no sense", "", "give 1 or more, or -1 for all")
 

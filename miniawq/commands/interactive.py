@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from miniawq.cli import say
 from miniawq.errors import MiniawqError
 from miniawq.text.chat import Message
 
@@ -16,7 +17,7 @@ def converse(answer: Callable[[list[Message]], Iterator[str]], opening: Sequence
     the turn is forgotten.
     """
     messages = list(opening)
-    print(HELP, file=sys.stderr)
+    say(HELP)
     while (line := _read_line()) is not None:
         match line.strip():
             case "":
@@ -26,13 +27,13 @@ def converse(answer: Callable[[list[Message]], Iterator[str]], opening: Sequence
             case "/clear":
                 messages = list(opening)
             case command if command.startswith("/"):
-                print(HELP, file=sys.stderr)
+                say(HELP)
             case _:
                 question: Message = {"role": "user", "content": line}
                 try:
                     text = _write_answer(answer([*messages, question]))
                 except MiniawqError as error:
-                    print(error, file=sys.stderr)
+                    say(str(error))
                 else:
                     messages += [question, {"role": "assistant", "content": text}]
 
@@ -40,8 +41,11 @@ def converse(answer: Callable[[list[Message]], Iterator[str]], opening: Sequence
 def _read_line() -> str | None:
     """The next line; None if the user leaves. Ctrl-C leaves too, because there is no answer to stop."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
+        return input("> " if sys.stdin and sys.stdin.isatty() else "")
+    except UnicodeDecodeError:
+        say("this line is not UTF-8")
+        return ""
+    except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: there is no stdin
         return None
 
 
@@ -52,6 +56,6 @@ def _write_answer(pieces: Iterator[str]) -> str:
             written.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        print(" [stopped]", end="", file=sys.stderr)
+        say(" [stopped]", end="")
     print(flush=True)
     return "".join(written)

@@ -37,6 +37,7 @@ from miniawq.model import LlamaConfig
 
 DEGREES = (1, 2, 4, 8)
 DEFAULT_CONTEXT = 8192
+LARGEST = 1 << 60  # number of a flag
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 
 
@@ -94,9 +95,10 @@ def engine_degrees(
 ) -> dict[str, dict[int, str]]:
     """For each engine that reads the layout and each tensor-parallel degree: "" if it works, or why it does not."""
     layouts = {linear.layout for linear in quantized.values()}
+    shapes = linear_shapes(meta_model(config))
     engines = ENGINES[layouts.pop()] if len(layouts) == 1 else {}
     found = {
-        engine: {degree: _obstacle(config, quantized, limit, degree) for degree in DEGREES}
+        engine: {degree: _obstacle(config, shapes, quantized, limit, degree) for degree in DEGREES}
         for engine, limit in engines.items()
     }
     if block and block.method == "awq" and block.symmetric:
@@ -104,11 +106,16 @@ def engine_degrees(
     return found
 
 
-def _obstacle(config: LlamaConfig, quantized: Mapping[str, QuantizedLinear], limit: EngineLimit, degree: int) -> str:
+def _obstacle(
+    config: LlamaConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    quantized: Mapping[str, QuantizedLinear],
+    limit: EngineLimit,
+    degree: int,
+) -> str:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % degree or (kv_heads % degree and degree % kv_heads):
         return f"{heads} query and {kv_heads} key/value heads do not divide by {degree}"
-    shapes = linear_shapes(meta_model(config))
     for name, linear in quantized.items():
         split_inputs = name.endswith(SPLIT_BY_INPUTS)
         inputs = linear.in_features / (degree if split_inputs else 1)
@@ -242,8 +249,10 @@ def parse_size(text: str) -> int:
     units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if not found or found[2].upper() not in units:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, 800MiB or a number of bytes")
-    return int(float(found[1]) * units[found[2].upper()])
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is no size; write 24GiB, 800MiB or a number of bytes")
+    if (nbytes := float(found[1]) * units[found[2].upper()]) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is out of range")
+    return int(nbytes)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -272,6 +281,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    for flag in ("batch", "max_seq_len", "device_memory"):
+        if (value := getattr(arguments, flag)) is not None and not 1 <= value <= LARGEST:
+            raise UsageError(f"--{flag.replace('_', '-')} {value} makes no sense", "", "give a positive number")
     checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
     if nbytes := arguments.device_memory:
         # A plan for another machine may name a device that this one lacks.

@@ -24,7 +24,11 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add("--system-prompt", metavar="TEXT", help="system message of the conversation")
     add("--raw", action="store_true", help="continue the text as it is, without the chat template")
     add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
-    add("--show-prompt", action="store_true", help="show the text that the model continues, on stderr")
+    add(
+        "--show-prompt",
+        action="store_true",
+        help="show the text that the model continues, on stderr, control characters as escapes",
+    )
 
 
 def is_given(arguments: argparse.Namespace) -> bool:
@@ -74,16 +78,20 @@ def _read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | No
     try:
         given = json.loads(text)
         messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
-        return [dict(message) for message in messages], tools
-    except (TypeError, KeyError, ValueError) as error:
+        for name, listed in (("messages", messages), ("tools", tools or [])):
+            if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+                raise TypeError(f"{name} are not a list of objects")
+        return messages, tools
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         why, fix = f"{path}: {type(error).__name__}: {error}", 'write [{"role": "user", "content": "..."}]'
         raise InvalidInput("the messages cannot be read", why, fix) from error
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}'
-        ) from error
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
+    return found

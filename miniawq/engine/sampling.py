@@ -6,6 +6,7 @@ logits in descending order, so that each of them is one comparison.
 Shapes: B batch, V vocabulary, K candidates, the best first, L positions of a prompt.
 """
 
+import hashlib
 import math
 import sys
 from collections.abc import Mapping
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from miniawq.errors import InvalidInput, UnsupportedCheckpoint
+from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint
 
 NOT_A_NUMBER = -1
+SEEDS = 1 << 64
 
 TINY, HUGE = math.nextafter(0, 1), sys.float_info.max
 RANGES = {
@@ -25,9 +27,10 @@ RANGES = {
     "top_k": ("a whole number, 0 or more", 0, HUGE),
     "top_p": ("a number above 0 and at most 1", TINY, 1),
     "min_p": ("a number from 0 to 1", 0, 1),
-    "repetition_penalty": ("a number above 0", TINY, HUGE),
-    "presence_penalty": ("a number", -HUGE, HUGE),
-    "frequency_penalty": ("a number", -HUGE, HUGE),
+    # Beyond these a float32 logit becomes infinite, or not a number.
+    "repetition_penalty": ("a number above 0, from 1e-6 to 1e6", 1e-6, 1e6),
+    "presence_penalty": ("a number from -1e30 to 1e30", -1e30, 1e30),
+    "frequency_penalty": ("a number from -1e30 to 1e30", -1e30, 1e30),
 }
 
 
@@ -51,9 +54,11 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, (allowed, lowest, highest) in RANGES.items():
             value = getattr(self, name)
-            is_number = isinstance(value, int if name == "top_k" else int | float)
+            is_number = isinstance(value, int if name == "top_k" else int | float) and not isinstance(value, bool)
             if not is_number or not lowest <= value <= highest:
                 raise InvalidInput(f"{name} = {value!r} makes no sense", f"it must be {allowed}")
+            if name != "top_k":
+                object.__setattr__(self, name, float(value))  # torch takes no integer beyond 64 bits
 
     @property
     def has_penalties(self) -> bool:
@@ -69,9 +74,13 @@ class Sampling:
         """
         wanted = {name: value for name, value in wanted.items() if value is not None}
         stated = {name: generation_config[name] for name in RANGES if generation_config.get(name) is not None}
+        samples = generation_config.get("do_sample")
+        if not isinstance(samples, bool | None):
+            why, fix = "it must be true or false", "correct it, or take the file of the original model"
+            raise UnsupportedCheckpoint(f"generation_config.json: do_sample = {samples!r} makes no sense", why, fix)
         if wanted.get("temperature") == 0:
             return cls(**wanted)
-        if not (generation_config.get("do_sample") and "temperature" in stated):
+        if not (samples and "temperature" in stated):
             filters = wanted.keys() & {"top_k", "top_p", "min_p"}
             stated = {"temperature": 1.0} if filters else {}
         try:
@@ -80,6 +89,26 @@ class Sampling:
             fix = f"correct it, or give --{error.what.split()[0].replace('_', '-')}"
             raise UnsupportedCheckpoint(f"generation_config.json: {error.what}", error.why, fix) from error
         return cls(**(stated | wanted))
+
+
+def fold_seed(seed: int | None) -> int | None:
+    """What to seed a torch generator with. On a CPU only 32 bits of it count, so a larger seed is mixed into them."""
+    if seed is None or 0 <= seed < 1 << 32:
+        return seed
+    if not 0 <= seed < SEEDS:
+        raise InvalidInput(f"seed = {seed} makes no sense", "it must be a whole number from 0 to 2**64 - 1")
+    return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little")).digest()[:7], "little")
+
+
+def not_a_number(model: nn.Module, dtype: torch.dtype) -> MiniawqError:
+    """Why logits of this dtype hold one: the weights do, or the dtype is too narrow for what is between."""
+    what = "the model computed something that is not a number"
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not value.isfinite().all():
+            return UnsupportedCheckpoint(what, f"{name} holds values that are not finite", "download the weights again")
+    if dtype == torch.float32:
+        return MiniawqError(what, "its weights are finite, and too large to compute with", "download the weights again")
+    return MiniawqError(what, f"{dtype} may be too narrow for this model", "try --dtype bfloat16 or float32")
 
 
 class History(NamedTuple):

@@ -12,19 +12,20 @@ import torch
 from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.loading import load_model
-from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.shards import SHARD_BYTES
 from miniawq.hardware import pick_device
 from miniawq.quantize.calibration import Calibration, read_calibration, sample_calibration
 from miniawq.quantize.grids import GRIDS
-from miniawq.quantize.job import Settings, quantize_checkpoint
-from miniawq.quantize.memory import plan_sampling
+from miniawq.quantize.job import Quantizer, Settings, check_length, quantize_checkpoint
+from miniawq.quantize.memory import plan_memory, plan_sampling
 from miniawq.quantize.recipes import RECIPES
 from miniawq.text.tokenizer import Tokenizer
 
 log = logging.getLogger("miniawq.quantize")
 
 FORMATS = ("awq", "compressed-tensors")
+LARGEST = 1_000_000_000  # of the numbers that count something
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--num-samples", type=_positive, default=128, help="windows of text (default %(default)s)")
     text.add_argument("--sequence-length", type=_positive, default=512, help="tokens of one (default %(default)s)")
-    text.add_argument("--seed", type=int, default=0, help="of text the model writes itself (default %(default)s)")
+    text.add_argument("--seed", type=_seed, default=0, help="of text the model writes itself (default %(default)s)")
     method = parser.add_argument_group("method")
     method.add_argument("--recipe", choices=RECIPES, default="default", help="our searches, the paper's, or none")
     method.add_argument(
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=FORMATS, default="awq", help="AutoAWQ GEMM, or compressed-tensors")
     output.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="of scales and dense tensors")
-    output.add_argument("--shard-gigabytes", type=float, default=SHARD_BYTES / 1e9, help="largest file")
+    output.add_argument("--shard-gigabytes", type=_gigabytes, default=SHARD_BYTES / 1e9, help="largest file")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     parser.add_argument("--offload-directory", type=Path, help="keep the hidden states of the text in a file there")
     add_hub_flags(parser)
@@ -59,9 +60,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text:.50} is not a whole number from 1 to {LARGEST:,}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    """A CPU takes 32 bits of a seed: larger ones would give the text of smaller ones."""
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text:.50} is not a whole number from 0 to {(1 << 32) - 1:,}")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 1e-9 <= size <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text:.50} is not a number of gigabytes above 0")
+    return size
 
 
 def _inputs_of_a_group(text: str) -> int:
@@ -84,7 +102,7 @@ def _command(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
     settings = Settings(recipe, layout, dtype, arguments.compared_tokens, int(arguments.shard_gigabytes * 1e9))
     device = pick_device(arguments.device)
-    calibration = calibrate(checkpoint, arguments, device)
+    calibration = calibrate(Quantizer(checkpoint, settings, device), arguments)
     log.info(
         "calibration: %d tokens in %d windows, of %d found in %s",
         calibration.tokens_BL.numel(), len(calibration.tokens_BL), calibration.tokens_found, calibration.source,
@@ -100,15 +118,21 @@ def _command(arguments: argparse.Namespace) -> None:
     log.info("%s", report.summary())
 
 
-def calibrate(checkpoint: Checkpoint, arguments: argparse.Namespace, device: torch.device) -> Calibration:
-    """The text named on the command line, or text that the model writes, for which the whole model has to fit."""
+def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:
+    """The text named on the command line, or text that the model writes, for which the whole model has to fit.
+
+    What would be refused after the text is made, which can take hours, is refused before.
+    """
+    checkpoint, device, size = job.checkpoint, job.device, (arguments.num_samples, arguments.sequence_length)
+    check_length(checkpoint, arguments.sequence_length)
     tokenizer = Tokenizer(checkpoint.directory)
-    size = arguments.num_samples, arguments.sequence_length
     if arguments.calib:
         return read_calibration(arguments.calib, tokenizer, *size)
     log.info("no --calib: the model writes its own calibration text, seed %d", arguments.seed)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     plan_sampling(checkpoint, dtype, device, *size).check(device)
+    offload = arguments.offload_directory is not None
+    plan_memory(checkpoint, job.folds, *size, job.settings.compared_tokens, device, offload).check(device)
     model = load_model(checkpoint, device, dtype)
     return sample_calibration(model, tokenizer, *size, arguments.seed)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,23 @@ def read_calibration(path: str, tokenizer: Tokenizer, num_samples: int, sequence
     joined and cut into windows; when there are more tokens than asked for, the windows are spread evenly over them.
     InvalidInput names the line that cannot be read; NotFound when there is no such file.
     """
-    ids = [token for text, special in _texts(path, tokenizer) for token in tokenizer.encode(text, special)]
+    _check_file(path)
+    texts = list(_texts(path, tokenizer))
+    # A text of nothing but blanks would be calibrated on its BOS.
+    some = texts if any(text.strip() for text, _ in texts) else []
+    ids = [token for text, special in some for token in tokenizer.encode(text, special)]
     return Calibration(windows(ids, num_samples, sequence_length, path), path, len(ids))
+
+
+def _check_file(path: str) -> None:
+    """InvalidInput on what may have no end, or wait for one forever.
+
+    What a shell puts in the place of `<(command)` is a pipe below /dev/fd, and has an end.
+    """
+    if path == "-" or path.startswith(("/dev/fd/", "/proc/self/fd/")) or not os.path.exists(path):
+        return
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        raise InvalidInput(f"{path} is no file", "it is a pipe or a device", "write the text into a file, or give -")
 
 
 def windows(ids: list[int], num_samples: int, sequence_length: int, source: str = "the text") -> Tensor:
@@ -76,7 +92,7 @@ def _texts(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     if not path.endswith(".jsonl"):
         yield read_text(path), True
         return
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield _text_of(line, f"{path}, line {number}", tokenizer)
 
@@ -84,7 +100,7 @@ def _texts(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
 def _text_of(line: str, where: str, tokenizer: Tokenizer) -> tuple[str, bool]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(
             f"{where} is not JSON", str(error), "a .jsonl file has one JSON object on each line"
         ) from error
@@ -125,6 +141,9 @@ def _sample(model: Llama, tokenizer: Tokenizer, rows: int, length: int, generato
     cache = KVCache(model.config, rows, length, device=model.device, dtype=model.dtype)
     while tokens_BL.shape[1] < length:
         logits_BV = model(tokens_BL[:, -1:].to(model.device), cache)[:, -1].float().cpu()
+        if not logits_BV.isfinite().all():
+            why = "its next token cannot be drawn from NaN or infinity"
+            raise InvalidInput("the model cannot write calibration text", why, "give a text with --calib FILE")
         # Drawn on the CPU, so that a seed means the same text on every device up to rounding.
         drawn_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
         tokens_BL = torch.cat((tokens_BL, drawn_B1), dim=1)

@@ -17,6 +17,8 @@ def compensated(weight_OI: Tensor, nearest: Quantized, statistics: Statistics) -
     """
     _, scales_OG, zeros_OG = nearest
     moments_II = statistics.moments_II
+    if not moments_II.any():
+        return nearest  # no output has an error that another column could make up for
     damping = DAMPING * moments_II.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damped_II = shrunk(moments_II) + damping * torch.eye(len(moments_II), device=moments_II.device)
     factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)

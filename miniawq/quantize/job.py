@@ -3,12 +3,12 @@
     embed the calibration text
     for each block: read it, run the text through it, search, fold and round (awq.py), write it, note it in the journal
     write the rest, re-open the files and check every group
+    move the files from `unfinished` into the destination, config.json last
 
 One block is in memory at a time, whatever their number. The hidden states between blocks are never saved: a run that
 goes on after a kill computes them again from the blocks it has finished, without their searches.
 """
 
-import base64
 import logging
 import math
 import time
@@ -19,30 +19,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from miniawq import __version__, awq
-from miniawq.awq import FactorSearch, Fold, QuantizedLayer, Statistics, llama_folds
+from miniawq.awq import Fold, QuantizedLayer, llama_folds
 from miniawq.checkpoint.background import Background
 from miniawq.checkpoint.blocks import BlockStream, to_host
 from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.checkpoint.quant_config import awq_block, compressed_tensors_block
-from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, locked, serialize, write_json
+from miniawq.checkpoint.shards import (
+    SHARD_BYTES,
+    UNFINISHED,
+    ShardWriter,
+    Spec,
+    check_disk,
+    locked,
+    publish,
+    recall,
+    write_json,
+)
+from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, fingerprint, side_digests
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hardware import peak_memory
 from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.packing import CODES_PER_WORD
 from miniawq.quantize.calibration import Calibration
-from miniawq.quantize.journal import Journal, fingerprint, interruptible
+from miniawq.quantize.journal import Journal, interruptible
 from miniawq.quantize.memory import hidden_states, plan_memory
 from miniawq.quantize.moments import SymmetricStatistics
 from miniawq.quantize.recipes import DEFAULT, Recipe
+from miniawq.quantize.records import PRIVATE, decode_factors, encode_factors, note_on, record_of, record_problem
 from miniawq.quantize.report import QuantizationReport, write_report
-from miniawq.quantize.verify import verify
+from miniawq.quantize.verify import has_tokenizer, verify
+from miniawq.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +149,7 @@ class Quantizer:
             "largest_activation": largest,
             "folds": [record_of(search, notes[search.fold]) for search in searches],
             "layers": {name: {"plain_loss": done.plain_loss, "loss": done.loss} for name, done in layers.items()},
-            "scales": _encode({search.fold.smooth_layer: search.factors_P for search in searches}),
+            "scales": encode_factors({search.fold.smooth_layer: search.factors_P for search in searches}),
         }
         tensors = dict(self._tensors(block, layer, layers))
         return tensors, record | {"seconds": round(time.monotonic() - started, 3)}
@@ -205,36 +217,6 @@ def tensor_cores() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def note_on(fold: Fold, statistics: Statistics) -> str:
-    """What a user has to know about the text that a fold saw; mostly nothing."""
-    if not statistics.usable:
-        return "no calibration text, or NaN or infinity in it"
-    dead = int((fold.gather(statistics.magnitude_I) == 0).sum())
-    return f"{dead} channels are never active" if dead else ""
-
-
-def record_of(search: FactorSearch, note: str) -> dict[str, Any]:
-    """A search as the journal and the report hold it."""
-    return {
-        "previous": search.fold.smooth_layer,
-        "compared": search.fold.compared,
-        "formula": search.chosen.formula,
-        "ratio": search.chosen.ratio,
-        "loss": search.chosen.loss,
-        "plain_loss": search.trials[0].loss,
-        "note": note,
-        "trials": [list(trial) for trial in search.trials],
-    }
-
-
-def _encode(tensors: dict[str, Tensor]) -> str:
-    return base64.b64encode(serialize(tensors)).decode()
-
-
-def _decode(text: str) -> dict[str, Tensor]:
-    return safetensors.torch.load(base64.b64decode(text))
-
-
 @torch.inference_mode()
 def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_BL: Tensor, hidden_BLD: Tensor) -> None:
     """Write every tensor that is not written yet; a block's tensors are written while the next block is searched."""
@@ -264,7 +246,9 @@ def _write_block(writer: ShardWriter, journal: Journal, tensors: dict[str, Tenso
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.flush()
-    journal.add(record | {"tensors": writer.done})
+    noted = {name for block in journal.blocks for name in block["digests"]}
+    digests = {name: digest for name, digest in writer.digests.items() if name not in noted}
+    journal.add(record | {"tensors": writer.done, "digests": digests})
 
 
 def _write_dense(job: Quantizer, writer: ShardWriter, specs: Sequence[Spec]) -> None:
@@ -313,12 +297,34 @@ def quantize_checkpoint(
     log.info("%s", plan.describe())
     plan.check(device)
     job = Quantizer(checkpoint.fetched(), settings, device)
+    check_text(job.checkpoint, calibration)
     with locked(destination):
         return _quantize(job, plan.hidden_on_device, destination, calibration, offload_directory, started)
 
 
+def check_text(checkpoint: Checkpoint, calibration: Calibration) -> None:
+    """InvalidInput when the model cannot read the text: ids beyond its vocabulary, windows beyond its context."""
+    config, tokens_BL = checkpoint.model_config, calibration.tokens_BL
+    if not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < config.vocab_size:
+        worst = int(tokens_BL.max()) if int(tokens_BL.min()) >= 0 else int(tokens_BL.min())
+        why, fix = f"config.json: vocab_size = {config.vocab_size}", "the tokenizer belongs to another model"
+        raise InvalidInput(f"token id {worst} is outside the model's vocabulary", why, fix)
+    check_length(checkpoint, tokens_BL.shape[1])
+
+
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """InvalidInput when a window of text is longer than the model's context."""
+    longest = checkpoint.model_config.max_position_embeddings
+    if length > longest:
+        raise InvalidInput(
+            f"windows of {length} tokens are longer than the model's context",
+            f"config.json: max_position_embeddings = {longest}",
+            f"give --sequence-length {longest} or less",
+        )
+
+
 def _quantize(
-    job: "Quantizer",
+    job: Quantizer,
     hidden_on_device: bool,
     destination: Path,
     calibration: Calibration,
@@ -326,35 +332,46 @@ def _quantize(
     started: float,
 ) -> QuantizationReport:
     checkpoint, settings, device = job.checkpoint, job.settings, job.device
+    work, specs, sides = destination / UNFINISHED, job.specs(), side_digests(checkpoint)
+    readable = has_tokenizer(checkpoint.directory)
     run = settings.described() | {"model": fingerprint(checkpoint), "text": calibration.sha256}
-    journal = Journal(destination, run)
+    run |= {f"file {name}": digest for name, digest in sides.items() if not name.endswith(".md")}
+    journal = Journal(destination, run, partial(record_problem, specs=specs, folds=job.folds))
     home = device if hidden_on_device else torch.device("cpu")
     shape = (*calibration.tokens_BL.shape, checkpoint.model_config.hidden_size)
     hidden_BLD = hidden_states(shape, home, offload_directory)
-    specs = job.specs()
-    with ShardWriter(destination, specs, settings.shard_bytes) as writer, tensor_cores():
-        writer.resume(journal.blocks[-1]["tensors"] if journal.blocks else 0)
-        check_disk(destination, sum(spec.nbytes for spec in specs[writer.done :]))
+    done = journal.blocks[-1]["tensors"] if journal.blocks else 0
+    check_disk(destination, sum(spec.nbytes for spec in specs[done:]))
+    journal.begin()
+    recall(journal.published, work)
+    copy_side_files(checkpoint, work)
+    with ShardWriter(work, specs, settings.shard_bytes) as writer, tensor_cores():
+        writer.resume(done)
+        writer.digests |= {name: digest for block in journal.blocks for name, digest in block["digests"].items()}
         _write_model(job, writer, journal, calibration.tokens_BL, hidden_BLD)
-    write_json(destination / "config.json", job.config())
-    checkpoint.copy_side_files(destination)
-    factors = [_decode(block["scales"]) for block in journal.blocks]
-    smooth = partial(job.smooth, factors)
+    write_json(work / "config.json", job.config())
+    factors = [decode_factors(block["scales"]) for block in journal.blocks]
     # Compensated codes are not the nearest ones: the bound does not hold for them, and is only reported.
     limit = math.inf if settings.recipe.compensate else 1.0
-    verification = verify(checkpoint, open_checkpoint(destination), set(job.dense), smooth, device, limit)
+    written, smooth = open_checkpoint(work), partial(job.smooth, factors)
+    verification = verify(checkpoint, written, set(job.dense), smooth, device, limit, writer.digests)
+    check_side_files(checkpoint, work, sides)
+    if readable:
+        Tokenizer(work)
     report = QuantizationReport(
         source=str(checkpoint.directory),
         settings=settings.described(),
         calibration=calibration.summary(),
         dense_linears=job.dense,
-        blocks=[{key: value for key, value in block.items() if key != "scales"} for block in journal.blocks],
+        blocks=[{key: value for key, value in block.items() if key not in PRIVATE} for block in journal.blocks],
         verification=verification,
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         written_bytes=sum(spec.nbytes for spec in specs),
         peak_memory_bytes=peak_memory(),
         seconds=round(time.monotonic() - started, 3),
     )
-    write_report(destination, report)
+    write_report(work, destination.name, report)
+    journal.publishing([path.name for path in sorted(work.iterdir())])
+    publish(work)
     journal.remove()
     return report

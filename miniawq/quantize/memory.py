@@ -6,6 +6,7 @@ None of this depends on the number of blocks.
 
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from torch import Tensor
 from miniawq.awq import Fold
 from miniawq.checkpoint.blocks import TOKENS_PER_BATCH
 from miniawq.checkpoint.opening import Checkpoint
+from miniawq.checkpoint.shards import disk_errors
 from miniawq.errors import DoesNotFit
 from miniawq.hardware import device_memory, resident_memory, roomiest
 from miniawq.quantize.ranges import CANDIDATE_ELEMENTS
 
-FLOAT = 4  # bytes of a float32
+FLOAT, TOKEN = 4, 8  # bytes of a float32, and of a token's id
 SAMPLED_ROWS = 32  # windows of text that a model writes at once: more take memory for keys and values
 LAYER_COPIES = 4  # of the largest layer in float32, while it is rounded, compared and packed
 CANDIDATE_COPIES = 2  # of the candidates' elements: the errors, and their product with the moments
@@ -95,7 +97,7 @@ def plan_memory(
     rounded = max(
         sum(math.prod(checkpoint.linears[f"model.layers.0.{name}"]) for name in f.balance_layers) for f in folds
     )
-    candidates = CANDIDATE_COPIES * CANDIDATE_ELEMENTS[device.type] * FLOAT
+    candidates = CANDIDATE_COPIES * CANDIDATE_ELEMENTS.get(device.type, CANDIDATE_ELEMENTS["cpu"]) * FLOAT
     search = {
         "one block": block,
         "second moments": sum(inputs**2 for inputs in readers.values()) * FLOAT,
@@ -121,6 +123,7 @@ def plan_sampling(
     rows = min(samples, SAMPLED_ROWS)
     keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     parts = {"model": weights, "keys and values": rows * length * keys, "logits": 2 * rows * config.vocab_size * FLOAT}
+    parts["text"] = samples * length * TOKEN
     process = {"process": resident_memory()}
     remedy = "give a text with --calib FILE: then one block is in memory at a time"
     if device.type == "cpu":
@@ -129,12 +132,21 @@ def plan_sampling(
 
 
 def hidden_states(shape: tuple[int, int, int], device: torch.device, offload_directory: Path | None) -> Tensor:
-    """An empty float32 tensor in memory, or in a file of a directory, which the system writes out as it needs to."""
+    """An empty float32 tensor in memory, or in a file of a directory, which the system writes out as it needs to.
+
+    MiniawqError when the directory cannot hold the file.
+    """
     if offload_directory is None:
         return torch.empty(shape, device=device)
-    offload_directory.mkdir(parents=True, exist_ok=True)
-    path = offload_directory / f"hidden-states-{os.getpid()}.bin"
-    tensor = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2])
-    # The mapping keeps the file alive; without a name it goes when the process ends.
-    path.unlink()
+    with disk_errors(offload_directory):
+        offload_directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="hidden-states-", suffix=".bin", dir=offload_directory)
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and ends the process at a mapped page
+                os.posix_fallocate(descriptor, 0, math.prod(shape) * FLOAT)
+            tensor = torch.from_file(name, shared=True, size=math.prod(shape))
+        finally:
+            os.close(descriptor)
+            # The mapping keeps the file alive; without a name it goes when the process ends.
+            os.unlink(name)
     return tensor.view(shape)

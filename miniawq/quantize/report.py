@@ -1,5 +1,7 @@
 """What a run did and gained: a JSON report, a model card and a picture."""
 
+import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from miniawq.checkpoint.shards import write_bytes, write_json
+
+log = logging.getLogger(__name__)
 
 PANELS = 6  # searches shown one by one: what fits in a row
 # Lines of the dense model card that hold for the quantized model too.
@@ -55,27 +59,43 @@ class QuantizationReport:
         """Three lines for people."""
         lost = sum(layer["loss"] for block in self.blocks for layer in block["layers"].values())
         plain = sum(layer["plain_loss"] for block in self.blocks for layer in block["layers"].values())
+        kept = f"clipping kept {lost / plain:.1%} of the layers' loss" if plain > 0 else "this text shows no loss"
         worst = self.verification["largest_error_over_bound"]
         return (
             f"{self.verification['packed_linears']} layers packed, {len(self.dense_linears)} dense; "
             f"the largest error is {worst:.4f} of the bound for nearest codes\n"
-            f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before; "
-            f"clipping kept {lost / plain:.1%} of the layers' loss\n"
+            f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before; {kept}\n"
             f"{self.seconds:.1f} s, {self.peak_memory_bytes / 2**30:.2f} GiB of memory at most"
         )
 
 
-def write_report(directory: Path, report: QuantizationReport) -> None:
-    """`quantization_report.json`, `README.md`, and `quantization_report.png` where matplotlib is installed."""
-    write_json(directory / "quantization_report.json", asdict(report))
+def write_report(directory: Path, name: str, report: QuantizationReport) -> None:
+    """`quantization_report.json`, `README.md`, and `quantization_report.png` where matplotlib is installed.
+
+    `name` is that of the new checkpoint.
+    """
+    write_json(directory / "quantization_report.json", finite(asdict(report)))
     card = directory / "README.md"
-    former = card.read_text(encoding="utf-8") if card.exists() else ""
-    write_bytes(card, model_card(directory.name, report, INHERITED.findall(former.partition("\n---")[0])).encode())
+    former = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    write_bytes(card, model_card(name, report, INHERITED.findall(former.partition("\n---")[0])).encode())
     try:
         import matplotlib  # noqa: F401  (the extra `plots`)
     except ImportError:
         return
-    draw_report(directory / "quantization_report.png", report.blocks)
+    try:
+        draw_report(directory / "quantization_report.png", report.blocks)
+    except Exception as error:  # hours of work are worth more than a picture
+        (directory / "quantization_report.png").unlink(missing_ok=True)
+        log.warning("quantization_report.png could not be drawn: %s", str(error)[:200])
+
+
+def finite(value: Any) -> Any:
+    """The same lists and dictionaries with None for NaN and infinity, which are not JSON."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def model_card(name: str, report: QuantizationReport, inherited: Sequence[str] = ()) -> str:

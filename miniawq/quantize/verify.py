@@ -8,7 +8,11 @@ its stored value than
 The last two are what clipping cuts off on purpose.
 """
 
-from collections.abc import Callable
+import ctypes
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from miniawq.checkpoint.blocks import Stored, place_stored, read_stored
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.errors import MiniawqError
 from miniawq.packing import TOP_CODE, Quantized, row_slices
+from miniawq.text.tokenizer import Tokenizer
 
 ROUNDING = 1e-6  # relative; folding the weights again rounds them in float32
 
@@ -30,13 +35,15 @@ def verify(
     smooth: Callable[[str, Tensor], Tensor],
     device: torch.device | str = "cpu",
     limit: float = 1.0,
+    digests: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Check every linear layer of `written`: packed within the bound, or in `listed` and dense.
 
-    `smooth` gives a layer's weight [O, I] float32 after folding; no error may exceed `limit` bounds. MiniawqError names
-    the first layer that fails.
+    `smooth` gives a layer's weight [O, I] float32 after folding; no error may exceed `limit` bounds. Tensors named in
+    `digests` must have these SHA-256. MiniawqError names the first layer or tensor that fails.
     """
     device = torch.device(device)
+    check_digests(written, digests)
     for name in source.linears:
         if (name in written.quantized) == (name in listed):
             raise _broken(name, "it is neither packed nor listed as dense, or it is both")
@@ -55,6 +62,23 @@ def verify(
             raise _broken(name, f"a weight is {error:.6f} times the bound away from its code")
         worst = max(worst, error)
     return {"packed_linears": len(written.quantized), "largest_error_over_bound": worst}
+
+
+def check_digests(written: Checkpoint, digests: Mapping[str, str]) -> None:
+    """MiniawqError names the first tensor whose bytes have not the SHA-256 that a ShardWriter noted."""
+    for name, digest in digests.items():
+        values = written.read(name).contiguous()
+        if hashlib.sha256((ctypes.c_char * values.nbytes).from_address(values.data_ptr())).hexdigest() != digest:
+            raise _broken(name, "the file does not hold the bytes that were written")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the tokenizer of a checkpoint opens."""
+    try:
+        Tokenizer(directory)
+    except MiniawqError:
+        return False
+    return True
 
 
 def error_over_bound(weight_OI: Tensor, quantized: Quantized) -> float:
@@ -77,5 +101,5 @@ def _broken(name: str, why: str) -> MiniawqError:
     return MiniawqError(
         f"the written checkpoint is wrong at {name}",
         why,
-        "do not use it; this is a defect of miniawq or of the disk: please report it",
+        "nothing is published: remove the destination and run again; report it if that fails, too",
     )

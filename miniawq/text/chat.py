@@ -1,34 +1,23 @@
 """Chat templates: a list of messages becomes the text that a chat model was trained to continue.
 
 A checkpoint carries its format as a Jinja template, a small program from a stranger. It runs in jinja2's immutable
-sandbox and sees only plain JSON values. Its environment is that of Hugging Face transformers
-(`utils/chat_template_utils.py`), for which templates are written:
-
-    blocks       trim_blocks, lstrip_blocks; {% break %} and {% continue %}; {% generation %} passes its body through
-    filters      tojson without HTML escapes
-    functions    raise_exception(message), strftime_now(format)
-    variables    messages, tools, documents, add_generation_prompt, and the checkpoint's special tokens by name
-
-The sandbox bounds what a template can touch; the limits below bound its length and that of its text. Nothing bounds its
-time and memory, as jinja2 documents: read a template (--show-prompt) before you serve it to strangers.
+sandbox, in a process of its own with a budget of time and memory (`worker.py`). It sees only plain JSON values:
+messages, tools, documents, add_generation_prompt, and the checkpoint's special tokens by name. `template.py` has what
+else a template may use.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from miniawq.checkpoint.hub import parse_json
-from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint, UsageError
+from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
+from miniawq.text.worker import FIX, ask_worker
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-MAX_RENDERED_CHARACTERS = 1 << 24
+MAX_TEMPLATES = 100
 
 # Whoever may set template variables must not be able to replace the conversation itself (CVE-2025-62426).
 PROTECTED_VARIABLES = frozenset(
@@ -49,18 +38,26 @@ def read_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     found, processor = tokenizer_config.get("chat_template"), directory / "chat_template.json"
     try:
+        if len(files) > MAX_TEMPLATES:
+            raise _unreadable(directory, f"there are {len(files)} of them; the limit is {MAX_TEMPLATES}")
         if files:
-            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+            return {name: _read_template(path) for name, path in files.items()}
         if found is None and processor.is_file():
             found = parse_json(processor)["chat_template"]
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}
-    except (UnicodeDecodeError, TypeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise _unreadable(directory, f"{type(error).__name__}: {error}") from error
     named = found if isinstance(found, dict) else {} if found is None else {"default": found}
-    if not all(isinstance(template, str) for template in named.values()):
-        raise _unreadable(directory, "a template is a text, and this one is not")
+    if not all(isinstance(text, str) for item in named.items() for text in item):
+        raise _unreadable(directory, "a template is a text, and so is its name; this one is not")
     return named
+
+
+def _read_template(path: Path) -> str:
+    """The text of a file, which is not read further than a template may be long."""
+    with open(path, encoding="utf-8", newline=None) as file:
+        return file.read(MAX_TEMPLATE_CHARACTERS + 1)
 
 
 def _unreadable(directory: Path, why: str) -> UnsupportedCheckpoint:
@@ -115,87 +112,39 @@ def render(
     check_variables(variables)
     if len(messages) == 0:
         raise InvalidInput("there are no messages to render", "", "give at least one, from the user")
-    conversation = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    parsed = _parse(template)
-    try:
-        pieces = parsed.generate(
-            messages=_plain(conversation),
-            tools=_plain(tools),
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **_plain(variables),
-        )
-        return _written(pieces)
-    except MiniawqError:
-        raise
-    except Exception as error:
-        # A template is a program: it can raise whatever Python can.
-        raise UnsupportedCheckpoint(
-            "the chat template failed", f"{type(error).__name__}: {error}", "use --raw, or repair the template"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    """A copy of plain JSON types, so that a template never sees an object with methods of its own."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise InvalidInput("messages, tools and template variables must be JSON values", str(error)) from error
-
-
-def _written(pieces: Any) -> str:
-    kept: list[str] = []
-    size = 0
-    for piece in pieces:
-        kept.append(piece)
-        size += len(piece)
-        if size > MAX_RENDERED_CHARACTERS:
-            raise OverflowError(f"it writes more than {MAX_RENDERED_CHARACTERS} characters")
-    return "".join(kept)
-
-
-@lru_cache(maxsize=8)
-def _parse(template: str) -> jinja2.Template:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise UnsupportedCheckpoint(
-            "the chat template is too long", f"{len(template)} characters; the limit is {MAX_TEMPLATE_CHARACTERS}"
-        )
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        why = f"{len(template)} characters or more; the limit is {MAX_TEMPLATE_CHARACTERS}"
+        raise UnsupportedCheckpoint("the chat template is too long", why)
+    values = variables | {
+        "messages": _without_none(messages),
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    answer = ask_worker(_plain({"template": template, "now": datetime.now().isoformat(), "values": values}))
+    match answer:
+        case {"text": text}:
+            return text
+        case {"refused": words}:
+            fix = "this template takes no system message: put its text at the head of the first user message"
+            raise UsageError("the chat template refuses these messages", words, fix if "system" in words else "")
+        case {"invalid": why}:
+            raise UnsupportedCheckpoint("the chat template is not valid Jinja", why, FIX)
+    raise UnsupportedCheckpoint("the chat template failed", answer["failed"], FIX)
+
+
+def _without_none(messages: Iterable[Message]) -> list[dict[str, Any]]:
     try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise UnsupportedCheckpoint("the chat template is not valid Jinja", str(error), "use --raw") from error
+        return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    except AttributeError as error:
+        why = 'each is an object, such as {"role": "user", "content": "..."}'
+        raise InvalidInput("a message is not an object", why) from error
 
 
-class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %} marks the assistant's words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Any) -> str:
-        return caller()
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # jinja2's own tojson writes < > & ' as escapes for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    fix = "this template takes no system message: put its text at the head of the first user message"
-    raise UsageError("the chat template refuses these messages", message, fix if "system" in str(message) else "")
+def _plain(value: Any) -> bytes:
+    """One line of JSON, so that a template never sees an object with methods of its own."""
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InvalidInput("messages, tools and template variables must be JSON values", why) from error

@@ -5,16 +5,19 @@
 each of these ids ends it: re-uploads often keep only one of two.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from miniawq.checkpoint.hub import parse_json
-from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint
+from miniawq.errors import MiniawqError, NotFound, UnsupportedCheckpoint
 from miniawq.text import chat
+from miniawq.text.library import HeldTokenizer
 
+log = logging.getLogger(__name__)
+
+MAX_ID = 1 << 31
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 OTHER_TOKENIZERS = {
     "tekken.json": "a Tekken file of Mistral",
@@ -34,7 +37,7 @@ class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         directory = Path(directory)
         self._tokenizer = _read_tokenizer(directory)
-        added = self._tokenizer.get_added_tokens_decoder()
+        added = self._tokenizer.raw.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._byte_ids = frozenset(self._id(f"<0x{byte:02X}>") for byte in range(256)) - {None}
         config, generation_config, tokenizer_config = (
@@ -43,14 +46,11 @@ class Tokenizer:
         tokenizer_config = read_object(directory / "special_tokens_map.json") | tokenizer_config
         self.special_tokens = _special_tokens(tokenizer_config)
         self._templates = chat.read_templates(directory, tokenizer_config)
-        self.bos_id = self._find_bos(tokenizer_config, generation_config, config)
-        ends = (
-            generation_config.get("eos_token_id"),
-            config.get("eos_token_id"),
-            self._id(self.special_tokens.get("eos_token")),
-        )
-        flat = [token_id for found in ends for token_id in (found if isinstance(found, list) else [found])]
-        self.eos_ids = frozenset(token_id for token_id in flat if isinstance(token_id, int))
+        stated = {"generation_config.json": generation_config, "config.json": config}
+        self.bos_id = self._find_bos(tokenizer_config, stated)
+        ends = [token_id for file in stated for token_id in _stated_ids(file, stated[file], "eos_token_id")]
+        eos_id = self._id(self.special_tokens.get("eos_token"))
+        self.eos_ids = frozenset(ends if eos_id is None else [*ends, eos_id])
         self._prefix, self._suffix = self._find_frame(tokenizer_config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -59,19 +59,14 @@ class Tokenizer:
         `add_special_tokens` puts BOS (and for some models EOS) around it as the checkpoint asks, but no second BOS
         before a text that has one. Use False for a rendered chat. Raises InvalidInput on text that is not Unicode.
         """
-        try:
-            # The fast call leaves out the place of each id in the text, which takes longer to find than the ids.
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        except TypeError as error:
-            raise InvalidInput("the text is not valid Unicode", "it holds half of a surrogate pair") from error
-        ids = encoding.ids
+        ids = self._tokenizer.encode(text).ids
         if not add_special_tokens:
             return ids
         return ([] if ids[:1] == [self.bos_id] else self._prefix) + ids + self._suffix
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary, which padded models can sample, have no text."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(ids, skip_special_tokens)
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> "TextStream":
         """A TextStream of the ids that follow `prompt_ids`."""
@@ -79,7 +74,7 @@ class Tokenizer:
 
     def is_silent(self, token_id: int) -> bool:
         """Whether the id has no text: it is a special token, or beyond the vocabulary."""
-        return token_id in self._special_ids or self._tokenizer.id_to_token(token_id) is None
+        return token_id in self._special_ids or self._tokenizer.raw.id_to_token(token_id) is None
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the id is one byte of a character that a SentencePiece vocabulary lacks."""
@@ -93,6 +88,7 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[chat.Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -123,17 +119,18 @@ class Tokenizer:
         return frozenset(ids[:1]) & self._special_ids
 
     def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
+        return None if token is None else self._tokenizer.raw.token_to_id(token)
 
-    def _find_bos(self, tokenizer_config: Mapping[str, Any], *configs: Mapping[str, Any]) -> int | None:
+    def _find_bos(self, tokenizer_config: Mapping[str, Any], stated: Mapping[str, Mapping[str, Any]]) -> int | None:
         # Qwen's config.json names a bos_token_id that its tokenizer denies with `"bos_token": null`.
         if "bos_token" in tokenizer_config:
             return self._id(self.special_tokens.get("bos_token"))
-        return next((config["bos_token_id"] for config in configs if isinstance(config.get("bos_token_id"), int)), None)
+        ids = (token_id for file in stated for token_id in _stated_ids(file, stated[file], "bos_token_id"))
+        return next(ids, None)
 
     def _find_frame(self, tokenizer_config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """The ids before and after a text: those of tokenizer.json, unless tokenizer_config.json overrides them."""
-        plain = self._tokenizer.encode("a", add_special_tokens=False)
+        plain = self._tokenizer.encode("a")
         framed = self._tokenizer.encode("a", add_special_tokens=True)
         start = [*framed.special_tokens_mask, 0].index(0)
         prefix, suffix = framed.ids[:start], framed.ids[start + len(plain.ids) :]
@@ -143,6 +140,8 @@ class Tokenizer:
             (suffix, len(suffix), "add_eos_token", eos_id),
         ):
             wanted = tokenizer_config.get(flag)
+            if not isinstance(wanted, bool | None):
+                raise _nonsense("tokenizer_config.json", flag, wanted, "it must be true or false")
             if wanted is True and token_id is not None and token_id not in frame:
                 frame.insert(place, token_id)
             elif wanted is False and token_id in frame:
@@ -200,7 +199,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+def _read_tokenizer(directory: Path) -> HeldTokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         others = [f"{name} ({what})" for name, what in OTHER_TOKENIZERS.items() if any(directory.glob(name))]
@@ -213,14 +212,7 @@ def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             f"only {', '.join(others)} is there, and only tokenizer.json is read here",
             "convert it once with transformers: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)",
         )
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise UnsupportedCheckpoint(f"cannot read {path}", str(error), "download it again") from error
-    # Some checkpoints keep the length limits of their training script, which would cut a prompt silently.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return HeldTokenizer(path)
 
 
 def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -230,4 +222,27 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
         for key, value in tokenizer_config.items()
         if key.endswith("_token")
     }
+    for key in ("bos_token", "eos_token"):
+        if not isinstance(contents.get(key), str) and tokenizer_config.get(key) is not None:
+            raise _nonsense(
+                "tokenizer_config.json (or special_tokens_map.json)",
+                key,
+                tokenizer_config[key],
+                "it must be the text of a token",
+            )
     return {key: content for key, content in contents.items() if isinstance(content, str)}
+
+
+def _stated_ids(file: str, config: Mapping[str, Any], key: str) -> list[int]:
+    """The ids under a key: a number, a list of them, or null. Files write -1 for none, which is said."""
+    found = config.get(key)
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token_id) is int and token_id < MAX_ID for token_id in listed):
+        raise _nonsense(file, key, found, f"it must be an id, or a list of ids, below {MAX_ID}")
+    if any(token_id < 0 for token_id in listed):
+        log.warning("%s: %s = %s is no id, and not used", file, key, found)
+    return [token_id for token_id in listed if token_id >= 0]
+
+
+def _nonsense(file: str, key: str, value: Any, allowed: str) -> UnsupportedCheckpoint:
+    return UnsupportedCheckpoint(f"{file}: {key} = {value!r} makes no sense", allowed, "take the original model's file")

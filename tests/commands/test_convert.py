@@ -1,6 +1,10 @@
 """Conversions keep every weight bit for bit, and the way back gives the same bytes."""
 
+import errno
+import itertools
 import json
+import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +21,7 @@ from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import convert
 from miniawq.commands.convert import convert_checkpoint
-from miniawq.errors import DoesNotFit, InvalidInput, UsageError
+from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UsageError
 from miniawq.packing import Quantized, dequantize
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.allocations import Allocations
@@ -191,6 +195,61 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "there", "compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace", "mkdir", "rename"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "read-only"), KeyboardInterrupt()]
+)
+def test_a_failure_at_any_write_leaves_nothing_or_all(tmp_path, monkeypatch, name, error):
+    source, _ = tiny.make(tmp_path / "source", changes={"num_hidden_layers": 1})
+    for side in ("README.md", "LICENSE"):
+        (source / side).write_text(side)
+    plain, failed = getattr(os, name), 0
+    for number in itertools.count():
+        calls = itertools.count()
+
+        def call(*arguments, calls=calls, number=number, **keywords):
+            if next(calls) == number:
+                raise error
+            return plain(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, call)
+        try:
+            convert_checkpoint(source, tmp_path / "deep" / "there", "compressed-tensors")
+        except (MiniawqError, KeyboardInterrupt) as told:
+            failed += 1
+            named = (
+                "KeyboardInterrupt()"
+                if error.args == ()
+                else "disk is full"
+                if error.args[1] == "full"
+                else "cannot write"
+            )
+            assert named in f"{told!r}"  # noqa: PT017
+        else:
+            break
+        assert [path.name for path in tmp_path.iterdir()] == ["source"] or open_checkpoint(tmp_path / "deep" / "there")
+        shutil.rmtree(tmp_path / "deep", ignore_errors=True)
+    assert failed
+    assert contents(tmp_path / "deep" / "there").keys() > {"README.md", "LICENSE", "config.json"}
+
+
+def test_a_byte_that_the_disk_changes_is_seen(tmp_path, monkeypatch):
+    source, _ = tiny.make(tmp_path / "source")
+    write_json = convert.write_json
+
+    def damaging(path: Path, value: object) -> None:
+        file = path.with_name("model.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        write_json(path, value)
+
+    monkeypatch.setattr(convert, "write_json", damaging)
+    with pytest.raises(MiniawqError, match="bytes that were written"):
         convert_checkpoint(source, tmp_path / "there", "compressed-tensors")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

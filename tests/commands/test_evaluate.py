@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import evaluate
-from miniawq.errors import InvalidInput
+from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
+from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense, make_with_its_own_head
 
 
@@ -118,6 +120,61 @@ def test_nothing_to_score_is_a_usage_error(flag, least, value, fairytales, tmp_p
     what, _, fix = capsys.readouterr().err.splitlines()
     assert f"{flag} {value} makes no sense" in what
     assert f"give {least} or more" in fix
+
+
+@pytest.mark.parametrize("whose", ["model", "reference"])
+def test_windows_longer_than_a_context_are_refused(whose, tmp_path) -> None:
+    short, _ = tiny.make(tmp_path / "short", changes={"max_position_embeddings": 8})
+    longer, _ = tiny.make(tmp_path / "longer")
+    opened = [open_checkpoint(path) for path in ((short, longer) if whose == "model" else (longer, short))]
+    assert evaluate.evaluate(opened[0], some_tokens(length=8), opened[1]).windows == 3
+    with pytest.raises(UsageError, match="windows of 9 tokens are longer") as caught:
+        evaluate.evaluate(opened[0], some_tokens(length=9), opened[1])
+    assert "short/config.json: max_position_embeddings = 8" in str(caught.value)
+
+
+def test_the_command_line_cuts_windows_of_the_context(fairytales, tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three sons. " * 99)
+    command = [str(fairytales), "--text", str(tmp_path / "text.txt"), "--device", "cpu", "--max-windows", "1"]
+    assert evaluate.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sequence_length"] == 512
+    assert evaluate.main([*command, "--sequence-length", "513"]) == 2
+    assert "max_position_embeddings = 512" in capsys.readouterr().err
+
+
+def test_predictions_that_are_no_numbers_are_an_error(tmp_path) -> None:
+    directory, _ = tiny.make_dense(tmp_path)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e37
+    tensors["model.layers.0.mlp.gate_proj.weight"] *= 1e37
+    save_file(tensors, file)
+    with pytest.raises(UnsupportedCheckpoint, match="predictions of the model are no numbers"):
+        evaluate.evaluate(open_checkpoint(directory), some_tokens())
+
+
+def test_a_loss_beyond_all_numbers_is_an_error() -> None:
+    hidden_BLD = torch.zeros(1, 2, 4)
+    predictor = evaluate.Predictor(hidden_BLD, lambda hidden_TD: torch.tensor([[1000.0, 0.0]]))
+    with pytest.raises(UnsupportedCheckpoint, match="no numbers"):
+        evaluate.score(torch.tensor([[0, 1]]), predictor)
+
+
+def test_a_divergence_that_is_no_number_is_an_error() -> None:
+    """No loss shows it: the token that the model excludes is not the next one."""
+    tokens_BL, hidden_BLD = torch.tensor([[0, 1, 1]]), torch.zeros(1, 3, 4)
+    ours = evaluate.Predictor(hidden_BLD, lambda hidden_TD: torch.tensor([[-math.inf, 0.0]] * 2))
+    theirs = evaluate.Predictor(hidden_BLD, lambda hidden_TD: torch.zeros(2, 2))
+    assert evaluate.score(tokens_BL, ours).perplexity == 1
+    with pytest.raises(UnsupportedCheckpoint, match="divergence is not finite"):
+        evaluate.score(tokens_BL, ours, theirs)
+
+
+def test_one_predicted_token_is_not_compared() -> None:
+    predictor = evaluate.Predictor(torch.zeros(1, 2, 4), lambda hidden_TD: torch.zeros(1, 2))
+    assert evaluate.score(torch.tensor([[0, 1]]), predictor).perplexity == pytest.approx(2)
+    with pytest.raises(InvalidInput, match="standard error"):
+        evaluate.score(torch.tensor([[0, 1]]), predictor, predictor)
 
 
 def with_tokenizer(directory: Path, fairytales: Path, change=lambda tokenizer: tokenizer) -> str:

@@ -238,6 +238,23 @@ def test_other_sizes_are_refused(text):
         parse_size(text)
 
 
+def test_a_size_beyond_all_machines_is_refused():
+    with pytest.raises(argparse.ArgumentTypeError, match="out of range"):
+        parse_size("9" * 400 + "GB")
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--max-seq-len", "--device-memory"])
+@pytest.mark.parametrize("value", ["0", "-1", str(10**30)])
+def test_numbers_that_make_no_sense_are_usage_errors(flag, value, tmp_path, capsys):
+    directory, _ = tiny.make(tmp_path)
+    try:
+        code = plan.main([str(directory), flag, value])
+    except SystemExit as refused:  # by the parser
+        code = refused.code
+    assert code == 2
+    assert flag in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"), [(0, "0.00 KiB"), (3072, "3.00 KiB"), (3 << 20, "3.00 MiB"), (1 << 29, "0.50 GiB")]
 )

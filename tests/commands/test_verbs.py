@@ -1,9 +1,13 @@
 """What holds for every verb: how it is found, its Hub flags and devices, and how its errors are told."""
 
 import importlib
+import logging
+import os
 import re
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from miniawq import cli
 from miniawq.__main__ import VERBS, main
 from miniawq.checkpoint.hub import hub_options
+from miniawq.errors import MiniawqError, clean
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.verbs import ARGUMENTS, command
 
@@ -73,6 +78,9 @@ def test_an_unknown_device_is_a_usage_error(verb, device, fairytales, tmp_path, 
 FULL = {
     "a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more"),
     "Python": MemoryError(),
+    "the system": OSError(12, "Cannot allocate memory"),
+    "a thread": RuntimeError("can't start new thread"),
+    "C++": RuntimeError("std::bad_alloc"),
     "the host": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
 }
 
@@ -121,3 +129,105 @@ def test_a_tied_head_of_another_shape_is_refused(verb, tmp_path, capsys):
     assert main(command(verb, directory, tmp_path)) == 3
     assert "lm_head.weight [40, 128] for [48, 128]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE = "\x1b[2J\x07\r\x9b\u202e\u2066\u061c\u2028\x00\ud800\U000e0041"
+
+
+def test_words_of_strangers_are_cleaned():
+    assert clean(f"a{HOSTILE}b\tc\nd") == (
+        r"a\x1b[2J\x07\r\x9b\u202e\u2066\u061c\u2028\x00\ud800\U000e0041b" + "\tc\nd"
+    )
+    assert clean("Há \u05d0 \N{PARTY POPPER}\u200d") == "Há \u05d0 \N{PARTY POPPER}\u200d"
+    long = clean("a" * 10**7 + "\x1b" * 999)
+    assert len(long) <= 2000
+    assert long.startswith("aaa")
+    assert long.endswith(r"\x1b")
+
+
+def test_an_error_is_three_short_clean_lines():
+    told = str(MiniawqError("what\nfake" + HOSTILE, "why" * 10**6, "fix\n\n"))
+    assert len(told.split("\n")) == 3
+    assert len(told) <= 2000
+    assert clean(told) == told
+
+
+def test_errors_notices_and_usage_are_written_clean(capsys, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+    def body(_: object) -> None:
+        logging.getLogger("miniawq.test").warning("notice %s", HOSTILE + "x" * 10**5)
+        raise MiniawqError(HOSTILE, HOSTILE)
+
+    assert cli.run(body, cli.parser("test", ""), []) == 1
+    with pytest.raises(SystemExit) as left:
+        cli.run(body, cli.parser("test", ""), ["--no" + HOSTILE + "x" * 10**5])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert not set(HOSTILE) & set(told) - set("[2J")
+    assert len(told) < 5000
+
+
+def test_a_panic_of_a_library_is_told(capsys):
+    class PanicException(BaseException):
+        """What pyo3 raises."""
+
+    def body(_: object) -> None:
+        raise PanicException("index out of bounds")
+
+    assert cli.run(body, cli.parser("test", ""), []) == 1
+    assert capsys.readouterr().err.startswith("miniawq test: a library has failed\n  index out of bounds\n")
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+PYTHON = f"OMP_NUM_THREADS=1 {sys.executable} -m miniawq"
+BODY = f"""{sys.executable} -c '
+import sys
+from miniawq import cli
+from miniawq.errors import UnsupportedCheckpoint
+def body(_):
+    print("text")
+    sys.stdin.read()
+    cli.say("said")
+    if sys.argv[1:] == ["fail"]:
+        raise UnsupportedCheckpoint("damaged")
+sys.exit(cli.run(body, cli.parser("test", ""), []))' """
+
+
+def shell(line: str) -> tuple[int, str, str]:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"stdin": subprocess.DEVNULL, "env": env, "timeout": 60}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@posix
+@pytest.mark.parametrize(
+    ("line", "code", "out", "err"),
+    [
+        (BODY + ">&-", 0, "", "said\n"),
+        (BODY + "2>&-", 0, "text\n", ""),
+        (BODY + "<&-", 0, "text\n", "said\n"),
+        (BODY + "fail <&- >&- 2>&-", 3, "", ""),
+        (BODY + "fail 2>&-", 3, "text\n", ""),
+        (BODY + "fail 2>/dev/full", 3, "text\n", ""),
+        (BODY + "2>/dev/full", 0, "text\n", ""),
+        (BODY + "fail 2> >(true)", 3, "text\n", ""),
+        (BODY + "> >(true)", 0, "", "said\n"),
+        (BODY + "fail >/dev/full", 3, "", "said\nminiawq test: damaged\n"),
+        (BODY + ">/dev/full", 1, "", r"said\nminiawq test: the system cannot read or wri.*\n.*No space left.*\n.*\n"),
+    ],
+)  # fmt: skip
+def test_closed_and_full_streams(line, code, out, err):
+    """The exit code is that of the work; what cannot be said is not said elsewhere."""
+    if "/dev/full" in line and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    found = shell(line)
+    assert found[:2] == (code, out)
+    assert re.fullmatch(err, found[2])
+
+
+@posix
+@pytest.mark.parametrize(("line", "code"), [("2>&-", 2), ("no-such-verb 2>&-", 2), ("plan --no-such 2>&-", 2)])
+def test_usage_is_never_on_stdout(line, code):
+    assert shell(f"{PYTHON} {line}") == (code, "", "")

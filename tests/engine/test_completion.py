@@ -13,9 +13,9 @@ from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.engine.completion import Completion, StopStrings
 from miniawq.engine.memory import bytes_per_token, footprint
-from miniawq.engine.sampling import Sampling
+from miniawq.engine.sampling import Sampling, fold_seed
 from miniawq.engine.step import DecodeStep
-from miniawq.errors import InvalidInput, MiniawqError
+from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint
 from miniawq.generate import complete, generate
 from miniawq.model import KVCache, Llama
 from miniawq.text.tokenizer import Tokenizer
@@ -147,6 +147,7 @@ def test_only_the_last_position_is_projected(model, device):
     [
         (torch.zeros(1, 0, dtype=torch.long), 1, r"the prompt has no tokens"),
         (torch.tensor([[420]]), 1, r"an id that the model does not know\n  id 420; config\.json: vocab_size = 420"),
+        (torch.tensor([[4, -3]]), 1, r"an id that the model does not know\n  id -3"),
         (torch.tensor([[4] * 90]), 7, r"do not fit into the context\n  90 in the prompt and 7 new; .* = 96"),
         (torch.tensor([[4]]), 0, r"do not fit into the context"),
     ],
@@ -160,11 +161,38 @@ def test_the_context_may_be_filled_to_the_last_position(model, device):
     assert len(continued(model, torch.full((1, 90), 4, device=device), 6)) == 6
 
 
-def test_logits_that_are_not_numbers_are_an_error(model, device):
+def test_weights_that_are_not_numbers_are_named(model, device):
     broken = copy.deepcopy(model)
     broken.lm_head.weight[7] = math.nan
-    with pytest.raises(MiniawqError, match=r"not a number\n  torch\.float32 may be too narrow"):
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"not a number\n  lm_head\.weight holds values that are not finite"
+    ):
         continued(broken, tokens(5, device), 4)
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float32, "too large"), (torch.float16, "float16 may be too nar")])
+def test_logits_that_are_not_numbers_are_an_error(model, dtype, reason):
+    broken = copy.deepcopy(model).to(dtype)
+    for layer in (broken.model.layers[0].mlp.up_proj, broken.model.layers[0].mlp.gate_proj):
+        layer.weight.fill_(torch.finfo(dtype).max)
+    with pytest.raises(MiniawqError, match=rf"not a number\n.*{reason}"):
+        continued(broken, tokens(5, "cpu"), 4)
+
+
+@pytest.mark.parametrize("padding", [[5, 0], [9, 0], [-1, 0], [0], [0, 0, 0], [0.5, 0.0], [[0, 0]]])
+def test_padding_that_leaves_no_prompt_is_refused(model, padding):
+    with pytest.raises(InvalidInput, match=r"padding_B does not fit the prompt\n  wanted: for each of 2 rows"):
+        continued(model, tokens(5, rows=2), 2, padding_B=torch.tensor(padding))
+
+
+def test_seeds_of_64_bits_give_their_own_texts(model):
+    sampling, seeds = Sampling(temperature=2.0), [7, 7 + 2**32, 7 + 2**33, 7 + 2**63, 2**64 - 1]
+    texts = [continued(model, tokens(5), 12, sampling=sampling, seed=seed) for seed in seeds]
+    assert len({str(text) for text in texts}) == len(seeds)
+    assert fold_seed(2**32 - 1) == 2**32 - 1
+    for seed in (-1, 2**64):
+        with pytest.raises(InvalidInput, match=r"makes no sense\n  it must be a whole number from 0 to"):
+            continued(model, tokens(5), 1, seed=seed)
 
 
 def cut(text, stops):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniawq.engine.sampling import NOT_A_NUMBER, History, Sampling, candidates, draw, penalize, sample
+from miniawq.engine.sampling import NOT_A_NUMBER, RANGES, History, Sampling, candidates, draw, penalize, sample
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=2, max_size=9, unique=True)
@@ -179,3 +179,43 @@ def test_a_generation_config_that_makes_no_sense_is_named_unless_the_user_dispos
     with pytest.raises(UnsupportedCheckpoint, match=r"generation_config\.json: top_p = 'most' .*\n.*\n.* give --top-p"):
         Sampling.choose(config)
     assert Sampling.choose(config, top_p=0.5) == Sampling(temperature=0.7, top_p=0.5)
+
+
+@pytest.mark.parametrize("value", [True, "0.7", [0.7], {}, math.nan, math.inf, 10**400, -(10**400), 1e300], ids=repr)
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_values_of_other_types_and_ranges_are_refused(name, value):
+    if value == 1e300 and name == "temperature":
+        return
+    config = {"do_sample": True, "temperature": 1.0, name: value}
+    with pytest.raises(UnsupportedCheckpoint, match=rf"generation_config\.json: {name} = .* makes no sense"):
+        Sampling.choose(config)
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, [], {}, 0.5])
+def test_do_sample_is_true_or_false(value):
+    with pytest.raises(UnsupportedCheckpoint, match=r"do_sample = .* makes no sense\n  it must be true or false"):
+        Sampling.choose({"do_sample": value, "temperature": 1.0})
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e308},
+        {"temperature": 2**70, "presence_penalty": 2**70},
+        {"temperature": 5e-324},
+        {"repetition_penalty": 1e-6},
+        {"repetition_penalty": 1e6},
+        {"presence_penalty": 1e30, "frequency_penalty": -1e30},
+        {"min_p": 5e-324},
+        {"top_p": 5e-324},
+        {"top_k": 10**300},
+    ],
+    ids=repr,
+)
+def test_extreme_settings_draw_a_token(extreme):
+    sampling = Sampling(**{"temperature": 1.0} | extreme)
+    history = History.of_prompt(torch.tensor([[0, 1, 2]]), 9)
+    history.add(torch.tensor([3]))
+    logits_BV = torch.linspace(-40, 40, 9)[None]
+    assert 0 <= sample(logits_BV, sampling, history).item() < 9
+    assert penalize(logits_BV, sampling, history).isfinite().all()

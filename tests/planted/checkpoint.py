@@ -2,7 +2,10 @@
 
 from tests.planted.fault import Fault
 
-OPENING, REFUSALS, SHARDS, HUB = (f"checkpoint/test_{name}" for name in ("opening", "refusals", "shards", "hub"))
+OPENING, REFUSALS, SHARDS, HUB, HOSTILE = (
+    f"checkpoint/test_{name}" for name in ("opening", "refusals", "shards", "hub", "hostile")
+)
+PUBLISHING, CONVERT = "quantize/test_publishing", "commands/test_convert"
 FAULTS = [
     # config.json
     Fault("checkpoint/config.py", r"layer >= first else", "layer > first else", "test_model"),
@@ -10,6 +13,13 @@ FAULTS = [
     Fault("checkpoint/config.py", r"return mscale\(1\.0\)", "return 1.0", "test_model"),
     Fault("checkpoint/config.py", r"original or longest", "longest", "test_model"),
     Fault("checkpoint/config.py", r"if kind not in INVERSE_FREQUENCIES:", "if False:", "test_model"),
+    Fault(
+        "checkpoint/values.py", r" and not isinstance\(value, bool\) and self\.low <= value <= self\.high", "", HOSTILE
+    ),
+    Fault("checkpoint/values.py", r"if not isinstance\(given, Mapping\):", "if False:", HOSTILE),
+    Fault("checkpoint/config.py", r"rope\.low_freq_factor >= rope", "rope.low_freq_factor > rope", HOSTILE),
+    Fault("checkpoint/config.py", r"(is None) and \(more := .*\):$", r"\1 and (more := []):", HOSTILE),
+    Fault("checkpoint/config.py", r"for value in given\.values\(\)\):", "for value in nested):", HOSTILE),
     # Layouts.
     Fault("checkpoint/layouts.py", r"1 if group_size >= 128", "1 if group_size >= 64", "test_packing"),
     Fault("checkpoint/layouts.py", r"\.t\(\)\[:outputs\]", ".t()", "test_packing"),
@@ -50,7 +60,18 @@ FAULTS = [
     Fault("checkpoint/headers.py", r"if Path\(shard\)\.name != shard or", "if", REFUSALS),
     Fault("checkpoint/headers.py", r"if absent := .*:$", "if False:", REFUSALS),
     Fault("checkpoint/headers.py", r"if name in tensors:", "if False:", REFUSALS),
+    Fault("checkpoint/hub.py", r"if max\(size, len\(content\)\) > limit:", "if False:", HOSTILE),
+    Fault("checkpoint/hub.py", r"if length > \(limit := .*\):$", "if False:", HOSTILE),
+    Fault("checkpoint/hub.py", r"parse_constant=finite, parse_float=finite", "parse_constant=finite", HOSTILE),
+    Fault("checkpoint/hub.py", r"^    if level:", "    if False:", HOSTILE),
+    Fault("checkpoint/hub.py", r"if name in self\.stamps and", "if False and", HOSTILE),
     # Reading.
+    Fault("checkpoint/detection.py", r'if parts\["scales"\]\.dtype not in SCALES:', "if False:", HOSTILE),
+    Fault("checkpoint/detection.py", r"if linear\.in_features != scales.*:$", "if False:", HOSTILE),
+    Fault("checkpoint/opening.py", r"if held < config\.num_hidden_layers:", "if False:", HOSTILE),
+    Fault("checkpoint/opening.py", r" if tensors\[name\]\.dtype not in DENSE$", " if False", HOSTILE),
+    Fault("checkpoint/opening.py", r"if self\.mapped and", "if", HOSTILE),
+    Fault("checkpoint/reading.py", r"low\.isfinite\(\) & high", "low", HOSTILE),
     Fault(
         "checkpoint/opening.py",
         r"(tensor = )(file\.get_tensor\(info\.key\))",
@@ -58,14 +79,14 @@ FAULTS = [
         OPENING,
     ),
     Fault("checkpoint/opening.py", r'(torch\.device\("meta"\)), _NoValues\(\):', r"\1:", OPENING),
-    Fault("checkpoint/opening.py", r"if not scales\.isfinite\(\)\.all\(\):", "if False:", OPENING),
+    Fault("checkpoint/opening.py", r"if not finite:", "if False:", OPENING),
     Fault("checkpoint/opening.py", r"shape\.tolist\(\) != \[.*:$", "False:", REFUSALS),
     Fault("checkpoint/opening.py", r"if any\(problems\.values\(\)\):", "if False:", REFUSALS),
     Fault(
         "checkpoint/opening.py", r"if torch\.equal\(self\.read\(HEAD\), self\.read\(EMBEDDING\)\):", "if True:", OPENING
     ),
     Fault("checkpoint/opening.py", r"if tensor\.dtype == torch\.uint32 else", "if False else", OPENING),
-    Fault("checkpoint/opening.py", r"torch\.full_like\(scales, SYMMETRIC_ZERO, ", "torch.zeros_like(scales, ", OPENING),
+    Fault("checkpoint/opening.py", r"torch\.full_like\((.*), SYMMETRIC_ZERO, ", r"torch.zeros_like(\1, ", OPENING),
     Fault("checkpoint/reading.py", r"\(8 \+ length \+ start,", "(length + start,", OPENING),
     Fault("checkpoint/reading.py", r"file\.seek\(start\)", "file.seek(start + 1)", OPENING),
     # Loading.
@@ -74,6 +95,7 @@ FAULTS = [
     Fault("checkpoint/loading.py", r"dimensions == 2 and (stored in HALVES)", r"\1", "test_model"),
     Fault("checkpoint/loading.py", r"y\[\.\.\., first : first \+ step\] =", "y[..., :step] =", "test_model"),
     Fault("checkpoint/loading.py", r"return y if bias_O is None else y \+ bias_O", "return y", "test_model"),
+    Fault("checkpoint/loading.py", r"and not is_finite\(converted\):", "and False:", HOSTILE),
     # Writing.
     Fault("checkpoint/shards.py", r"self\._file\.seek\(size\)", "pass", SHARDS),
     Fault("checkpoint/shards.py", r'b" " \* \(-len\(text\) % 8\)', 'b""', SHARDS),
@@ -89,5 +111,17 @@ FAULTS = [
     ),
     Fault("checkpoint/shards.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
     Fault("checkpoint/shards.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
+    Fault("checkpoint/shards.py", r"key=lambda path: \(path\.name == LAST, ", "key=lambda path: (", PUBLISHING),
+    Fault("checkpoint/shards.py", r"key=lambda name: name != LAST", "key=lambda name: name == LAST", PUBLISHING),
+    Fault(
+        "checkpoint/shards.py", r"^( +)with suppress\(OSError\):(\n +self\._file\.close)", r"\1if True:\2", PUBLISHING
+    ),
+    Fault(
+        "checkpoint/shards.py",
+        r"^    except BaseException:\n +_remove_empty.*\n",
+        "    except AssertionError:\n",
+        CONVERT,
+    ),
+    Fault("checkpoint/unchanged.py", r"or _sha256\(directory / name\) != digest", "", PUBLISHING),
     Fault("checkpoint/shards.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
 ]

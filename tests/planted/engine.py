@@ -54,6 +54,8 @@ FAULTS = [
         SAMPLING,
     ),
     Fault("engine/sampling.py", r"logits_BV < 0, logits_BV \* factor", "logits_BV < 0, logits_BV / factor", SAMPLING),
+    Fault("engine/sampling.py", r"seed is None or 0 <= seed < 1 << 32", "True", COMPLETION),
+    Fault("engine/sampling.py", r"object\.__setattr__\(self, name, float\(value\)\)", "pass", SAMPLING),
     # Texts.
     Fault(
         "engine/completion.py",

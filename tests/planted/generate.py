@@ -2,12 +2,19 @@
 
 from tests.planted.fault import Fault
 
-COMPLETION, GENERATE = "engine/test_completion", "test_generate"
+COMPLETION, GENERATE, RUNS = "engine/test_completion", "test_generate", "commands/test_hostile_runs"
 FAULTS = [
     Fault("generate.py", r"max\(1, prefill_chunk // batch\)", "prefill_chunk", COMPLETION),
     Fault("generate.py", r"is_on and token_id not in stop_ids", "token_id not in stop_ids", COMPLETION),
     Fault("generate.py", r"if NOT_A_NUMBER in ids:", "if False:", COMPLETION),
     Fault("generate.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
+    Fault("generate.py", r"int\(padding_B\.max\(\)\) < length", "int(padding_B.max()) <= length", COMPLETION),
+    Fault(
+        "generate.py",
+        r"longest if arguments\.max_seq_len is None else arguments\.max_seq_len",
+        "arguments.max_seq_len or longest",
+        RUNS,
+    ),
     Fault("generate.py", r"left if wanted == -1 else", "wanted if wanted == -1 else", GENERATE),
     Fault(
         "generate.py", r"decoders\.room\(length \+ self\.room\(length\)\)", "decoders.room(self.room(length))", GENERATE

@@ -2,15 +2,21 @@
 
 from tests.planted.fault import Fault
 
-TOKENIZER, CHAT = "text/test_tokenizer", "text/test_chat"
+TOKENIZER, CHAT, TEMPLATES = "text/test_tokenizer", "text/test_chat", "text/test_hostile_templates"
+HOSTILE = "text/test_hostile_tokenizers"
 FAULTS = [
     Fault("text/tokenizer.py", r"\[\] if ids\[:1\] == \[self\.bos_id\] else self\._prefix", "self._prefix", TOKENIZER),
     Fault("text/tokenizer.py", r"or text\.endswith\(REPLACEMENT\) ", "", TOKENIZER),
     Fault("text/tokenizer.py", r" or self\._tokenizer\.is_byte\(token_id\)", "", TOKENIZER),
-    Fault("text/tokenizer.py", r"tokenizer\.no_truncation\(\)", "pass", TOKENIZER),
-    Fault("text/chat.py", r"trim_blocks=True, ", "", CHAT),
-    Fault("text/chat.py", r"ImmutableSandboxedEnvironment\(\n", "jinja2.Environment(\n", CHAT),
-    Fault("text/chat.py", r"size > MAX_RENDERED_CHARACTERS", "False", CHAT),
+    Fault("text/library.py", r"self\.raw\.no_truncation\(\)", "pass", TOKENIZER),
+    Fault("text/template.py", r"trim_blocks=True, ", "", CHAT),
+    Fault("text/template.py", r"ImmutableSandboxedEnvironment\(\n", '__import__("jinja2").Environment(\n', CHAT),
+    Fault("text/template.py", r"size > MAX_RENDERED_CHARACTERS", "False", CHAT),
+    Fault("text/library.py", r"len\(text\) \* self\.growth > MAX_CHARACTERS", "False", HOSTILE),
+    Fault("text/library.py", r"thread\.join\(seconds\)", "thread.join()", HOSTILE),
+    Fault("text/tokenizer.py", r"type\(token_id\) is int", "isinstance(token_id, int)", HOSTILE),
+    Fault("text/worker.py", r"spent > SECONDS", "spent > 20 * SECONDS", TEMPLATES),
+    Fault("text/worker.py", r"memory_info\(\)\.rss > MEMORY", "memory_info().rss < 0", TEMPLATES),
     Fault("text/chat.py", r"len\(template\) > MAX_TEMPLATE_CHARACTERS", "False", CHAT),
     Fault("text/chat.py", r"sorted\(PROTECTED_VARIABLES & variables\.keys\(\)\)", "()", CHAT),
     Fault("text/chat.py", r"(if with_tools) and \"tool_use\" in templates", r'if "tool_use" in templates', CHAT),
