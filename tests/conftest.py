@@ -1,5 +1,6 @@
 """Options and fixtures of all tests."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import settings
 
 from tests.helpers import DATA
 
+# Started in the background, a shell has us ignore Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples on every run: a red test is red for everybody.
 settings.register_profile("miniawq", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("miniawq")

@@ -34,7 +34,7 @@ FAULTS = [
     Fault("checkpoint/background.py", r"if kind is None:", "if False:", COSTS),
     Fault("quantize/verify.py", r"not error <= limit \+ ROUNDING", "False", JOB),
     Fault("quantize/journal.py", r"if changed := .*:$", "if False:", JOB),
-    Fault("quantize/verify.py", r"\.hexdigest\(\) != digest:", ".hexdigest() == '':", PUBLISHING),
+    Fault("quantize/verify.py", r"if found != digests\[name\]:", "if found == '':", PUBLISHING),
     Fault("quantize/journal.py", r"elif why := problem\(record, len\(self\.blocks\)\):", "elif why := '':", PUBLISHING),
     Fault("quantize/journal.py", r"^( +)self\._append\(\{\"published\": list\(names\)\}\)", r"\1pass", PUBLISHING),
     Fault("quantize/job.py", r"^( +)check_side_files\(.*\)", r"\1pass", PUBLISHING),
