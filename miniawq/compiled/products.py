@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from miniawq.compiled import cpu_forms, gpu_forms, launch
+import miniawq.compiled.cpu_forms as cpu_forms
+import miniawq.compiled.gpu_forms as gpu_forms
+import miniawq.compiled.launch as launch
 from miniawq.compiled.compiler import Arguments, Compiled
 from miniawq.compiled.eager import EXPAND_IN_TILES, expand, multiply_prepacked
 from miniawq.compiled.gpu_forms import with_bias, written

@@ -33,6 +33,7 @@ from miniawq.quantize.report import draw_report
 from miniawq.quantize.verify import error_over_bound, verify
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import DATA
+from tests.helpers.quantizing import contents, some_text
 from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense
 
 SETTINGS = Settings(replace(DEFAULT, group_size=64, ratios=4))
@@ -43,21 +44,6 @@ def no_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_report", lambda path, blocks: None)
         yield
-
-
-def some_text(rows: int = 3, length: int = 9, vocabulary: int = 48) -> Calibration:
-    tokens_BL = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(3))
-    return Calibration(tokens_BL, "random ids", tokens_BL.numel())
-
-
-def contents(directory: Path) -> dict[str, Any]:
-    """Every file but what a picture or a clock decides."""
-    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.suffix != ".png"}
-    told = json.loads(files.pop("quantization_report.json"))
-    for timed in (told, *told["blocks"]):
-        timed.pop("seconds")
-    told.pop("peak_memory_bytes")
-    return files | {"report": told}
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from miniawq.quantize.recipes import DEFAULT, PAPER, PLAIN_ROUNDING
 from miniawq.quantize.report import finite
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import DATA
+from tests.helpers.quantizing import contents, some_text
 from tests.helpers.tiny_checkpoints import make, make_dense
 
 SETTINGS = Settings(replace(PLAIN_ROUNDING, group_size=64), shard_bytes=40_000)
@@ -49,17 +50,7 @@ def dense(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def text() -> Calibration:
-    tokens_BL = torch.randint(48, (3, 9), generator=torch.Generator().manual_seed(3))
-    return Calibration(tokens_BL, "random ids", tokens_BL.numel())
-
-
-def contents(directory: Path) -> dict[str, Any]:
-    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.suffix != ".png"}
-    told = json.loads(files.pop("quantization_report.json"))
-    for timed in (told, *told["blocks"]):
-        timed.pop("seconds")
-    told.pop("peak_memory_bytes")
-    return files | {"report": told}
+    return some_text()
 
 
 def opens(directory: Path) -> bool:

@@ -1,0 +1,24 @@
+"""Text to calibrate on, and what a run of quantize wrote, to compare with another run's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniawq.quantize.calibration import Calibration
+
+
+def some_text(rows: int = 3, length: int = 9, vocabulary: int = 48) -> Calibration:
+    tokens_BL = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(3))
+    return Calibration(tokens_BL, "random ids", tokens_BL.numel())
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    """Every file but what a picture or a clock decides."""
+    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.suffix != ".png"}
+    told = json.loads(files.pop("quantization_report.json"))
+    for timed in (told, *told["blocks"]):
+        timed.pop("seconds")
+    told.pop("peak_memory_bytes")
+    return files | {"report": told}
