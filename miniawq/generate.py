@@ -29,6 +29,7 @@ from miniawq.commands.figures import figures, report
 from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
 from miniawq.engine.completion import Completion
+from miniawq.engine.delivery import delivered
 from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.start import Decoders, PlainStep, Step
@@ -98,15 +99,13 @@ def generate(
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
-    for left in reversed(range(max_tokens)):
-        ids = ids_B.tolist()
+    for ids in delivered(decoder, ids_B, max_tokens):
         if NOT_A_NUMBER in ids:
             raise not_a_number(model, logits_BV.dtype)
         yield [token_id if is_on else None for token_id, is_on in zip(ids, running, strict=True)]
         running = [is_on and token_id not in stop_ids for token_id, is_on in zip(ids, running, strict=True)]
-        if not left or not any(running):
+        if not any(running):
             return
-        ids_B = decoder.step(ids_B)
 
 
 def check_prompt(model: Llama, tokens_BL: Tensor, max_tokens: int, padding_B: Tensor | None = None) -> None:

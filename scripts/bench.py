@@ -28,6 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.loading import DTYPES, DenseLinear, loaded_dtype
+from miniawq.engine.delivery import delivered
 from miniawq.engine.memory import (
     OVERHEAD,
     PREFILL_CHUNK,
@@ -185,7 +186,9 @@ def measured_bandwidth(device: torch.device) -> float:
 def decode_rate(
     model: Llama, rows: int, context: int, arguments: argparse.Namespace
 ) -> tuple[DecodeStep, dict[str, Any]]:
-    """Time `new_tokens` steps behind `context` positions: random keys and values, and a last piece of the prompts."""
+    """Time `new_tokens` steps after `context` positions, ids delivered as they come: random keys and values, and a last
+    piece of the prompts.
+    """
     device, steps = arguments.device, arguments.new_tokens
     room = context + steps + 2
     step, clock = DecodeStep(model, rows, room, compiles=arguments.compile), Clock(device)
@@ -200,8 +203,8 @@ def decode_rate(
         ids_B = step.step(ids_B)
     first = clock.seconds
     with clock():
-        for _ in range(steps):
-            ids_B = step.step(ids_B)
+        for _ in delivered(step, ids_B, steps + 1):
+            pass
     seconds = clock.seconds / steps
     kv_bytes = rows * (context + steps // 2) * kv_bytes_per_token(model.config, arguments.activations)
     read = bytes_per_token(model) + kv_bytes

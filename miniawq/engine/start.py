@@ -25,6 +25,9 @@ class Step(Protocol):
     history: History | None
     generator: torch.Generator
 
+    @property
+    def returns_early(self) -> bool: ...
+
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None: ...
 
     def step(self, ids_B: Tensor) -> Tensor: ...
@@ -38,6 +41,11 @@ class PlainStep:
         self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
         self.generator = torch.Generator(model.device)
+
+    @property
+    def returns_early(self) -> bool:
+        """Never: the host launches kernel after kernel, which takes longer than computing them."""
+        return False
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
@@ -93,6 +101,11 @@ class EagerStart(PlainStep):
             return self.compiled.step(ids_B)
         self.ahead += 1
         return super().step(ids_B)
+
+    @property
+    def returns_early(self) -> bool:
+        """As `DecodeStep.returns_early`, once it has taken over."""
+        return self.compiled.returns_early and not self.is_compiling
 
     @property
     def is_compiling(self) -> bool:

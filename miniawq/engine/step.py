@@ -133,6 +133,11 @@ class DecodeStep:
             why = f"its logits differ by {difference:.3g} of their norm from those of the model"
             raise MiniawqError("what was compiled is wrong", why, "please report it, with the model and the device")
 
+    @property
+    def returns_early(self) -> bool:
+        """Whether `step` returns before the device has computed the ids: a recorded token takes one launch."""
+        return bool(self.graphs)
+
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None:
         """Forget the last text. `tokens_BL` counts for penalties only: run it into `cache` afterwards."""
         self.cache.length, self.cache.padding_B = 0, padding_B

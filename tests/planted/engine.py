@@ -4,7 +4,14 @@ from tests.planted.fault import Fault
 
 STEP, ARTIFACTS, PLAN = "engine/test_step", "compiled/test_artifacts", "commands/test_plan"
 COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
+DELIVERY = "engine/test_delivery"
 FAULTS = [
+    # Ids.
+    Fault("engine/delivery.py", r"if left and step\.returns_early", "if step.returns_early", DELIVERY),
+    Fault("engine/delivery.py", r"if left and step\.returns_early", "if False", DELIVERY),
+    Fault("engine/delivery.py", r"step\.step\(ids_B\) if left else ids_B", "step.step(ids_B)", DELIVERY),
+    Fault("engine/step.py", r"return bool\(self\.graphs\)", "return True", DELIVERY),
+    Fault("engine/start.py", r"(?s)(def returns_early.{,200}?)return False", r"\1return True", DELIVERY),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
     Fault("engine/attend.py", r"position_1 // BLOCK \+ 1 - first_block_B", "position_1 // BLOCK - first_block_B", STEP),
