@@ -42,10 +42,12 @@ from miniawq.compiled.products import (
     Product,
     compile_with_forms,
     dense_product,
+    in_whole_rows,
     int4_product,
     multiply,
     prepare,
     prepare_normed,
+    with_rows,
 )
 from miniawq.compiled.proof import check
 from miniawq.compiled.workshop import WORKSHOP, first_line
@@ -68,6 +70,7 @@ __all__ = [
     "directory_of",
     "first_line",
     "identity",
+    "in_whole_rows",
     "int4_product",
     "join",
     "joined",
@@ -81,5 +84,6 @@ __all__ = [
     "prepare",
     "prepare_normed",
     "unprepack",
+    "with_rows",
     "written",
 ]

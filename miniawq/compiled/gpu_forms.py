@@ -85,10 +85,14 @@ def reduce_planes(
     return torch.stack(y_TO)
 
 
+def whole_rows(rows: int) -> int:
+    """The rows that `dot_planes` computes of so many: whole tiles."""
+    return rows + -rows % columns_for(rows)
+
+
 def in_whole_tiles(x_TI: Tensor) -> Tensor:
     """With rows of zeros, as many as `dot_planes` takes."""
-    rows = len(x_TI)
-    return pad(x_TI, (0, 0, 0, -rows % columns_for(rows)))
+    return pad(x_TI, (0, 0, 0, whole_rows(len(x_TI)) - len(x_TI)))
 
 
 def spread(x_TI: Tensor, groups: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, pad, rms_norm
 
 import miniawq.compiled.cpu_forms as cpu_forms
 import miniawq.compiled.gpu_forms as gpu_forms
@@ -44,6 +44,7 @@ class Form(NamedTuple):
     prepare_normed(h_TI, norm_I, eps, dtype, *tensors) -> prepared, means_TC exists where a norm before the product can
     be applied after it: h is float32, and multiply divides row t of its result by the root of the sum of means_TC[t].
     `stays_float32`: nothing is rounded between the two steps. `written_by_inductor`: no library multiplies.
+    `whole_rows` says how many rows it computes of so many.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Form(NamedTuple):
     prepare_normed: Callable[..., tuple[Any, Tensor]] | None = None
     stays_float32: bool = False
     written_by_inductor: bool = True
+    whole_rows: Callable[[int], int] = lambda rows: rows
 
 
 class Product(NamedTuple):
@@ -98,6 +100,19 @@ def multiply(products: Sequence[Product], prepared: Prepared) -> Tensor:
         for (form, tensors), x in zip(products, of_products, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def in_whole_rows(products: Sequence[Product], x_TI: Tensor) -> Tensor:
+    """x with rows of zeros, as many as the products compute anyway.
+
+    Whoever keeps them from product to product computes with tensors of one size, which fit into one kernel.
+    """
+    return with_rows(x_TI, max(form.whole_rows(len(x_TI)) for form, _ in products))
+
+
+def with_rows(x_TI: Tensor, rows: int) -> Tensor:
+    """x with so many rows; those it does not have are zeros."""
+    return x_TI if len(x_TI) == rows else pad(x_TI, (0, 0, 0, rows - len(x_TI)))
 
 
 def mean_squares(h_TI: Tensor, pieces: int, eps: float) -> Tensor:
@@ -275,7 +290,7 @@ def multiply_tiled(
 
 
 REDUCE = Form("reduce", prepare_reduced, multiply_reduced, prepare_normed_reduced, stays_float32=True)
-DOT = Form("dot", prepare_dotted, multiply_dotted, prepare_normed_dotted)
+DOT = Form("dot", prepare_dotted, multiply_dotted, prepare_normed_dotted, whole_rows=gpu_forms.whole_rows)
 EXPAND = Form("expand", as_they_are, multiply_expanded, written_by_inductor=False)
 WORDS = Form("words", prepare_words, multiply_words)
 PLAIN = Form("plain", as_they_are, multiply_plainly, written_by_inductor=False)

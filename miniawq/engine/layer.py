@@ -33,9 +33,11 @@ from miniawq.compiled import (
     Product,
     any_length,
     compile_with_forms,
+    in_whole_rows,
     multiply,
     prepare,
     prepare_normed,
+    with_rows,
     written,
 )
 from miniawq.engine.attend import Blocks, block_attention, blocks_of, first_seen
@@ -54,7 +56,7 @@ def before_attention(
     config: LlamaConfig, layer: Layer, prepared: Prepared, rope: Rope, position_1: Tensor, cache_UJE: Tensor
 ) -> None:
     """Write the queries, keys and values of the normed residual stream into their slots of the layer's cache."""
-    qkv_BO = multiply(layer.qkv, prepared)
+    qkv_BO = multiply(layer.qkv, prepared)[: layer.rows]
     rotate_into_cache(config, layer.qk_norm_AE, qkv_BO, rope, position_1, cache_UJE)
 
 
@@ -100,7 +102,8 @@ def after_attention(
 
     The kernel that ends this layer does both.
     """
-    h_BD = written(h_BD + multiply(layer.o, prepare(layer.o, attended_BHE.flatten(1))))
+    attended_BI = with_rows(attended_BHE.flatten(1), len(h_BD))
+    h_BD = written(h_BD + multiply(layer.o, prepare(layer.o, attended_BI)))
     normed = prepare_normed(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
     gate_BF, up_BF = multiply(layer.gate_up, normed).chunk(2, dim=-1)
     h_BD = written(h_BD + multiply(layer.down, prepare(layer.down, silu(gate_BF) * up_BF)))
@@ -119,7 +122,7 @@ def whole_layer(
 ) -> tuple[Tensor, Prepared]:
     """`before_attention`, attention by blocks and `after_attention`."""
     before_attention(config, layer, prepared, rope, blocks.position_1, cache_UJE)
-    attended_BHE = block_attention(*parts_of_cache(config, len(h_BD), cache_UJE), blocks)
+    attended_BHE = block_attention(*parts_of_cache(config, layer.rows, cache_UJE), blocks)
     return after_attention(config, layer, following, h_BD, attended_BHE)
 
 
@@ -171,7 +174,8 @@ def enter(
     """
     cos_ME, sin_ME = tables_ME
     starts = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
-    h_BD = written(embedding(ids_B.clamp_min(0), embedding_VD).to(first.input_norm_D.dtype))
+    embedded_BD = embedding(ids_B.clamp_min(0), embedding_VD).to(first.input_norm_D.dtype)
+    h_BD = written(in_whole_rows(first.qkv, embedded_BD))
     return Entry(
         h_BD,
         prepare_normed(first.qkv, h_BD, first.input_norm_D, config.rms_norm_eps),

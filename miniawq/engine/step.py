@@ -194,6 +194,7 @@ class DecodeStep:
             h_BD, prepared = functions.after(config, layer, next_layer, h_BD, attended_BHE)
         if self.history is not None:
             self.history.add(self.ids_B.clamp_min(0))
+        h_BD = h_BD[: len(self.ids_B)]
         self.logits_BV, ids_B = functions.finish(config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
         if ids_B is None:
             ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)

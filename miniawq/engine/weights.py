@@ -97,11 +97,11 @@ class LayerWeights(NamedTuple):
             name: value.products(rows, dtype, accepts) if isinstance(value, Weights) else value
             for name, value in self._asdict().items()
         }
-        return Layer(**chosen)
+        return Layer(**chosen, rows=rows)
 
 
 class Layer(NamedTuple):
-    """One layer as the functions of a token take it."""
+    """One layer as the functions of a token take it, for so many rows."""
 
     input_norm_D: Tensor
     qkv: tuple[Product, ...]
@@ -110,6 +110,7 @@ class Layer(NamedTuple):
     post_norm_D: Tensor
     gate_up: tuple[Product, ...]
     down: tuple[Product, ...]
+    rows: int
 
     @property
     def forms(self) -> frozenset[Form]:

@@ -30,8 +30,8 @@ MOST = {
     ("dot", 28672, 4096, 64): 5.4,
     ("dot", 4096, 14336, 128): 6.4,
 }
-LAYER, EXPAND = ("layer", 4096, 14336, 16), ("expand", 4096, 14336, 0)
-CASES = [*MOST, LAYER, EXPAND]
+LAYERS, EXPAND = [("layer", 4096, 14336, rows) for rows in (5, 16)], ("expand", 4096, 14336, 0)
+CASES = [*MOST, *LAYERS, EXPAND]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,10 @@ def test_kernels_stay_small(counts, case):
     assert count["kernels"] == 1 + summed_apart
 
 
-def test_nothing_is_searched_and_parts_are_summed_where_they_are_read(counts):
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[3]} rows")
+def test_nothing_is_searched_and_parts_are_summed_where_they_are_read(counts, layer):
     """Three times activations in order and product, and once activations in order for the following layer."""
-    assert counts[LAYER] == {"kernels": 7, "searched": 0}
+    assert counts[layer] == {"kernels": 7, "searched": 0}
 
 
 def test_a_weight_is_read_and_written_by_one_kernel_in_whole_sectors(counts):

@@ -10,7 +10,7 @@ from torch import nn
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.loading import DenseLinear, load_model
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.compiled import multiply, prepacked, prepare
+from miniawq.compiled import Product, multiply, prepacked, prepare, products
 from miniawq.engine import attend
 from miniawq.engine.attend import block_attention, blocks_of, first_seen, mask_of
 from miniawq.engine.layer import finish, most_probable
@@ -80,6 +80,26 @@ def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
     for chunk in (1, 5, 100):
         step = DecodeStep(model, 3, PROMPT + NEW, compiles=False)
         assert list(generate(model, tokens_BL, decoder=step, prefill_chunk=chunk, **options)) == expected
+
+
+@pytest.mark.parametrize("rows", [3, 8, 9])
+def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_there_are(rows, device, monkeypatch):
+    def dotted(weight, bias_O, rows, _dtype, _accepts) -> Product:
+        return Product(products.DOT, products.int4_tensors(products.DOT, weight, bias_O, rows))
+
+    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr("miniawq.engine.weights.int4_product", dotted)
+    model = int4_model(device)
+    tokens_BL = random_prompt(model, rows)
+    step, cache = DecodeStep(model, rows, PROMPT + NEW, compiles=False), KVCache(model.config, rows, 32, device=device)
+    step.begin(tokens_BL)
+    with torch.no_grad():
+        ids_B = model.last_logits(tokens_BL, step.cache).argmax(-1)
+        model.last_logits(tokens_BL, cache)
+        expected_BV = model.last_logits(ids_B[:, None], cache)
+        assert torch.equal(step.step(ids_B), expected_BV.argmax(-1))
+    assert step.logits_BV.shape == expected_BV.shape
+    torch.testing.assert_close(step.logits_BV, expected_BV, rtol=0, atol=2e-5 * float(expected_BV.abs().max()))
 
 
 @pytest.mark.compiles

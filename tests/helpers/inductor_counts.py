@@ -153,7 +153,7 @@ def instructions_of_a_step(text):
 
 
 def count_layer(width, inner, rows):
-    """Kernels of `layer.after_attention`, of whole tiles of rows, and how many of them would be searched."""
+    """Kernels of `layer.after_attention`, and how many of them would be searched."""
     heads = width // 128
     names = {
         "hidden_size": width,
@@ -163,7 +163,8 @@ def count_layer(width, inner, rows):
     }
     common = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "vocab_size": 256, "num_hidden_layers": 1}
     config = llama_config(common | names)
-    shapes = [((rows, width), torch.bfloat16), ((rows, heads, 128), torch.bfloat16), ((width,), torch.bfloat16)]
+    residual, attended = (forms.whole_rows(rows), width), (rows, heads, 128)
+    shapes = [(shape, torch.bfloat16) for shape in (residual, attended, (width,))]
     for outputs, inputs in ((width, width), (2 * inner, width), (width, inner), (3 * width, width)):
         groups = inputs // GROUP
         words = [((outputs, GROUP // 8, groups), torch.int32), ((outputs, groups), torch.int32)]
@@ -171,7 +172,7 @@ def count_layer(width, inner, rows):
 
     def after(h_BD, attended_BHE, norm_D, *tensors):
         o, gate_up, down, qkv = ((Product(DOT, (*tensors[i : i + 4], None)),) for i in (0, 4, 8, 12))
-        layer = Layer(norm_D, qkv, None, o, norm_D, gate_up, down)
+        layer = Layer(norm_D, qkv, None, o, norm_D, gate_up, down, rows)
         h_BD, prepared = after_attention(config, layer, layer, h_BD, attended_BHE)
         return h_BD, *prepared.of_products, prepared.means_TC
 

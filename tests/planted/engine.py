@@ -24,6 +24,9 @@ FAULTS = [
     Fault("engine/attend.py", r" & \(position >= blocks\.first_B\[row\]\)", "", STEP),
     Fault("engine/attend.py", r"torch\.maximum\(padding_B, position_1 \+ 1 - window\)", "padding_B", STEP),
     # One token through a layer.
+    Fault("engine/layer.py", r"prepared\)\[: layer\.rows\]", "prepared)", STEP),
+    Fault("engine/layer.py", r"with_rows\(attended_BHE\.flatten\(1\), len\(h_BD\)\)", "attended_BHE.flatten(1)", STEP),
+    Fault("engine/step.py", r"h_BD\[: len\(self\.ids_B\)\]", "h_BD", STEP),
     Fault("engine/layer.py", r"\.to\(first\.input_norm_D\.dtype\)", "", STEP),
     Fault("engine/layer.py", r"head_A >= heads \+ kv_heads", "head_A >= heads", STEP),
     Fault("engine/layer.py", r"place_E < size // 2, -sin_1E, sin_1E", "place_E < size // 2, sin_1E, -sin_1E", STEP),
