@@ -28,8 +28,10 @@ from miniawq.commands import prompts
 from miniawq.commands.figures import figures, report
 from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
+from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
+from miniawq.engine.fitting import check_decoder, check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.start import Decoders, PlainStep, Step
@@ -77,6 +79,7 @@ def generate(
     padding_B: Tensor | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     decoder: Step | None = None,
+    cached: CachedText | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
 
@@ -84,51 +87,32 @@ def generate(
     `max_tokens` steps. `padding_B` counts the padding at the start of each row. The prompts run in pieces of
     `prefill_chunk` tokens, those of all rows together, to bound the memory they take. `sampling` defaults to greedy,
     `seed` to torch's global generator. A `decoder` computes the steps after the prompt in place of the model; it must
-    have the same `sampling`.
+    have the same `sampling`. `cached` says what its cache holds of the last text, and what it shares with this one is
+    not computed again; for prompts without padding.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens, padding_B)
     batch, needed = len(tokens_BL), tokens_BL.shape[1] + max_tokens
     decoder = decoder or PlainStep(model, batch, needed, sampling)
-    found = (decoder.sampling, decoder.cache.keys_NBMJE.shape[1], decoder.cache.max_seq_len >= needed)
-    if found != (sampling, batch, True):
-        why = f"wanted: {batch} rows, {needed} positions, {sampling}"
-        raise InvalidInput("the decoder was made for another text", why, "make one for this text, or give none")
+    check_decoder(decoder, batch, needed, sampling)
+    if cached is not None and padding_B is not None:
+        raise InvalidInput("cached goes with no padding", "its ids stand at the positions of prompts that begin at 0")
+    cached, length = cached or CachedText(), decoder.cache.length
     decoder.begin(tokens_BL, padding_B, fold_seed(seed))
-    for chunk_BL in tokens_BL.split(max(1, prefill_chunk // batch), dim=1):
+    decoder.cache.length = cached.begin(tokens_BL, length)
+    for chunk_BL in tokens_BL[:, decoder.cache.length :].split(max(1, prefill_chunk // batch), dim=1):
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
     for ids in delivered(decoder, ids_B, max_tokens):
+        cached.add(ids)
         if NOT_A_NUMBER in ids:
+            cached.forget()
             raise not_a_number(model, logits_BV.dtype)
         yield [token_id if is_on else None for token_id, is_on in zip(ids, running, strict=True)]
         running = [is_on and token_id not in stop_ids for token_id, is_on in zip(ids, running, strict=True)]
         if not any(running):
             return
-
-
-def check_prompt(model: Llama, tokens_BL: Tensor, max_tokens: int, padding_B: Tensor | None = None) -> None:
-    """Raise InvalidInput if the prompt is empty or padding alone, has ids unknown to the model, or leaves no room for
-    `max_tokens`.
-    """
-    length, limit = tokens_BL.shape[1], model.config.max_position_embeddings
-    if tokens_BL.numel() == 0:
-        raise InvalidInput("the prompt has no tokens", "this tokenizer puts no BOS before a text", "give it a word")
-    if padding_B is not None and not (
-        not padding_B.is_floating_point()
-        and padding_B.shape == tokens_BL.shape[:1]
-        and 0 <= int(padding_B.min()) <= int(padding_B.max()) < length
-    ):
-        why = f"wanted: for each of {len(tokens_BL)} rows a number from 0 to {length - 1}, its positions of padding"
-        raise InvalidInput("padding_B does not fit the prompt", why)
-    known, lowest, highest = model.config.vocab_size, int(tokens_BL.min()), int(tokens_BL.max())
-    if lowest < 0 or highest >= known:
-        why = f"id {lowest if lowest < 0 else highest}; config.json: vocab_size = {known}"
-        raise InvalidInput("the prompt has an id that the model does not know", why, "use the tokenizer of this model")
-    if max_tokens < 1 or length + max_tokens > limit:
-        why = f"{length} in the prompt and {max_tokens} new; config.json: max_position_embeddings = {limit}"
-        raise InvalidInput("prompt and answer do not fit into the context", why, "shorten the prompt or max_tokens")
 
 
 def complete(
@@ -139,14 +123,15 @@ def complete(
     max_tokens: int,
     stop: Sequence[str] = (),
     stop_ids: frozenset[int] | None = None,
+    cached: CachedText | None = None,
     **options: Any,
 ) -> Completion:
     """The text after a prompt, in pieces as it comes; `options` go to `generate`, `stop_ids` default to `eos_ids`."""
     stop_ids = tokenizer.eos_ids if stop_ids is None else stop_ids
     tokens_BL = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
-    steps = generate(model, tokens_BL, max_tokens=max_tokens, stop_ids=stop_ids, **options)
+    steps = generate(model, tokens_BL, max_tokens=max_tokens, stop_ids=stop_ids, cached=cached, **options)
     ids = (token_id for (token_id,) in steps if token_id is not None)
-    return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop)
+    return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop, cached=cached)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,7 +190,14 @@ class Writer:
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
         wanted: bool | None = arguments.compile
-        self.decoders = Decoders(sampling, self.limit, device, wanted=wanted, streams=not is_reproducible)
+        self.decoders = Decoders(
+            sampling,
+            self.limit,
+            device,
+            wanted=wanted,
+            streams=not is_reproducible,
+            converses=arguments.interactive,
+        )
 
     def positions(self, prompt: tuple[str, bool] | None) -> int:
         """Positions that the kv cache will have: of prompt and answer, or of a conversation as far as --max-seq-len
@@ -259,6 +251,7 @@ class Writer:
         if wanted is not None and wanted > max_tokens:
             told = "only %d new tokens fit after a prompt of %d in a context of %d"
             log.info(told, max_tokens, len(prompt_ids), self.limit)
+        decoder = self.decoders.for_text(len(prompt_ids) + max_tokens)
         completion = complete(
             self.model,
             self.tokenizer,
@@ -268,7 +261,8 @@ class Writer:
             stop_ids=frozenset() if self.arguments.ignore_eos else ends,
             sampling=self.sampling,
             seed=seed,
-            decoder=self.decoders.for_text(len(prompt_ids) + max_tokens),
+            decoder=decoder,
+            cached=self.decoders.cached,
         )
         return completion, seed
 

@@ -122,9 +122,9 @@ def test_json_is_one_object_a_line(capsys, fairytales):
     assert code == 0
     assert [record["seed"] for record in records] == [8, 9]
     assert set(records[0]) == {
-        "prompt", "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps",
-        "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s", "compile_s",
-        "tokens_before_compiled", "compiled_tps", "peak_memory", "gigabytes_per_s",
+        "prompt", "text", "tokens", "prompt_tokens", "cached_tokens", "prompt_tps", "generation_tokens",
+        "generation_tps", "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s",
+        "compile_s", "tokens_before_compiled", "compiled_tps", "peak_memory", "gigabytes_per_s",
     }  # fmt: skip
     assert records[0]["generation_tokens"] == len(records[0]["tokens"]) == 3
     # generation_config.json of the demo asks for temperature 0.8 and top-p 0.95.
@@ -204,6 +204,18 @@ def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_m
     assert err.count("/clear begins again") == 2
     assert "the prompt does not fit into the context" in err
     assert list(lines) == ["never read"]
+
+
+def test_the_next_turn_computes_what_is_new(capsys, monkeypatch, chat_model):
+    lines = iter(["Hi", "And?", "/bye"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, _, err = run(
+        capsys, chat_model, "-i", "-n", 3, "--greedy", "--ignore-eos", "--stats", "--system-prompt", "So."
+    )
+    assert code == 0
+    first, second = re.findall(r"Prompt: (\d+) tokens, (?:(\d+) of them kept, )?[\d.]+ tokens-per-sec", err)
+    assert first[1] == ""
+    assert int(first[0]) <= int(second[1]) < int(second[0])
 
 
 @pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])

@@ -48,9 +48,10 @@ def report(run: Writing, completion: Completion, seed: int) -> None:
         generation += f", {found['compiled_tps']:.1f} by the compiled step"
     if not run.arguments.stats:
         return say(generation if run.sampling.temperature == 0 else f"{generation} (seed {seed})")
+    kept = f"{found['cached_tokens']} of them kept, " if found["cached_tokens"] else ""
     settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
     say(
-        f"Prompt: {found['prompt_tokens']} tokens, {found['prompt_tps']:.1f} tokens-per-sec\n"
+        f"Prompt: {found['prompt_tokens']} tokens, {kept}{found['prompt_tps']:.1f} tokens-per-sec\n"
         f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"
         f"Time to first token: {found['first_token_s']:.3f} s\n"
         f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s\n"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from miniawq.engine.cached_text import CachedText
 from miniawq.text.tokenizer import Tokenizer
 
 Clock = Callable[[], float]
@@ -58,6 +59,7 @@ class Completion:
         *,
         stop_ids: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
+        cached: CachedText | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
@@ -66,7 +68,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self._tokenizer, self._new_ids, self._clock = tokenizer, new_ids, clock
-        self._stop_ids, self._stop = stop_ids, stop
+        self._stop_ids, self._stop, self._cached = stop_ids, stop, cached
         self._started = 0.0
         self._times: list[float] = []
 
@@ -99,8 +101,13 @@ class Completion:
 
     @property
     def prompt_rate(self) -> float:
-        """Tokens of the prompt per second."""
-        return _rate(len(self.prompt_ids), self.first_token_seconds)
+        """Tokens of the prompt per second, of those that were computed."""
+        return _rate(len(self.prompt_ids) - self.cached_tokens, self.first_token_seconds)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the cache held already."""
+        return 0 if self._cached is None else self._cached.kept
 
     @property
     def generation_rate(self) -> float:
@@ -118,6 +125,7 @@ class Completion:
             "text": self.text,
             "tokens": self.ids,
             "prompt_tokens": len(self.prompt_ids),
+            "cached_tokens": self.cached_tokens,
             "prompt_tps": self.prompt_rate,
             "generation_tokens": len(self.ids),
             "generation_tps": self.generation_rate,

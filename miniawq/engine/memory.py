@@ -93,9 +93,9 @@ def packed_bytes(layer: QuantLinear, device: str) -> int:
     return prepacked_bytes(layer.out_features, layer.in_features, layer.group_size, device)
 
 
-def cache_room(positions: int, limit: int, compiles: bool) -> int:
-    """Positions of the cache made for a text: that of a compiled step is a power of two, to serve the next text too."""
-    return min(limit, max(SMALLEST_CACHE, 1 << (positions - 1).bit_length())) if compiles else positions
+def cache_room(positions: int, limit: int, serves_more: bool) -> int:
+    """Positions of the cache made for a text: a power of two, if longer texts are to find room in it too."""
+    return min(limit, max(SMALLEST_CACHE, 1 << (positions - 1).bit_length())) if serves_more else positions
 
 
 def kv_bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from miniawq.compiled import WORKSHOP, are_here, first_line, kept
+from miniawq.engine.cached_text import CachedText
 from miniawq.engine.memory import cache_room
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.step import DecodeStep
@@ -138,15 +139,25 @@ class EagerStart(PlainStep):
 class Decoders:
     """The steps of one conversation, or of all samples of a prompt: one compiled step for all texts that fit its cache.
 
-    `wanted` says whether steps are compiled; None means on CUDA. `streams` is that of `EagerStart`. `use` comes first.
+    `wanted` says whether steps are compiled; None means on CUDA. `streams` is that of `EagerStart`. Where a
+    conversation goes on, `cached` says what the cache holds of it. `use` comes first.
     """
 
     def __init__(
-        self, sampling: Sampling, limit: int, device: torch.device, *, wanted: bool | None, streams: bool
+        self,
+        sampling: Sampling,
+        limit: int,
+        device: torch.device,
+        *,
+        wanted: bool | None,
+        streams: bool,
+        converses: bool,
     ) -> None:
-        self.sampling, self.limit, self.streams = sampling, limit, streams
+        self.sampling, self.limit, self.streams, self.converses = sampling, limit, streams, converses
         self.compiles = (device.type == "cuda" if wanted is None else wanted) and WORKSHOP.knows_torch
         self.current: EagerStart | None = None
+        self.plain: PlainStep | None = None
+        self.cached: CachedText | None = None
 
     def use(self, model: Llama) -> None:
         """Make steps of this model."""
@@ -155,17 +166,21 @@ class Decoders:
 
     def room(self, positions: int) -> int:
         """Positions of the cache that a text of so many gets."""
-        return cache_room(positions, self.limit, self.compiles)
+        return cache_room(positions, self.limit, self.compiles or self.converses)
 
     def for_text(self, positions: int) -> Step:
         """A step for a text of so many positions, prompt and answer together."""
+        step = self.current if self.compiles else self.plain
+        if step is not None and positions <= step.cache.max_seq_len:
+            return step
+        self.wait()
+        self.current = self.plain = None  # its memory is needed for the next
+        self.cached = CachedText() if self.converses else None
+        room = self.room(positions)
         if not self.compiles:
-            return PlainStep(self.model, 1, positions, self.sampling)
-        if self.current is None or self.current.cache.max_seq_len < positions:
-            self.wait()
-            self.current = None  # its memory is needed for the next
-            step = DecodeStep(self.model, 1, self.room(positions), self.sampling)
-            self.current = EagerStart(self.model, step, self.streams)
+            self.plain = PlainStep(self.model, 1, room, self.sampling)
+            return self.plain
+        self.current = EagerStart(self.model, DecodeStep(self.model, 1, room, self.sampling), self.streams)
         return self.current
 
     def wait(self) -> None:

@@ -4,8 +4,18 @@ from tests.planted.fault import Fault
 
 STEP, ARTIFACTS, PLAN = "engine/test_step", "compiled/test_artifacts", "commands/test_plan"
 COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
-DELIVERY = "engine/test_delivery"
+DELIVERY, CACHED = "engine/test_delivery", "engine/test_cached_text"
 FAULTS = [
+    # What fits.
+    Fault("engine/fitting.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
+    Fault("engine/fitting.py", r"int\(padding_B\.max\(\)\) < length", "int(padding_B.max()) <= length", COMPLETION),
+    # What a cache holds.
+    Fault("engine/cached_text.py", r"min\(length, ", "min(", CACHED),
+    Fault("engine/cached_text.py", r"shape\[1\] - 1", "shape[1]", CACHED),
+    Fault("engine/cached_text.py", r"len\(before\) == len\(self\.rows\)", "bool(before)", CACHED),
+    Fault("engine/cached_text.py", r"pair\[0\] == pair\[1\]", "True", CACHED),
+    Fault("engine/cached_text.py", r"self\.rows = \[\]$", "pass", CACHED),
+    Fault("engine/start.py", r"(self\.cached = )(CachedText\(\) if)", r"\1self.cached or \2", CACHED),
     # Ids.
     Fault("engine/delivery.py", r"if left and step\.returns_early", "if step.returns_early", DELIVERY),
     Fault("engine/delivery.py", r"if left and step\.returns_early", "if False", DELIVERY),

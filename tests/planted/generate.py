@@ -7,8 +7,6 @@ FAULTS = [
     Fault("generate.py", r"max\(1, prefill_chunk // batch\)", "prefill_chunk", COMPLETION),
     Fault("generate.py", r"is_on and token_id not in stop_ids", "token_id not in stop_ids", COMPLETION),
     Fault("generate.py", r"if NOT_A_NUMBER in ids:", "if False:", COMPLETION),
-    Fault("generate.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
-    Fault("generate.py", r"int\(padding_B\.max\(\)\) < length", "int(padding_B.max()) <= length", COMPLETION),
     Fault(
         "generate.py",
         r"longest if arguments\.max_seq_len is None else arguments\.max_seq_len",
