@@ -25,9 +25,10 @@ from miniawq.checkpoint.hub import hub_options
 from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.commands import prompts
-from miniawq.commands.figures import figures, report
+from miniawq.commands.figures import figures, in_full, in_one_line
 from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
+from miniawq.commands.talking import Talker
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
@@ -38,7 +39,6 @@ from miniawq.engine.start import Decoders, PlainStep, Step
 from miniawq.errors import InvalidInput, UsageError
 from miniawq.hardware import pick_device, threads
 from miniawq.model import Llama
-from miniawq.text.chat import Message
 from miniawq.text.tokenizer import Tokenizer, read_object
 
 __all__ = ["build_parser", "complete", "generate", "load", "main"]
@@ -158,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with threads(threads_for(model)):
         writer.use(model, time.perf_counter() - started)
         if prompt is None:
-            converse(writer.answer, prompts.system_message(arguments))
+            converse(Talker(writer), prompts.system_message(arguments))
         else:
             writer.write_all(*prompt)
         writer.decoders.wait()
@@ -227,18 +227,12 @@ class Writer:
                     print("\n" if number else "", prompt if is_story else "", sep="", end="")
                     write_text(completion)
             finally:
-                report(self, completion, seed)
+                self.report(completion, seed)
 
-    def answer(self, messages: list[Message]) -> Iterator[str]:
-        """The next turn of a conversation."""
-        prompt = self.tokenizer.render_chat(messages, **self.arguments.chat_template_kwargs)
-        completion, seed = self.begin(prompt, is_chat=True)
-        try:
-            yield from completion
-        finally:
-            if self.arguments.stats:
-                cli.say("")
-                report(self, completion, seed)
+    def report(self, completion: Completion, seed: int) -> None:
+        """Say on stderr how it went."""
+        if completion.ids and not self.arguments.quiet:
+            cli.say((in_full if self.arguments.stats else in_one_line)(self, completion, seed))
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion with the next seed."""

@@ -18,7 +18,8 @@ from miniawq.errors import DoesNotFit, NotFound, UsageError
 from miniawq.generate import build_parser, complete, load, main
 from miniawq.hardware import DeviceMemory
 from miniawq.text.tokenizer import Tokenizer
-from tests.helpers import tiny_checkpoints, tiny_tokenizers
+from tests.helpers import tiny_checkpoints
+from tests.helpers.chat_models import make_chat_model
 
 FLAGS = """
 --cache-dir --chat-template-kwargs --compile --debug --device --dtype --file --frequency-penalty --greedy --help
@@ -27,19 +28,11 @@ FLAGS = """
 --revision --seed --show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version
 -h -i -m -n -p -q
 """
-CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{{ prefix }}{% endif %}{% if tools %}{{ tools | length }} tools{% endif %}"""
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """A checkpoint of random weights that can be talked to."""
-    directory = tmp_path_factory.mktemp("chat")
-    tiny_checkpoints.make_dense(directory, vocab_size=420, num_hidden_layers=1, max_position_embeddings=128)
-    tokenizer_config = {"bos_token": "<s>", "add_bos_token": True, "eos_token": "<|im_end|>", "chat_template": CHATML}
-    return str(tiny_tokenizers.write(directory, tiny_tokenizers.byte_level(), tokenizer_config=tokenizer_config))
+    return make_chat_model(tmp_path_factory.mktemp("chat"))
 
 
 def run(capsys, *flags):
@@ -201,7 +194,9 @@ def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_m
     assert prompts[1].count("<|im_start|>user") == 2
     assert f"assistant\n{first_answer}<|im_end|>" in prompts[1]
     assert prompts[2].count("<|im_start|>user") == 1
-    assert err.count("/clear begins again") == 2
+    assert err.count("/help lists the commands") == 1
+    assert "there is no /what" in err
+    assert err.count("begin again with this system message") == 1
     assert "the prompt does not fit into the context" in err
     assert list(lines) == ["never read"]
 

@@ -4,13 +4,13 @@ import dataclasses
 from argparse import Namespace
 from typing import Any, Protocol
 
-from miniawq.cli import say
 from miniawq.engine.completion import Completion
 from miniawq.engine.memory import bytes_per_token
 from miniawq.engine.sampling import Sampling
 from miniawq.engine.start import Decoders
 from miniawq.hardware import peak_memory
 from miniawq.model import Llama
+from miniawq.text.tokenizer import Tokenizer
 
 
 class Writing(Protocol):
@@ -20,7 +20,15 @@ class Writing(Protocol):
     model: Llama
     sampling: Sampling
     decoders: Decoders
+    tokenizer: Tokenizer
     load_seconds: float
+    next_seed: int
+
+    def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
+        """A completion, and its seed."""
+
+    def report(self, completion: Completion, seed: int) -> None:
+        """Say how it went, if the user wants to know."""
 
 
 def figures(run: Writing, completion: Completion, seed: int) -> dict[str, Any]:
@@ -38,23 +46,28 @@ def figures(run: Writing, completion: Completion, seed: int) -> dict[str, Any]:
     }
 
 
-def report(run: Writing, completion: Completion, seed: int) -> None:
-    """Say on stderr how it went: in one line, or with --stats in several."""
-    if run.arguments.quiet or not completion.ids:
-        return
+def in_one_line(run: Writing, completion: Completion, seed: int) -> str:
+    """How fast the answer came, and the seed that gives it again."""
     found = figures(run, completion, seed)
-    generation = f"Generation: {found['generation_tokens']} tokens, {found['generation_tps']:.1f} tokens-per-sec"
-    if found["compiled_tps"]:
-        generation += f", {found['compiled_tps']:.1f} by the compiled step"
-    if not run.arguments.stats:
-        return say(generation if run.sampling.temperature == 0 else f"{generation} (seed {seed})")
+    generation = _generation(found)
+    return generation if run.sampling.temperature == 0 else f"{generation} (seed {seed})"
+
+
+def in_full(run: Writing, completion: Completion, seed: int) -> str:
+    """All that may be asked about one text, in several lines."""
+    found = figures(run, completion, seed)
     kept = f"{found['cached_tokens']} of them kept, " if found["cached_tokens"] else ""
     settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
-    say(
+    return (
         f"Prompt: {found['prompt_tokens']} tokens, {kept}{found['prompt_tps']:.1f} tokens-per-sec\n"
-        f"{generation}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"
+        f"{_generation(found)}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"
         f"Time to first token: {found['first_token_s']:.3f} s\n"
         f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s\n"
         f"Peak memory: {found['peak_memory']:.3f} GB\n"
         f"Sampling: {settings}, seed {seed}"
     )
+
+
+def _generation(found: dict[str, Any]) -> str:
+    text = f"Generation: {found['generation_tokens']} tokens, {found['generation_tps']:.1f} tokens-per-sec"
+    return f"{text}, {found['compiled_tps']:.1f} by the compiled step" if found["compiled_tps"] else text

@@ -61,7 +61,7 @@ def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[st
     """The text to continue, and whether the chat template wrote it."""
     tools = None
     if arguments.messages:
-        messages, tools = _read_messages(arguments.messages)
+        messages, tools = read_messages(arguments.messages)
     else:
         text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
         if arguments.file or arguments.prompt == "-":
@@ -73,7 +73,8 @@ def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[st
     return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs), True
 
 
-def _read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The messages and tools of a JSON file."""
     text = read_text(path)
     try:
         given = json.loads(text)

@@ -164,6 +164,11 @@ class Decoders:
         self.model = model
         self.compiles = self.compiles and can_step(model)
 
+    def sample(self, sampling: Sampling) -> None:
+        """Choose tokens so from now on."""
+        self.wait()
+        self.sampling, self.current, self.plain = sampling, None, None
+
     def room(self, positions: int) -> int:
         """Positions of the cache that a text of so many gets."""
         return cache_room(positions, self.limit, self.compiles or self.converses)

@@ -141,6 +141,11 @@ def test_words_of_a_checkpoint_reach_no_terminal_as_they_are(capsys, chat_model)
     assert lines == [r"\x1b]0;title\x07\u202e", "miniawq generate: all is well"]
 
 
+class Echo:
+    def answer(self, messages):
+        return iter([messages[-1]["content"].upper()])
+
+
 def test_a_conversation_without_stdin_or_in_another_encoding_goes_on(capsys, monkeypatch):
     lines = iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "hello", RuntimeError("lost sys.stdin")])
 
@@ -152,7 +157,7 @@ def test_a_conversation_without_stdin_or_in_another_encoding_goes_on(capsys, mon
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "stdin", None)
-    converse(lambda messages: iter([messages[-1]["content"].upper()]))
+    converse(Echo())
     out, err = capsys.readouterr()
     assert out == "HELLO\n"
     assert "this line is not UTF-8" in err

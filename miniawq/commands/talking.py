@@ -1,0 +1,71 @@
+"""What answers in a conversation, and the settings that may change meanwhile (`/set NAME VALUE`)."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from miniawq import cli
+from miniawq.commands.figures import Writing, in_full
+from miniawq.commands.flags import DEFAULT_MAX_TOKENS, FILTERS
+from miniawq.engine.completion import Completion
+from miniawq.engine.sampling import SEEDS
+from miniawq.errors import InvalidInput
+from miniawq.text.chat import Message
+
+KINDS: dict[str, type] = {"temperature": float} | {name: kind for name, (kind, _) in FILTERS.items()}
+RANGES = {"max_tokens": (-1, 1 << 40), "seed": (0, SEEDS - 1)}
+
+
+def read_setting(name: str, value: str) -> tuple[str, int | float]:
+    """The setting's own name, `top_k` for --top-k, and its number. InvalidInput names those that there are."""
+    known = name.lstrip("-").replace("-", "_")
+    kind = KINDS.get(known) or (int if known in RANGES else None)
+    if kind is None:
+        names = ", ".join([*KINDS, *RANGES])
+        raise InvalidInput(
+            f"there is no setting {name}", f"there are {names}", f"write /set max_tokens {DEFAULT_MAX_TOKENS}"
+        )
+    try:
+        number = kind(value)
+    except ValueError as error:
+        raise InvalidInput(f"{known} = {value} makes no sense", f"it must be a number ({kind.__name__})") from error
+    lowest, highest = RANGES.get(known, (number, number))
+    if not lowest <= number <= highest or (known, number) == ("max_tokens", 0):
+        raise InvalidInput(f"{known} = {value} makes no sense", f"it must be from {lowest} to {highest}, and not 0")
+    return known, number
+
+
+class Talker:
+    """Answers with the model and the settings of a run: what `interactive.converse` talks with."""
+
+    def __init__(self, run: Writing) -> None:
+        self.run = run
+        self.last: tuple[Completion, int] | None = None
+
+    def answer(self, messages: list[Message]) -> Iterator[str]:
+        """The next message in pieces."""
+        run = self.run
+        prompt = run.tokenizer.render_chat(messages, **run.arguments.chat_template_kwargs)
+        self.last = completion, seed = run.begin(prompt, is_chat=True)
+        try:
+            yield from completion
+        finally:
+            if run.arguments.stats:
+                cli.say("")
+                run.report(completion, seed)
+
+    def change(self, name: str, value: str) -> None:
+        """Another setting from the next answer on."""
+        setting, number = read_setting(name, value)
+        if setting == "seed":
+            self.run.next_seed = int(number)
+        elif setting == "max_tokens":
+            self.run.arguments.max_tokens = number
+        else:
+            changed: dict[str, Any] = {setting: number}
+            self.run.sampling = replace(self.run.sampling, **changed)
+            self.run.decoders.sample(self.run.sampling)
+
+    def told(self) -> str:
+        """How fast the last answer came, and with which settings."""
+        return in_full(self.run, *self.last) if self.last and self.last[0].ids else "nothing has been answered"
