@@ -5,8 +5,8 @@
     python scripts/faults.py --rounds 1                    # each once, as `make test` has it
     python scripts/faults.py --minutes 30 --page docs/reliability.md
 
-`tests/reliability/faults.py` says what is done and what must hold afterwards. The exit code is 1 if a run hung, something
-else than three lines and a documented exit code came, or anything was lost.
+`tests/reliability/faults.py` says what is done and what must hold afterwards. Exit code 1 if a run hung, if something
+else than three lines and a documented exit code came, or if anything was lost.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.reliability import processes
 from tests.reliability.faults import FAULTS, KINDS, Arena
 from tests.reliability.page import table, write_table
@@ -33,7 +32,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=1 << 60, help="of all faults, at most")
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=[*FAULTS], metavar="FAULT", help=f"of {', '.join(FAULTS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=FAULTS, default=[*FAULTS], metavar="FAULT", help=f"of {', '.join(FAULTS)}"
+    )
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
     parser.add_argument("--page", type=Path, help="write the table into this page")
     arguments = parser.parse_args()

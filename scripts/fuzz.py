@@ -1,4 +1,4 @@
-"""Read mutated files until time is over, and count what comes. Wants `pip install -e ".[fuzz]"` (Linux), as `make fuzz`.
+"""Read changed files until time is over, and count what comes. Linux, with `pip install -e ".[fuzz]"`: `make fuzz`.
 
     python scripts/fuzz.py --minutes 10                    # every reader, and whole directories
     python scripts/fuzz.py --minutes 2 --only header index # some of them
@@ -6,7 +6,7 @@
 
 Each reader runs in a process of its own under atheris, which keeps the inputs that reach new lines of our code;
 directories are drawn by Hypothesis. `tests/reliability/` says what is read and how it is changed, and holds the corpus.
-What escapes is kept in --work: put it into the corpus once it is mended. The exit code is 1 if anything escaped or hung.
+What escapes is kept in --work: put it into the corpus when it is mended. Exit code 1 if anything escaped or hung.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.reliability.outcomes import KINDS, Counts, Tally
 from tests.reliability.page import table, write_table
 from tests.reliability.readers import READERS, corpus
 
+ROOT = Path(__file__).resolve().parents[1]
 DIRECTORIES = "directories"
 # Parts of the time: what is slow, or has much behind it, takes more.
 PARTS = dict.fromkeys(READERS, 2) | {"tokenizer": 3, "template": 3, DIRECTORIES: 6}
@@ -43,7 +43,9 @@ def fuzz(name: str, seconds: float, seed: int, work: Path) -> Counts:
     with open(work / name / "log", "ab") as log:
         while (left := until - time.monotonic()) > 1:
             before = tally.counts.tried
-            ended = subprocess.run(command(name, left, seed, work / name), cwd=ROOT, stdout=log, stderr=log, check=False)
+            ended = subprocess.run(
+                command(name, left, seed, work / name), cwd=ROOT, stdout=log, stderr=log, check=False
+            )
             if tally.counts.tried == before:
                 raise SystemExit(f"{name} does not start (exit code {ended.returncode}): see {work / name / 'log'}")
             seed += 1
@@ -72,7 +74,9 @@ def command(name: str, seconds: float, seed: int, work: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of all parts together (default %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
     parser.add_argument("--work", type=Path, help="keep there what is found, and the corpora that grew")
     parser.add_argument("--page", type=Path, help="write the table into this page")

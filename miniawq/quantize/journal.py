@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from miniawq.checkpoint.shards import LOCK, UNFINISHED, disk_errors
+from miniawq.checkpoint.publishing import LOCK, UNFINISHED
+from miniawq.checkpoint.shards import disk_errors
 from miniawq.errors import UsageError
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import mmap
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 
 import tokenizers
 
+from miniawq.checkpoint.hub import limit_of, read_small
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 
-MAX_FILE_BYTES = 1 << 28
 MAX_CHARACTERS = 1 << 28  # of a text, as far as the normalizer may make it grow
 MAX_GROWTH = 1024
 MAX_DECODED_GROWTH = 16
@@ -29,6 +30,8 @@ MAX_AFFIX = 64
 SECONDS, CHARACTERS_PER_SECOND = 10.0, 20_000
 BYTES_PER_FILE_BYTE = 16  # of memory, while a tokenizer.json is read
 FIX = "take tokenizer.json from the original model"
+# A prefix that is not empty, or letters written as escapes, which could spell one.
+PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*(?!null|"")|\\u00[4-7]')
 
 
 class HeldTokenizer:
@@ -36,11 +39,10 @@ class HeldTokenizer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise self._refusal(f"it has {size} bytes; the limit is {MAX_FILE_BYTES}")
-        self._require_memory(BYTES_PER_FILE_BYTE * size)
-        self.raw = self._guarded(lambda: tokenizers.Tokenizer.from_file(str(path)))
+        self._require_memory(BYTES_PER_FILE_BYTE * min(path.stat().st_size, limit_of(path.name)))
+        content = read_small(path)
+        self._check_prefix(content)
+        self.raw = self._guarded(lambda: tokenizers.Tokenizer.from_buffer(content))
         # Some checkpoints keep the length limits of their training script, which would cut a prompt silently.
         self.raw.no_truncation()
         self.raw.no_padding()
@@ -53,6 +55,18 @@ class HeldTokenizer:
         except (OSError, OverflowError) as error:
             why = f"{self.path} takes {wanted >> 20} MiB of memory while it is read"
             raise DoesNotFit("the tokenizer does not fit", why, "raise the limit of memory (ulimit -v)") from error
+
+    def _check_prefix(self, content: bytes) -> None:
+        """Refuse a prefix of continued words: where it cuts a character of a merge, the library ends the process.
+
+        The models that are read here have none.
+        """
+        found: list[Any] = []
+        if PREFIXED.search(content):
+            take = lambda pairs: found.extend(value for key, value in pairs if key == "continuing_subword_prefix")  # noqa: E731
+            self._guarded(lambda: json.loads(content, object_pairs_hook=take))
+        if any(found):
+            raise self._refusal("it has a continuing_subword_prefix, which no tokenizer of this family has")
 
     def _check_parts(self) -> float:
         """How many times as long a text can become on its way in."""

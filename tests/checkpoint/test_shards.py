@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from miniawq.checkpoint import shards
-from miniawq.checkpoint.shards import DTYPE_NAMES, ShardWriter, Spec, locked, plan_shards, published, write_bytes
+from miniawq.checkpoint import publishing
+from miniawq.checkpoint.publishing import locked, published
+from miniawq.checkpoint.shards import DTYPE_NAMES, ShardWriter, Spec, plan_shards, write_bytes
 from miniawq.errors import InvalidInput, MiniawqError, UsageError
 from tests.helpers import ROOT
 
@@ -218,7 +219,7 @@ def test_a_directory_called_partial_is_left_alone(tmp_path):
 def test_of_two_runs_into_one_directory_one_publishes(tmp_path, monkeypatch, checked):
     """Both are half done at the same time; unchecked, both find the name free and rename."""
     if not checked:
-        monkeypatch.setattr(shards, "_refuse_existing", lambda destination: None)
+        monkeypatch.setattr(publishing, "_refuse_existing", lambda destination: None)
     together = threading.Barrier(2, timeout=30)
 
     def publish(run: int) -> Path:
@@ -240,7 +241,7 @@ def test_of_two_runs_into_one_directory_one_publishes(tmp_path, monkeypatch, che
 
 HOLD = """
 import sys
-from miniawq.checkpoint.shards import locked
+from miniawq.checkpoint.publishing import locked
 from pathlib import Path
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

@@ -109,19 +109,19 @@ FAULTS = [
         "if parts[-1] and spec.nbytes >= room:",
         SHARDS,
     ),
-    Fault("checkpoint/shards.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
-    Fault("checkpoint/shards.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
-    Fault("checkpoint/shards.py", r"key=lambda path: \(path\.name == LAST, ", "key=lambda path: (", PUBLISHING),
-    Fault("checkpoint/shards.py", r"key=lambda name: name != LAST", "key=lambda name: name == LAST", PUBLISHING),
+    Fault("checkpoint/publishing.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
+    Fault("checkpoint/publishing.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
+    Fault("checkpoint/publishing.py", r"key=lambda path: \(path\.name == LAST, ", "key=lambda path: (", PUBLISHING),
+    Fault("checkpoint/publishing.py", r"key=lambda name: name != LAST", "key=lambda name: name == LAST", PUBLISHING),
     Fault(
         "checkpoint/shards.py", r"^( +)with suppress\(OSError\):(\n +self\._file\.close)", r"\1if True:\2", PUBLISHING
     ),
     Fault(
-        "checkpoint/shards.py",
+        "checkpoint/publishing.py",
         r"^    except BaseException:\n +_remove_empty.*\n",
         "    except AssertionError:\n",
         CONVERT,
     ),
     Fault("checkpoint/unchanged.py", r"or _sha256\(directory / name\) != digest", "", PUBLISHING),
-    Fault("checkpoint/shards.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
+    Fault("checkpoint/publishing.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
 ]

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.checkpoint.shards import LOCK, ShardWriter
+from miniawq.checkpoint.publishing import LOCK
+from miniawq.checkpoint.shards import ShardWriter
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint, UsageError
 from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import __main__ as command_line

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniawq.checkpoint import shards
+from miniawq.checkpoint import publishing
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.checkpoint.shards import LOCK, UNFINISHED, ShardWriter
+from miniawq.checkpoint.publishing import LOCK, UNFINISHED
+from miniawq.checkpoint.shards import ShardWriter
 from miniawq.commands.convert import convert_checkpoint
 from miniawq.errors import InvalidInput, MiniawqError, UsageError
 from miniawq.quantize import __main__ as command_line
@@ -318,9 +319,9 @@ def test_quantize_beside_convert(dense, text, tmp_path, monkeypatch):
 
 def test_a_conversion_that_ends_in_the_moment_quantize_begins(dense, text, tmp_path, monkeypatch):
     source, _ = make(tmp_path / "int4")
-    monkeypatch.setattr(shards, "_refuse_existing", lambda destination: None)
+    monkeypatch.setattr(publishing, "_refuse_existing", lambda destination: None)
     (tmp_path / "out").mkdir()
-    with shards.locked(tmp_path / "out"):
+    with publishing.locked(tmp_path / "out"):
         with pytest.raises(UsageError, match="exists"):
             convert_checkpoint(source, tmp_path / "out", "dense")
         assert not opens(tmp_path / "out")
@@ -401,7 +402,7 @@ def test_a_read_only_disk_is_not_called_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(MiniawqError, match="Read-only"):
-        shards.check_disk(tmp_path / "out", 1000)
+        publishing.check_disk(tmp_path / "out", 1000)
 
 
 @pytest.mark.parametrize("refusal", ["disk", "memory", "offload", "vocabulary", "context"])

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -86,14 +87,14 @@ class Arena:
         """A time within a run of this verb, or just after it."""
         return random.random() * 1.2 * self.seconds[verb]
 
-    def judged(self, ended: Ended, verb: str, out: Path) -> Verdict:
+    def judged(self, ended: Ended, verb: str, out: Path, may_be_gone: bool = False) -> Verdict:
         """What came of a run, after which the same command must make the whole checkpoint."""
-        if escaped := ended.escaped:
-            return Verdict("hung" if ended.hung else "escaped", f"{verb}: {escaped}\n{ended.err}")
+        if (verdict := verdict_of(ended, verb)).told:
+            return verdict
         before = self.state(verb, out)
         if before == "wrong":
             return Verdict("lost", f"{verb}: after code {ended.code} another checkpoint opens\n{ended.err}")
-        if ended.code == 0 and before != "whole":
+        if ended.code == 0 and before != "whole" and not may_be_gone:
             return Verdict("lost", f"{verb}: exit code 0, and nothing opens\n{ended.err}")
         again = self.run(verb, out).wait()
         if again.code != 0 and not (before == "whole" and again.code == 2):
@@ -102,15 +103,22 @@ class Arena:
             return Verdict("lost", f"{verb}: the second run made another checkpoint\n{again.err}")
         if left := sorted(path.name for path in out.parent.iterdir() if path != out):
             return Verdict("lost", f"{verb}: {left} are left")
-        return Verdict("done" if ended.code == 0 else "refused" if ended.code > 0 else "ended")
+        return verdict
 
     def state(self, verb: str, out: Path) -> str:
-        """"nothing" if the destination does not open, "whole" if it is what it should be, else "wrong"."""
+        """ "nothing" if the destination does not open, "whole" if it is what it should be, else "wrong"."""
         try:
             open_checkpoint(out)
         except MiniawqError:
             return "nothing"
         return "whole" if files_of(out) == self.whole[verb] else "wrong"
+
+
+def verdict_of(ended: Ended, verb: str) -> Verdict:
+    """What came of a run, whatever it has left."""
+    if escaped := ended.escaped:
+        return Verdict("hung" if ended.hung else "escaped", f"{verb}: {escaped}\n{ended.err}")
+    return Verdict("done" if ended.code == 0 else "refused" if ended.code > 0 else "ended")
 
 
 def files_of(out: Path) -> dict[str, object]:
@@ -176,8 +184,11 @@ def on_full_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
             yield arena.judged(ended, verb, arena.disk / "out")
             unmount(arena.disk)
         out = arena.fresh()
-        limit = (size, resource.RLIM_INFINITY)
-        yield arena.judged(arena.run(verb, out, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)).wait(), verb, out)  # noqa: B023
+        yield arena.judged(arena.run(verb, out, partial(_limit_files, size)).wait(), verb, out)
+
+
+def _limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def on_read_only_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
@@ -210,13 +221,12 @@ def on_vanishing_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
         else:
             shutil.rmtree(source if gone == "source" else out, ignore_errors=True)
         ended = run.wait()
+        if gone == "destination":
+            shutil.rmtree(out, ignore_errors=True)  # also what was published while it was taken away
         if gone == "disk":
             shutil.rmtree(arena.disk / "here", ignore_errors=True)  # below the disk: what a late write may have made
             (arena.disk / "here").mkdir()
-            ended = ended._replace(code=ended.code or 1)
-        elif gone == "destination" and ended.code == 0 and not out.exists():
-            ended = ended._replace(code=1)  # it was done before
-        yield arena.judged(ended, verb, out)
+        yield arena.judged(ended, verb, out, may_be_gone=True)
 
 
 def with_closed_streams(arena: Arena, random: Random) -> Iterator[Verdict]:
@@ -224,16 +234,13 @@ def with_closed_streams(arena: Arena, random: Random) -> Iterator[Verdict]:
     for verb in ("quantize", "convert", "generate", "evaluate", "plan"):
         states = [random.choice(("open", "closed", "full", "broken")) for _ in range(3)]
         out = arena.fresh()
-        ended = arena.run(verb, out if verb in WRITING else None, lambda: _damage_streams(states)).wait()  # noqa: B023
-        told = f"{verb} with {states}: code {ended.code}\n{ended.err}"
-        if verb in WRITING:
-            # A report that nobody could read is no reason to have failed, nor is the work lost.
-            verdict = arena.judged(ended, verb, out)
-            yield verdict._replace(told=told) if verdict.told else verdict
-        elif ended.hung or "Traceback" in ended.err or ended.code not in (0, 1):
-            yield Verdict("hung" if ended.hung else "escaped", told)
-        else:
-            yield Verdict("refused" if ended.code else "done")
+        ended = arena.run(verb, out if verb in WRITING else None, partial(_damage_streams, states)).wait()
+        if ended.code and states[2] != "open":
+            ended = ended._replace(err=f"miniawq {verb}: nobody could read what")
+        verdict = arena.judged(ended, verb, out) if verb in WRITING else verdict_of(ended, verb)
+        if ended.code not in (0, 1):
+            verdict = Verdict("escaped", f"{verb}: exit code {ended.code}\n{ended.err}")
+        yield verdict._replace(told=verdict.told and f"{states}\n{verdict.told}")
 
 
 def _damage_streams(states: list[str]) -> None:
@@ -252,16 +259,11 @@ def with_little_memory(arena: Arena, random: Random) -> Iterator[Verdict]:
     for verb in ("quantize", "convert", "generate", "evaluate", "plan"):
         mebibytes = random.choice((random.randint(0, 20), random.randint(0, 400)))
         out = arena.fresh()
-        ended = arena.run(verb, out if verb in WRITING else None, lambda: _limit_memory(mebibytes)).wait()  # noqa: B023
-        if verb in WRITING:
-            verdict = arena.judged(ended, verb, out)
-        elif escaped := ended.escaped:
-            verdict = Verdict("escaped", f"{verb}: {escaped}, code {ended.code}\n{ended.err}")
-        else:
-            verdict = Verdict("refused" if ended.code else "done")
-        if ended.code < 0 and not verdict.told:
+        ended = arena.run(verb, out if verb in WRITING else None, partial(_limit_memory, mebibytes)).wait()
+        verdict = arena.judged(ended, verb, out) if verb in WRITING else verdict_of(ended, verb)
+        if ended.code < 0:
             verdict = Verdict("escaped", f"{verb}: signal {-ended.code}\n{ended.err}")
-        yield verdict._replace(told=f"{mebibytes} MiB\n{verdict.told}" if verdict.told else "")
+        yield verdict._replace(told=verdict.told and f"{mebibytes} MiB\n{verdict.told}")
 
 
 def _limit_memory(mebibytes: int) -> None:

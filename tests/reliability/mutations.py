@@ -13,10 +13,10 @@ from typing import Any
 Place = tuple[Any, ...]
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, "false", "", "x", "x" * 5000, [], [None], [[]], ["x"], {}, {"x": {}}, {"type": 1}, {"content": 1},
-    0, 1, 2, 3, 8, 127, 128, -1, -0.5, 0.5, 1e-300, 1e300, 4096, 20_000, 2**31, 2**31 - 1, 2**32, 2**53, 2**63, 2**64,
-    10**400, "\ud800", "\x00", "\u202e", "../x", "/dev/zero", "F8_E4M3", "BOOL", "BF16", "linear", "yarn", "dynamic",
-    "llama3", "gemv", "awq",
+    None, True, False, "false", "", "x", "x" * 5000, [], [None], [[]], ["x"], {}, {"x": {}}, {"type": 1},
+    {"content": 1}, 0, 1, 2, 3, 8, 127, 128, -1, -0.5, 0.5, 1e-300, 1e300, 4096, 20_000, 2**31, 2**31 - 1, 2**32, 2**53, 2**63,
+    2**64, 10**400, "\ud800", "\x00", "\u202e", "../x", "/dev/zero", "F8_E4M3", "BOOL", "BF16", "linear", "yarn",
+    "dynamic", "llama3", "gemv", "awq",
 )  # fmt: skip
 BYTES = (b"\x00", b"\xff", b'"', b"[", b"]", b"{", b"}", b":", b",", b"0", b"9", b"-", b"e", b"U", b"\\", b"\xed\xa0")
 # Pieces of JSON that no value of Python is written as.

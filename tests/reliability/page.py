@@ -1,6 +1,5 @@
 """Tables of docs/reliability.md, each between two marks, which the command that counts writes."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,5 +15,6 @@ def table(first: str, kinds: Sequence[str], rows: Mapping[str, Sequence[int]]) -
 
 def write_table(page: Path, mark: str, text: str) -> None:
     """Put a text between `<!-- mark -->` and `<!-- end of mark -->`."""
-    before, found, after = re.split(rf"(?<=<!-- {mark} -->\n)(.*)(?=<!-- end of {mark} -->)", page.read_text(), flags=re.S)
-    page.write_text(before + text + "\n" + after)
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(before + begin + text + "\n" + end + rest.partition(end)[2])

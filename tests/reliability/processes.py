@@ -64,9 +64,11 @@ class Run:
 
     def __init__(self, arguments: Sequence[str | Path], log: Path, setup: Callable[[], None] = lambda: None) -> None:
         self.log, self.started = log, time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child has begun
         self.pid = os.fork()
         if not self.pid:
             _child([str(word) for word in arguments], log, setup)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def send(self, number: int) -> None:
         """Send a signal, if it still runs."""
@@ -103,6 +105,7 @@ def _child(arguments: list[str], log: Path, setup: Callable[[], None]) -> None:
             os.close(opened)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         setup()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         code = main(arguments)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1

@@ -5,6 +5,7 @@ read, both are gone and compared.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -99,10 +100,8 @@ def read_settings(path: Path) -> Any:
 def read_template(path: Path) -> Any:
     """The text of a conversation. Parsing alone happens here too, where the fuzzer sees which lines run."""
     template = chat.read_templates(path.parent, {})["default"]
-    try:
+    with suppress(Exception):
         ImmutableSandboxedEnvironment().parse(template)
-    except Exception:
-        pass
     return chat.render(template, ASK, variables={"bos_token": "<s>"})
 
 

@@ -1,6 +1,6 @@
 """Damaged directories by Hypothesis, until time is over, in a process of its own: scripts/fuzz.py starts it.
 
-    python -m tests.reliability.searching SEED TALLY FOUND SECONDS
+python -m tests.reliability.searching SEED TALLY FOUND SECONDS
 """
 
 import json
@@ -18,6 +18,8 @@ from tests.reliability.directories import Files, damaged, lay, meaning, valid
 from tests.reliability.outcomes import Judge, Tally
 
 worker.SECONDS, library.SECONDS, library.CHARACTERS_PER_SECOND = 0.5, 1.0, 200_000
+settings.register_profile("fuzz", database=None, deadline=None)
+settings.load_profile("fuzz")
 EXAMPLES = 500  # of one round, which begins with a seed of its own
 
 
@@ -25,7 +27,7 @@ def search(bases: dict[str, Files], judge: Judge, scratch: Path, number: int, ex
     """One round: every example is judged, and none ends it."""
 
     @seed(number)
-    @settings(max_examples=examples, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck])
+    @settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=[*HealthCheck])
     @given(damaged(bases))
     def round_of(files: Files) -> None:
         directory = lay(files, scratch / "it")

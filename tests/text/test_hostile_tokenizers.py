@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miniawq.checkpoint import hub
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 from miniawq.text import library
 from miniawq.text.tokenizer import Tokenizer
@@ -115,8 +116,8 @@ def test_numbers_that_are_no_ids_are_refused(tmp_path, ids):
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "MAX_FILE_BYTES", 10)
-    with pytest.raises(UnsupportedCheckpoint, match="bytes; the limit is 10"):
+    monkeypatch.setitem(hub.LIMITS, "tokenizer.json", 10)
+    with pytest.raises(UnsupportedCheckpoint, match="bytes, and a file of its kind has at most 10"):
         made(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(library, "BYTES_PER_FILE_BYTE", 1 << 40)
