@@ -29,6 +29,7 @@ KINDS = ("tried", "done", "refused", "ended", "hung", "escaped", "lost")
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 420, "num_hidden_layers": 3}
 CHAT = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
 WRITING = ("quantize", "convert")
+VERBS = (*WRITING, "generate", "evaluate", "plan")
 
 
 class Verdict(NamedTuple):
@@ -231,7 +232,7 @@ def on_vanishing_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
 
 def with_closed_streams(arena: Arena, random: Random) -> Iterator[Verdict]:
     """stdin, stdout and stderr closed, full, or read by nobody, in any combination: the work is done all the same."""
-    for verb in ("quantize", "convert", "generate", "evaluate", "plan"):
+    for verb in random.sample(VERBS, 2):
         states = [random.choice(("open", "closed", "full", "broken")) for _ in range(3)]
         out = arena.fresh()
         ended = arena.run(verb, out if verb in WRITING else None, partial(_damage_streams, states)).wait()
@@ -256,7 +257,7 @@ def _damage_streams(states: list[str]) -> None:
 
 def with_little_memory(arena: Arena, random: Random) -> Iterator[Verdict]:
     """An address space that ends somewhere above what the imports took."""
-    for verb in ("quantize", "convert", "generate", "evaluate", "plan"):
+    for verb in random.sample(VERBS, 2):
         mebibytes = random.choice((random.randint(0, 20), random.randint(0, 400)))
         out = arena.fresh()
         ended = arena.run(verb, out if verb in WRITING else None, partial(_limit_memory, mebibytes)).wait()

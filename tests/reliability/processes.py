@@ -64,6 +64,7 @@ class Run:
 
     def __init__(self, arguments: Sequence[str | Path], log: Path, setup: Callable[[], None] = lambda: None) -> None:
         self.log, self.started = log, time.monotonic()
+        log.touch()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child has begun
         self.pid = os.fork()
         if not self.pid:
