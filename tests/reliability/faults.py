@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -220,10 +221,9 @@ def on_vanishing_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
         if gone == "disk":
             unmount(arena.disk)
         else:
-            shutil.rmtree(source if gone == "source" else out, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                os.rename(source if gone == "source" else out, arena.fresh())
         ended = run.wait()
-        if gone == "destination":
-            shutil.rmtree(out, ignore_errors=True)  # also what was published while it was taken away
         if gone == "disk":
             shutil.rmtree(arena.disk / "here", ignore_errors=True)  # below the disk: what a late write may have made
             (arena.disk / "here").mkdir()

@@ -74,9 +74,9 @@ class Judge:
             place = next((frame for frame in reversed(frames) if "/miniawq/" in frame.filename), frames[-1])
             where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
             kind = self._escaped(where, content(), traceback.format_exc())
-        if kind != "escaped" and time.process_time() - started > SECONDS:
+        if kind != "escaped" and (taken := time.process_time() - started) > SECONDS:
             kind = "hung"
-            self._keep("hung", content(), f"{time.process_time() - started:.1f} s")
+            self._keep("hung", content(), f"{taken:.1f} s")
         self.tally.add(kind)
         return kind
 

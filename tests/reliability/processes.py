@@ -105,6 +105,7 @@ def _child(arguments: list[str], log: Path, setup: Callable[[], None]) -> None:
             os.dup2(opened, number)
             os.close(opened)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # here too, before there are threads: torch forgets its pool in a fork
         setup()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         code = main(arguments)
