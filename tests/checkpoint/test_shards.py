@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from miniawq.checkpoint import publishing
-from miniawq.checkpoint.publishing import locked, published
+from miniawq.checkpoint.publishing import LOCK, locked, published
 from miniawq.checkpoint.shards import DTYPE_NAMES, ShardWriter, Spec, plan_shards, write_bytes
 from miniawq.errors import InvalidInput, MiniawqError, UsageError
 from tests.helpers import ROOT
@@ -213,6 +213,39 @@ def test_a_directory_called_partial_is_left_alone(tmp_path):
         (directory / "config.json").write_text("{}")
     assert contents(theirs) == {"notes.txt": b"mine"}
     assert contents(tmp_path / "model") == {"config.json": b"{}"}
+
+
+KILLED = """
+import os, sys
+from miniawq.checkpoint.publishing import published
+with published(sys.argv[1]) as directory:
+    (directory / "half").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_conversion_leaves_is_removed_by_the_next(tmp_path):
+    """What belongs to a run that goes on, or to the user, stays."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model")], cwd=ROOT, check=False)
+    abandoned, lock = sorted(tmp_path.iterdir())
+    assert lock.name == abandoned.name + LOCK
+    mine = tmp_path / "model.partial-0a1b2c3d"
+    mine.mkdir()
+    with published(tmp_path / "model") as running:
+        assert not abandoned.exists()
+        assert not lock.exists()
+        with pytest.raises(UsageError), published(tmp_path / "model"):
+            assert running.exists()
+            (tmp_path / "model").mkdir()
+        (tmp_path / "model").rmdir()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model", mine]
+
+
+def test_a_directory_that_cannot_be_made_leaves_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with pytest.raises(MiniawqError, match="cannot write"), published(tmp_path / "model"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["seen", "in the same moment"])

@@ -14,6 +14,8 @@ FAULTS = [
     Fault("text/template.py", r"size > MAX_RENDERED_CHARACTERS", "False", CHAT),
     Fault("text/library.py", r"len\(text\) \* self\.growth > MAX_CHARACTERS", "False", HOSTILE),
     Fault("text/library.py", r"thread\.join\(seconds\)", "thread.join()", HOSTILE),
+    Fault("text/library.py", r"if any\(found\):", "if False:", HOSTILE),
+    Fault("text/tokenizer.py", r"if not isinstance\(found, dict\):", "if False:", "reliability/test_fuzz"),
     Fault("text/tokenizer.py", r"type\(token_id\) is int", "isinstance(token_id, int)", HOSTILE),
     Fault("text/worker.py", r"spent > SECONDS", "spent > 20 * SECONDS", TEMPLATES),
     Fault("text/worker.py", r"memory_info\(\)\.rss > MEMORY", "memory_info().rss < 0", TEMPLATES),

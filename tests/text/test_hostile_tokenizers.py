@@ -109,6 +109,27 @@ def test_a_panic_of_the_library_is_a_refusal(tmp_path):
         tokenizer.encode("a" * 60)
 
 
+PREFIXES = {
+    "plain": '"continuing_subword_prefix": "x"',
+    "spelled in escapes": '"continuing_subword_\\u0070refix": "x"',
+    "twice": '"continuing_subword_prefix": "x", "continuing_subword_prefix": null',
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_prefix_that_cuts_a_character_is_refused(tmp_path, kind):
+    """The library would end the process: half of a merge's character is no text."""
+    text = json.dumps(PLAIN).replace('"continuing_subword_prefix": null', PREFIXES[kind])
+    assert text != json.dumps(PLAIN)
+    with pytest.raises(UnsupportedCheckpoint, match="it has a continuing_subword_prefix"):
+        Tokenizer(tiny_tokenizers.write(tmp_path, text))
+
+
+def test_letters_in_escapes_are_no_prefix(tmp_path):
+    text = json.dumps(PLAIN).replace('"version"', '"\\u0076ersion"')
+    assert Tokenizer(tiny_tokenizers.write(tmp_path, text)).encode("king", False)
+
+
 @pytest.mark.parametrize("ids", [[-1], [2**40], [1.5], ["x"], [None]])
 def test_numbers_that_are_no_ids_are_refused(tmp_path, ids):
     with pytest.raises(InvalidInput, match="these are not the ids of tokens"):
