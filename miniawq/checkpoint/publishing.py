@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"  # the directory, in that of a checkpoint, of what is not published yet
 LOCK = ".lock"
+LOCK_SECONDS = 10  # another run holds the lock of a new directory for a moment, to see whether it is abandoned
 LAST = "config.json"  # without which nobody takes a directory for a checkpoint
 
 
@@ -39,9 +40,10 @@ def published(destination: str | Path) -> Iterator[Path]:
         _remove_abandoned(destination)
         made = _make_directory(destination.parent)
         partial = destination.with_name(f"{destination.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
-        lock = FileLock(partial.with_name(partial.name + LOCK))
+    lock = FileLock(partial.with_name(partial.name + LOCK), timeout=LOCK_SECONDS)
     try:
         with disk_errors(destination):
+            _make_file_of(lock)
             lock.acquire()
             partial.mkdir()
         yield partial
@@ -67,6 +69,11 @@ def _remove_abandoned(destination: Path) -> None:
             log.info("removing %s, which an interrupted run has left", found.with_suffix(""))
             shutil.rmtree(found.with_suffix(""), ignore_errors=True)
             _remove_lock(lock)
+
+
+def _make_file_of(lock: FileLock) -> None:
+    """Make the file of a lock: where that cannot be, the library would wait for it."""
+    os.close(os.open(lock.lock_file, os.O_RDWR | os.O_CREAT, 0o644))
 
 
 def _remove_lock(lock: FileLock) -> None:
@@ -136,7 +143,7 @@ def locked(directory: Path) -> Iterator[None]:
     lock = FileLock(directory / LOCK, timeout=0)
     try:
         with disk_errors(directory):
-            os.close(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+            _make_file_of(lock)
         with lock:
             try:
                 yield

@@ -270,7 +270,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(dense, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["file", "dangling link", "link in a circle", "below a file", "name too long", "no name"]
+    "kind", ["file", "dangling link", "link in a circle", "below a file", "name too long", "no name", "no disk"]
 )
 def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
     out = tmp_path / "out"
@@ -280,7 +280,13 @@ def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
         out.symlink_to(tmp_path / "nowhere")
     elif kind == "link in a circle":
         out.symlink_to(out)
-    given = {"below a file": out / "deep", "name too long": tmp_path / ("x" * 300), "no name": ""}.get(kind, out)
+    others = {
+        "below a file": out / "deep",
+        "name too long": tmp_path / ("x" * 300),
+        "no name": "",
+        "no disk": "/proc/out",
+    }
+    given = others.get(kind, out)
     source, _ = make(tmp_path / "int4")
     before = sorted(tmp_path.iterdir())
     for run in (
