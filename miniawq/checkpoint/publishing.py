@@ -52,10 +52,10 @@ def published(destination: str | Path) -> Iterator[Path]:
             _rename(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
         _remove_lock(lock)
         _remove_empty(made)
+        raise
+    _remove_lock(lock)
     with disk_errors(destination):
         sync_directory(destination.parent)
 

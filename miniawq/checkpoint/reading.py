@@ -7,6 +7,7 @@ page of a mapped file which another one has cut off is ended by the system; here
 
 import ctypes
 import json
+import mmap
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
@@ -36,6 +37,17 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]
             part.copy_(buffer, non_blocking=True)
             stage.taken()
     return values.view(dtype).reshape(shape)
+
+
+def map_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `key` as a view of the file, of which it maps its own part; a copy where its bytes are not aligned."""
+    start, size = _place(path, key, dtype, shape)
+    if not size or start % dtype.itemsize:
+        return read_tensor(path, key, dtype, shape, torch.device("cpu"))
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as file:
+        part = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    return torch.frombuffer(part, dtype=torch.uint8, count=size, offset=before).view(dtype).reshape(shape)
 
 
 def is_finite(tensor: Tensor) -> bool:

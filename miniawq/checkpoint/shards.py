@@ -147,7 +147,7 @@ class ShardWriter:
         shard = self.shards[self._shard_of(self.done)]
         with disk_errors(self.directory):
             if self._file is None:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                self.directory.mkdir(exist_ok=True)  # not those around it, which somebody may have taken away
                 self._file = self._partial(shard).open("wb")
                 self._file.write(shard.header)
             values = tensor.detach().cpu().contiguous()

@@ -448,7 +448,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     """Nothing is mapped while a checkpoint is streamed: the system would end a process that reads what was cut off."""
     directory, _ = tiny.make(tmp_path)
     checkpoint = open_checkpoint(directory)
-    monkeypatch.setattr("miniawq.checkpoint.opening.safe_open", None)
+    monkeypatch.setattr("miniawq.checkpoint.reading.map_tensor", None)
     assert math.isfinite(evaluate(checkpoint, tiny.TOKENS).perplexity)
     monkeypatch.setattr(checkpoint.files, "unchanged", lambda name: None)
     os.truncate(directory / "model.safetensors", 20_000)

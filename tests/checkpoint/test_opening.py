@@ -270,7 +270,7 @@ def test_read_linear_is_what_was_packed(tmp_path, layout):
 def test_opening_reads_no_values(tmp_path, monkeypatch):
     """Plans and refusals come before weights: only the headers are there to read."""
     directory, _ = tiny.make(tmp_path)
-    monkeypatch.setattr("miniawq.checkpoint.opening.safe_open", None)
+    monkeypatch.setattr("miniawq.checkpoint.reading.map_tensor", None)
     assert len(open_checkpoint(directory).quantized) == 14
 
 

@@ -270,7 +270,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(dense, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["file", "dangling link", "link in a circle", "below a file", "name too long", "no name", "no disk"]
+    "kind", ["file", "dangling link", "link in a circle", "below a file", "name too long", "no name", "no disk", "deep"]
 )
 def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
     out = tmp_path / "out"
@@ -286,6 +286,7 @@ def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
         "no name": "",
         "no disk": "/proc/out",
     }
+    others["deep"] = tmp_path / "made first" / ("x" * 300) / "out"
     given = others.get(kind, out)
     source, _ = make(tmp_path / "int4")
     before = sorted(tmp_path.iterdir())
@@ -305,6 +306,14 @@ def test_a_link_to_an_empty_directory_is_filled(dense, text, tmp_path):
     quantize_checkpoint(dense, tmp_path / "out", text, SETTINGS)
     assert opens(tmp_path / "disk")
     assert (tmp_path / "out").is_symlink()
+
+
+def test_a_way_through_a_directory_that_is_not_there(dense, text, tmp_path):
+    source, _ = make(tmp_path / "int4")
+    quantize_checkpoint(dense, tmp_path / "no" / ".." / "quantized", text, SETTINGS)
+    convert_checkpoint(source, tmp_path / "none" / ".." / "converted" / "out", "dense")
+    assert opens(tmp_path / "quantized")
+    assert opens(tmp_path / "converted" / "out")
 
 
 def test_quantize_beside_convert(dense, text, tmp_path, monkeypatch):

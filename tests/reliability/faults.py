@@ -95,7 +95,8 @@ class Arena:
             return verdict
         before = self.state(verb, out)
         if before == "wrong":
-            return Verdict("lost", f"{verb}: after code {ended.code} another checkpoint opens\n{ended.err}")
+            other = sorted(set(files_of(out)) ^ set(self.whole[verb])) or "bytes"
+            return Verdict("lost", f"{verb}: after code {ended.code} another checkpoint opens: {other}\n{ended.err}")
         if ended.code == 0 and before != "whole" and not may_be_gone:
             return Verdict("lost", f"{verb}: exit code 0, and nothing opens\n{ended.err}")
         again = self.run(verb, out).wait()

@@ -4,6 +4,9 @@ import base64
 import contextlib
 import copy
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,7 +17,7 @@ from miniawq.checkpoint import hub
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 from miniawq.text import library
 from miniawq.text.tokenizer import Tokenizer
-from tests.helpers import tiny_tokenizers
+from tests.helpers import ROOT, tiny_tokenizers
 
 PLAIN = json.loads(tiny_tokenizers.byte_fallback())
 VALUES = [None, True, -1, 2**70, 1.5, "", "x", [], [[]], {}, [None], {"type": "x"}]
@@ -107,6 +110,43 @@ def test_a_panic_of_the_library_is_a_refusal(tmp_path):
     tokenizer = made(tmp_path, normalizer=replace("(a+)+b", "x", "Regex"))
     with pytest.raises(UnsupportedCheckpoint, match="PanicException"):
         tokenizer.encode("a" * 60)
+
+
+BROKEN = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+
+
+def test_a_panic_is_told_in_our_words_alone(tmp_path, capfd):
+    """The library's own are pages long."""
+    with pytest.raises(UnsupportedCheckpoint, match="PanicException"):
+        made(tmp_path, **BROKEN)
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_stderr_comes_back_when_the_last_thread_has_left(capfd):
+    with library.silence:
+        with library.silence:
+            os.write(2, b"lost")
+        os.write(2, b"lost, too")
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_a_process_without_stderr_reads_tokenizers(tmp_path):
+    tiny_tokenizers.write(tmp_path, tiny_tokenizers.byte_level())
+    program = (
+        "import os, sys; os.close(2); from miniawq.text.tokenizer import Tokenizer;"
+        "print(len(Tokenizer(sys.argv[1]).encode('king')) > 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, cwd=ROOT, check=False)
+    assert run.stdout == b"True\n"
+
+
+def test_a_dropout_left_over_from_training_is_off(tmp_path):
+    texts = made(tmp_path, model=PLAIN["model"] | {"dropout": 0.9})
+    whole = Tokenizer(tiny_tokenizers.write(tmp_path, json.dumps(PLAIN)))
+    for _ in range(5):
+        assert texts.encode("Once upon a time there was a king") == whole.encode("Once upon a time there was a king")
 
 
 PREFIXES = {
