@@ -66,6 +66,8 @@ def run(
         logging.basicConfig(handlers=[handler])
         logging.getLogger("miniawq").setLevel(level)
         return _exit_code(main_body, arguments, parser.prog)
+    except KeyboardInterrupt:  # while the first one was told
+        return INTERRUPTED
     finally:
         # What a full disk or a reader who has left did not take is dropped: Python would complain at exit.
         for stream in (sys.stdout, sys.stderr):

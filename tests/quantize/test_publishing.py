@@ -285,8 +285,8 @@ def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
         "name too long": tmp_path / ("x" * 300),
         "no name": "",
         "no disk": "/proc/out",
+        "deep": tmp_path / "made first" / ("x" * 300) / "out",
     }
-    others["deep"] = tmp_path / "made first" / ("x" * 300) / "out"
     given = others.get(kind, out)
     source, _ = make(tmp_path / "int4")
     before = sorted(tmp_path.iterdir())

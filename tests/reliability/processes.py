@@ -109,6 +109,8 @@ def _child(arguments: list[str], log: Path, setup: Callable[[], None]) -> None:
         setup()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         code = main(arguments)
+    except KeyboardInterrupt:  # before it has begun
+        code = 130
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     except BaseException:
