@@ -55,7 +55,7 @@ def main() -> int:
                     if verdict.kind in BAD:
                         tqdm.write(f"{name}, round {round_}: {verdict.kind}\n{verdict.told}\n", file=sys.stderr)
             for path in whole.iterdir():
-                if path.name.startswith(("at-", "source-", "log-")):
+                if path.name.startswith(("at-", "log-")):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             bar.update(int(time.monotonic() - started) - bar.n)
     text = table("fault", KINDS, {name: list(row.values()) for name, row in rows.items()})

@@ -128,6 +128,7 @@ FAULTS = [
         "    except AssertionError:\n",
         PUBLISHING,
     ),
+    Fault("checkpoint/shards.py", r"mkdir\(exist_ok=True\)", "mkdir(parents=True, exist_ok=True)", PUBLISHING),
     Fault("checkpoint/publishing.py", r"^        _remove_abandoned\(destination\)\n", "", SHARDS),
     Fault("checkpoint/publishing.py", r"^ +lock\.acquire\(\)\n( +log)", r"\1", SHARDS),
     Fault("checkpoint/publishing.py", r"^    _remove_lock\(lock\)\n", "", SHARDS),

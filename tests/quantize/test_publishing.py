@@ -308,6 +308,21 @@ def test_a_link_to_an_empty_directory_is_filled(dense, text, tmp_path):
     assert (tmp_path / "out").is_symlink()
 
 
+def test_a_destination_that_is_taken_away_is_not_made_anew(dense, text, tmp_path, monkeypatch):
+    """Half a journal in a new directory would stand in the way of the next run."""
+    process = Quantizer.process
+
+    def taking(job: Quantizer, layer: int, hidden_BLD: torch.Tensor) -> Any:
+        if layer == 1:
+            os.rename(tmp_path / "out", tmp_path / "elsewhere")
+        return process(job, layer, hidden_BLD)
+
+    monkeypatch.setattr(Quantizer, "process", taking)
+    with pytest.raises(MiniawqError, match="cannot write"):
+        quantize_checkpoint(dense, tmp_path / "out", text, SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_way_through_a_directory_that_is_not_there(dense, text, tmp_path):
     source, _ = make(tmp_path / "int4")
     quantize_checkpoint(dense, tmp_path / "no" / ".." / "quantized", text, SETTINGS)

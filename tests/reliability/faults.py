@@ -63,9 +63,9 @@ class Arena:
             self.seconds[verb] = time.monotonic() - started
             self.whole[verb] = files_of(out)
 
-    def run(self, verb: str, out: Path | None = None, setup: Callable[[], None] = lambda: None, **models: Path) -> Run:
+    def run(self, verb: str, out: Path | None = None, setup: Callable[[], None] = lambda: None) -> Run:
         """Start a verb; `out` is where quantize and convert write."""
-        paths = self.models | models
+        paths = self.models
         commands: dict[str, list[str | Path | None]] = {
             "quantize": [
                 paths["dense"], out, "--calib", self.text, "--num-samples", "4", "--sequence-length", "16",
@@ -210,22 +210,23 @@ def on_read_only_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
 
 
 def on_vanishing_disks(arena: Arena, random: Random) -> Iterator[Verdict]:
-    """A destination, or a source, that is taken away at a random moment."""
+    """A disk, a destination or a source that is taken away at a random moment. The source comes back."""
     for verb, model in zip(WRITING, ("dense", "int4"), strict=True):
-        out, gone = arena.fresh(), random.choice(("disk", "destination", "source"))
-        source = shutil.copytree(arena.models[model], arena.directory / f"source-{time.monotonic_ns()}")
+        out, gone, aside = arena.fresh(), random.choice(("disk", "destination", "source")), arena.fresh()
         if gone == "disk" and mount(arena.disk, "size=100m"):
             out = arena.disk / "here" / "out"
             out.parent.mkdir()
-        run = arena.run(verb, out, **{model: source})
+        run = arena.run(verb, out)
         time.sleep(arena.moment(verb, random))
         if gone == "disk":
             unmount(arena.disk)
         else:
             with suppress(FileNotFoundError):
-                os.rename(source if gone == "source" else out, arena.fresh())
+                os.rename(arena.models[model] if gone == "source" else out, aside)
         ended = run.wait()
-        if gone == "disk":
+        if gone == "source":
+            os.rename(aside, arena.models[model])
+        elif gone == "disk":
             shutil.rmtree(arena.disk / "here", ignore_errors=True)  # below the disk: what a late write may have made
             (arena.disk / "here").mkdir()
         yield arena.judged(ended, verb, out, may_be_gone=True)

@@ -12,13 +12,16 @@ from tests.reliability.processes import Ended
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, limits and mounts as Linux does")
 
 
+SHORT = ("kill -9", "two runs into one destination", "vanishing disks", "closed streams")  # the others take longer
+
+
 @LINUX
 def test_disturbed_runs_lose_nothing():
-    """Each fault once. A process of its own, as one that forks must have no threads."""
-    command = [sys.executable, "scripts/faults.py", "--rounds", "1", "--seed", "1"]
+    """In a process of its own, as one that forks must have no threads."""
+    command = [sys.executable, "scripts/faults.py", "--rounds", "1", "--seed", "1", "--only", *SHORT]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("\n") > 9
+    assert all(f"| {name} |" in run.stdout for name in SHORT)
 
 
 ERROR = "miniawq convert: no\n  why\n  what to do\n"
