@@ -64,7 +64,7 @@ def _remove_abandoned(destination: Path) -> None:
     """Remove what killed runs have left beside `destination`: nobody holds the locks of their directories."""
     for found in destination.parent.glob(f"{glob.escape(destination.name)}{PARTIAL}-{'[0-9a-f]' * 8}{LOCK}"):
         lock = FileLock(found, timeout=0)
-        with suppress(Timeout):
+        with suppress(OSError):  # it is held, or another user's
             lock.acquire()
             log.info("removing %s, which an interrupted run has left", found.with_suffix(""))
             shutil.rmtree(found.with_suffix(""), ignore_errors=True)

@@ -7,7 +7,6 @@ page of a mapped file which another one has cut off is ended by the system; here
 
 import ctypes
 import json
-import mmap
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
@@ -40,14 +39,15 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def map_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor `key` as a view of the file, of which it maps its own part; a copy where its bytes are not aligned."""
+    """The tensor `key` as a view of the file; a copy where its bytes are not aligned.
+
+    Each tensor has a mapping of its own: one for all would count every page ever read as our memory.
+    """
     start, size = _place(path, key, dtype, shape)
     if not size or start % dtype.itemsize:
         return read_tensor(path, key, dtype, shape, torch.device("cpu"))
-    before = start % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as file:
-        part = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
-    return torch.frombuffer(part, dtype=torch.uint8, count=size, offset=before).view(dtype).reshape(shape)
+    storage = torch.UntypedStorage.from_file(str(path), False, start + size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[start:].view(dtype).reshape(shape)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -94,6 +94,9 @@ FAULTS = [
     Fault("checkpoint/opening.py", r"if tensor\.dtype == torch\.uint32 else", "if False else", OPENING),
     Fault("checkpoint/opening.py", r"torch\.full_like\((.*), SYMMETRIC_ZERO, ", r"torch.zeros_like(\1, ", OPENING),
     Fault("checkpoint/reading.py", r"\(8 \+ length \+ start,", "(length + start,", OPENING),
+    Fault("checkpoint/reading.py", r"^@lru_cache\(maxsize=64\)\n(def _places)", r"@lru_cache(maxsize=0)\n\1", OPENING),
+    Fault("checkpoint/reading.py", r"set_\(storage\)\[start:\]", "set_(storage)[:size]", OPENING),
+    Fault("checkpoint/reading.py", r" or start % dtype\.itemsize:", ":", OPENING),
     Fault("checkpoint/reading.py", r"file\.seek\(start\)", "file.seek(start + 1)", OPENING),
     # Loading.
     Fault("checkpoint/loading.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', OPENING),
