@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def map_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...])
     start, size = _place(path, key, dtype, shape)
     if not size or start % dtype.itemsize:
         return read_tensor(path, key, dtype, shape, torch.device("cpu"))
-    storage = torch.UntypedStorage.from_file(str(path), False, start + size)
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, start + size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)[start:].view(dtype).reshape(shape)
 
 

@@ -6,7 +6,6 @@ given again, makes the whole one.
 
 import itertools
 import os
-import resource
 import shutil
 import signal
 import time
@@ -25,6 +24,11 @@ from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers import tiny_tokenizers
 from tests.helpers.quantizing import contents
 from tests.reliability.processes import Ended, Run, mount, unmount
+
+try:
+    import resource
+except ImportError:  # Windows, where only the names of the faults are read
+    resource = None  # type: ignore[assignment]
 
 KINDS = ("tried", "done", "refused", "ended", "hung", "escaped", "lost")
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 420, "num_hidden_layers": 3}
