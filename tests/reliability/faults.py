@@ -264,11 +264,11 @@ def _damage_streams(states: list[str]) -> None:
 def with_little_memory(arena: Arena, random: Random) -> Iterator[Verdict]:
     """An address space that ends somewhere above what the imports took."""
     for verb in random.sample(VERBS, 2):
-        mebibytes = random.choice((random.randint(0, 20), random.randint(0, 400)))
+        mebibytes = random.choice((random.randint(0, 128), random.randint(64, 800)))
         out = arena.fresh()
         ended = arena.run(verb, out if verb in WRITING else None, partial(_limit_memory, mebibytes)).wait()
         verdict = arena.judged(ended, verb, out) if verb in WRITING else verdict_of(ended, verb)
-        if ended.code < 0:
+        if ended.code < 0 and not ended.hung:
             verdict = Verdict("escaped", f"{verb}: signal {-ended.code}\n{ended.err}")
         yield verdict._replace(told=verdict.told and f"{mebibytes} MiB\n{verdict.told}")
 
