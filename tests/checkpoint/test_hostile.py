@@ -166,6 +166,15 @@ def test_a_dimension_that_no_tensor_has_is_refused(size, tmp_path):
     assert f"has the shape [0, {size}]" in outcome(directory)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("U64", 8), ("C64", 8), ("F8_E8M0", 1), ("U16", 2)])
+def test_dtypes_that_no_checkpoint_has_are_refused(dtype, size, tmp_path):
+    directory, _ = tiny.make(tmp_path)
+    entry = {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    (directory / "model.safetensors").write_bytes(file_of(header, bytes(size)))
+    assert f"this checkpoint is in {dtype} form" in outcome(directory)
+
+
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_that_make_no_sense_are_refused(kind, tmp_path):
     directory, _ = tiny.make(tmp_path)

@@ -6,7 +6,7 @@ OPENING, REFUSALS, SHARDS, HUB, HOSTILE = (
     f"checkpoint/test_{name}" for name in ("opening", "refusals", "shards", "hub", "hostile")
 )
 PUBLISHING, CONVERT = "quantize/test_publishing", "commands/test_convert"
-FUZZ, FAULTS_OF_RUNS = "reliability/test_fuzz", "reliability/test_faults"
+FUZZ = "reliability/test_fuzz"
 FAULTS = [
     # config.json
     Fault("checkpoint/config.py", r"layer >= first else", "layer > first else", "test_model"),
@@ -66,7 +66,7 @@ FAULTS = [
     Fault("checkpoint/hub.py", r"parse_constant=finite, parse_float=finite", "parse_constant=finite", HOSTILE),
     Fault("checkpoint/hub.py", r'if b"\\\\u" in content or .*:$', "if False:", HOSTILE),
     Fault("checkpoint/headers.py", r"if max\(shape, default=0\) > LARGEST:", "if False:", HOSTILE),
-    Fault("checkpoint/headers.py", r"if dtype not in STORED_DTYPES:", "if False:", FUZZ),
+    Fault("checkpoint/headers.py", r"if dtype not in STORED_DTYPES:", "if False:", HOSTILE),
     Fault("checkpoint/headers.py", r"not isinstance\(weight_map, dict\) or ", "", FUZZ),
     Fault("checkpoint/values.py", r"isinstance\(value, list\) and all", "all", FUZZ),
     Fault("checkpoint/hub.py", r"^    if level:", "    if False:", HOSTILE),
@@ -135,7 +135,7 @@ FAULTS = [
     Fault("checkpoint/publishing.py", r"^        _remove_abandoned\(destination\)\n", "", SHARDS),
     Fault("checkpoint/publishing.py", r"^ +lock\.acquire\(\)\n( +log)", r"\1", SHARDS),
     Fault("checkpoint/publishing.py", r"^    _remove_lock\(lock\)\n", "", SHARDS),
-    Fault("checkpoint/publishing.py", r"^ +shutil\.rmtree\(found.*\n", "", FAULTS_OF_RUNS),
+    Fault("checkpoint/publishing.py", r"^ +shutil\.rmtree\(found.*\n", "", SHARDS),
     Fault("checkpoint/unchanged.py", r"or _sha256\(directory / name\) != digest", "", PUBLISHING),
     Fault("checkpoint/publishing.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
 ]
