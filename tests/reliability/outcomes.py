@@ -12,6 +12,7 @@ from miniawq.errors import MiniawqError
 
 KINDS = ("tried", "refused", "same", "changed", "hung", "escaped")
 SECONDS = 10.0  # of processor time, for one input
+MESSAGE_CHARACTERS = 2000
 
 
 class Counts(NamedTuple):
@@ -63,26 +64,19 @@ class Judge:
         try:
             kind = "same" if repr(read()) in self.known else "changed"
         except MiniawqError as error:
-            said = str(error)
-            kind = "refused"
-            if not (said.count("\n") <= 2 and len(said) < 5000):
-                kind = self._escaped(f"a message of {len(said)} characters", content())
+            kind = "refused" if str(error).count("\n") <= 2 and len(str(error)) < MESSAGE_CHARACTERS else "escaped"
+            if kind == "escaped":
+                self._keep("a long message", content(), str(error))
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            frames = traceback.extract_tb(error.__traceback__)
-            place = next((frame for frame in reversed(frames) if "/miniawq/" in frame.filename), frames[-1])
-            where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
-            kind = self._escaped(where, content(), traceback.format_exc())
+            kind = "escaped"
+            self._keep(_place_of(error), content(), traceback.format_exc())
         if kind != "escaped" and (taken := time.process_time() - started) > SECONDS:
             kind = "hung"
             self._keep("hung", content(), f"{taken:.1f} s")
         self.tally.add(kind)
         return kind
-
-    def _escaped(self, where: str, content: bytes, told: str = "") -> str:
-        self._keep(where, content, told)
-        return "escaped"
 
     def _keep(self, where: str, content: bytes, told: str) -> None:
         """The first input of each place, with what was raised beside it."""
@@ -90,4 +84,11 @@ class Judge:
         if name not in self._told and len(self._told) < 50:
             self._told.add(name)
             (self.found / name).write_bytes(content)
-            (self.found / f"{name}.txt").write_text(told or where)
+            (self.found / f"{name}.txt").write_text(told)
+
+
+def _place_of(error: BaseException) -> str:
+    """The last line of ours that an exception has passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in reversed(frames) if "/miniawq/" in frame.filename), frames[-1])
+    return f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"

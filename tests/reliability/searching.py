@@ -1,6 +1,8 @@
 """Damaged directories by Hypothesis, until time is over, in a process of its own: scripts/fuzz.py starts it.
 
-python -m tests.reliability.searching SEED TALLY FOUND SECONDS
+    python -m tests.reliability.searching SEED TALLY FOUND SECONDS
+
+It runs rounds of EXAMPLES, each with a seed of its own.
 """
 
 import json
@@ -20,7 +22,7 @@ from tests.reliability.outcomes import Judge, Tally
 worker.SECONDS, library.SECONDS, library.CHARACTERS_PER_SECOND = 0.5, 1.0, 200_000
 settings.register_profile("fuzz", database=None, deadline=None)
 settings.load_profile("fuzz")
-EXAMPLES = 500  # of one round, which begins with a seed of its own
+EXAMPLES = 500
 
 
 def search(bases: dict[str, Files], judge: Judge, scratch: Path, number: int, examples: int) -> None:
