@@ -1,6 +1,7 @@
 """Limits of ordinary use: many prompts in one process, every plane of Unicode, a full context, deterministic torch."""
 
 import json
+import sys
 from collections.abc import Iterator
 
 import psutil
@@ -44,9 +45,9 @@ def test_memory_stays_flat_over_many_prompts(model_directory):
 
 
 def planes() -> Iterator[str]:
-    """Of each plane a few thousand characters: assigned, private, unassigned, and those that are no characters."""
+    """Of each plane a thousand characters: assigned, private, unassigned, and those that are no characters."""
     for plane in range(17):
-        codes = [*range(0, 0x10000, 29), *range(0xFFF0, 0x10000), 0xD7FF, 0xE000, 0xFDD0]
+        codes = [*range(0, 0x10000, 61), *range(0xFFF0, 0x10000), 0xD7FF, 0xE000, 0xFDD0]
         yield "".join(chr((plane << 16) + code) for code in codes if plane or not 0xD800 <= code < 0xE000)
 
 
@@ -135,7 +136,8 @@ def written_by(verb, model_directory, folder, capsys):
 
 
 @pytest.mark.parametrize("verb", DETERMINISTIC)
-def test_deterministic_algorithms_change_nothing(verb, model_directory, tmp_path, capsys, request):
+def test_deterministic_algorithms_change_nothing(verb, model_directory, tmp_path, capsys, request, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # the picture of a report takes longer than all the rest
     plain = written_by(verb, model_directory, tmp_path / "plain", capsys)
     request.getfixturevalue("deterministic")
     assert written_by(verb, model_directory, tmp_path / "again", capsys) == plain

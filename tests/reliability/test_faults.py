@@ -12,7 +12,7 @@ from tests.reliability.processes import Ended
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, limits and mounts as Linux does")
 
 
-SHORT = ("kill -9", "two runs into one destination", "vanishing disks", "closed streams")  # the others take longer
+SHORT = ("kill -9", "two runs into one destination", "closed streams")  # the others are in test_publishing.py, too
 
 
 @LINUX
