@@ -6,15 +6,17 @@
 
 Each reader runs in a process of its own under atheris, which keeps the inputs that reach new lines of our code;
 directories are drawn by Hypothesis. `tests/reliability/` says what is read and how it is changed, and holds the corpus.
-What escapes is kept in --work: put it into the corpus when it is mended. Exit code 1 if anything escaped or hung.
+What escapes is kept where the end of the output says: put it into the corpus when it is mended. Exit code 1 if anything
+escaped or hung.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -82,19 +84,21 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="write the table into this page")
     arguments = parser.parse_args()
     share = 60 * arguments.minutes / sum(PARTS[name] for name in arguments.only)
-    with TemporaryDirectory() as folder:
-        work = (arguments.work or Path(folder)).absolute()
-        rows = {}
-        for name in (bar := tqdm(arguments.only, unit="part")):
-            bar.set_postfix_str(name)
-            rows[name] = fuzz(name, share * PARTS[name], arguments.seed, work)
-        text = table("reader", KINDS, rows)
-        print(text)
-        if arguments.page:
-            write_table(arguments.page, "fuzz", text)
-        for path in sorted(work.glob("*/found/*.txt")):
-            print(f"\n{path.with_suffix('')}\n{path.read_text()[-1500:]}")
-    return 1 if any(counts.hung or counts.escaped for counts in rows.values()) else 0
+    work = (arguments.work or Path(tempfile.mkdtemp(prefix="miniawq-fuzz-"))).absolute()
+    rows = {}
+    for name in (bar := tqdm(arguments.only, unit="part", disable=None)):
+        bar.set_postfix_str(name)
+        rows[name] = fuzz(name, share * PARTS[name], arguments.seed, work)
+    text = table("reader", KINDS, rows)
+    print(text)
+    if arguments.page:
+        write_table(arguments.page, "fuzz", text)
+    for path in sorted(work.glob("*/found/*")):
+        print(f"\n{path}" if path.suffix != ".txt" else path.read_text()[-1500:])
+    is_bad = any(counts.hung or counts.escaped for counts in rows.values())
+    if not is_bad and not arguments.work:
+        shutil.rmtree(work)
+    return 1 if is_bad else 0
 
 
 if __name__ == "__main__":
