@@ -11,6 +11,7 @@ escaped or hung.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,12 @@ def fuzz(name: str, seconds: float, seed: int, work: Path) -> Counts:
             (kept / f"seed-{number}").write_bytes(content)
     tally = Tally(work / name / "tally")
     until = time.monotonic() + seconds
-    with open(work / name / "log", "ab") as log:
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with open(work / name / "log", "ab") as log, tempfile.TemporaryDirectory(dir=memory) as scratch:
+        environment = os.environ | {"TMPDIR": scratch}
         while (left := until - time.monotonic()) > 1:
-            before = tally.counts.tried
-            ended = subprocess.run(
-                command(name, left, seed, work / name), cwd=ROOT, stdout=log, stderr=log, check=False
-            )
+            before, line = tally.counts.tried, command(name, left, seed, work / name)
+            ended = subprocess.run(line, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
             if tally.counts.tried == before:
                 raise SystemExit(f"{name} does not start (exit code {ended.returncode}): see {work / name / 'log'}")
             seed += 1

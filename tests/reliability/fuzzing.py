@@ -33,7 +33,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     reader = READERS[name]
     judge = Judge(Tally(Path(tally)), Path(found))
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         path = prepare(name, Path(scratch) / name)
 
         def read(content: bytes) -> object:

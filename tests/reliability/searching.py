@@ -7,7 +7,6 @@ It runs rounds of EXAMPLES, each with a seed of its own.
 
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ def main() -> None:
     number, tally, found, seconds = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
     logging.disable(logging.CRITICAL)
     until = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         bases = valid(scratch / "valid")
         judge = Judge(Tally(tally), found)
