@@ -3,14 +3,17 @@
 # make test-all  run all tests, those that compile much too
 # make lint      ruff and mypy
 # make bench     the benchmarks of the INT4 product on this machine
+# make fuzz      read changed files for MINUTES=10, and count what comes (Linux)
+# make faults    disturb runs of quantize and convert for MINUTES=10, and count what is lost (Linux)
 
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+MINUTES ?= 10
 # One thread for each of two processes: two cores are what CI has.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench fuzz faults clean
 
 demo: .venv/runs
 	@$(BIN)/python -m miniawq.generate
@@ -29,6 +32,12 @@ lint: .venv/tests
 bench: .venv/tests
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-disable-gc $(ARGS)
 
+fuzz: .venv/fuzzes
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --minutes $(MINUTES) $(ARGS)
+
+faults: .venv/tests
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py --minutes $(MINUTES) $(ARGS)
+
 .venv/runs: pyproject.toml constraints.txt
 	@test ! -t 2 || echo "installing miniawq into .venv" >&2
 	@$(PYTHON) -m venv .venv
@@ -38,6 +47,10 @@ bench: .venv/tests
 .venv/tests: .venv/runs
 	@test ! -t 2 || echo "installing what the tests need into .venv" >&2
 	@$(PIP) --editable ".[test]"
+	@touch $@
+
+.venv/fuzzes: .venv/tests
+	@$(PIP) --editable ".[fuzz]"
 	@touch $@
 
 clean:

@@ -8,6 +8,7 @@ import argparse
 import errno
 import io
 import logging
+import mmap
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ from miniawq import __version__
 from miniawq.errors import MESSAGE_CHARACTERS, DoesNotFit, MiniawqError, clean
 
 INTERRUPTED = 130
+LEAST_BYTES = 64 << 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +66,8 @@ def run(
         logging.basicConfig(handlers=[handler])
         logging.getLogger("miniawq").setLevel(level)
         return _exit_code(main_body, arguments, parser.prog)
+    except KeyboardInterrupt:  # while the first one was told
+        return INTERRUPTED
     finally:
         # What a full disk or a reader who has left did not take is dropped: Python would complain at exit.
         for stream in (sys.stdout, sys.stderr):
@@ -75,6 +79,7 @@ def run(
 
 def _exit_code(main_body: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace, prog: str) -> int:
     try:
+        _require_memory()
         code = main_body(arguments) or 0
         sys.stdout.flush()
         return code
@@ -92,6 +97,15 @@ def _exit_code(main_body: Callable[[argparse.Namespace], int | None], arguments:
             traceback.print_exc()
         say(f"{prog}: {error}")
         return error.exit_code
+
+
+def _require_memory() -> None:
+    """DoesNotFit if next to nothing is left beside the imports: where a thread cannot begin, Python waits for ever."""
+    try:
+        mmap.mmap(-1, LEAST_BYTES).close()  # address space alone: nothing is written
+    except OSError as error:
+        why = f"{LEAST_BYTES >> 20} MiB are wanted beside what Python and torch take: {error.strerror}"
+        raise DoesNotFit("there is not enough memory to begin", why, "raise the limit (ulimit -v)") from error
 
 
 def say(text: str, limit: int | None = MESSAGE_CHARACTERS, end: str = "\n") -> None:

@@ -14,6 +14,7 @@ from miniawq.checkpoint.values import checked_values, shown
 from miniawq.errors import UnsupportedCheckpoint
 
 STORED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+LARGEST = 1 << 48  # of a shape: with a 0 beside it, any number takes no bytes
 SHOWN = 5  # names in a message
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 IGNORED_WITH_NOTICE = re.compile(r"\.(k_scale|v_scale|q_scale|input_scale|output_scale)$")
@@ -107,6 +108,9 @@ def tensors_of(files: LocalFiles, weights: Mapping[str, set[str]], notices: list
                 continue
             if name in tensors:
                 raise UnsupportedCheckpoint(f"tensor {name} is there twice", f"in {tensors[name].file} and in {file}")
+            if max(shape, default=0) > LARGEST:
+                why = f"{file}: tensor {name} has the shape {list(shape)}"
+                raise UnsupportedCheckpoint(f"{file} is damaged", why, "download the file again")
             if dtype not in STORED_DTYPES:
                 refuse_layout(dtype, f"tensor {name} in {file} is {dtype}")
             tensors[name] = TensorInfo(STORED_DTYPES[dtype], shape, file, key)

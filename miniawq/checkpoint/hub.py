@@ -255,6 +255,8 @@ def parse_json(path: Path) -> Any:
     try:
         value = json.loads(content, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
         _check_depth(value)
+        if b"\\u" in content or b"\xed" in content:
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair, which is no text
         return value
     except (ValueError, RecursionError) as error:
         raise UnsupportedCheckpoint(

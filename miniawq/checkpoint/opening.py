@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -68,9 +67,7 @@ class Checkpoint:
         self.files.unchanged(info.file)
         if self.mapped and device.type == "cpu":
             finite = reading.is_finite_on_disk(*place)
-            # The file is opened for each tensor: a handle kept open would count all pages ever read as our memory.
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                tensor = file.get_tensor(info.key)
+            tensor = reading.map_tensor(*place)
         else:
             tensor = reading.read_tensor(*place, device)
             finite = reading.is_finite(tensor)

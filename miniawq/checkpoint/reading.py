@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]
             part.copy_(buffer, non_blocking=True)
             stage.taken()
     return values.view(dtype).reshape(shape)
+
+
+def map_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `key` as a view of the file; a copy where its bytes are not aligned.
+
+    Each tensor has a mapping of its own: one for all would count every page ever read as our memory.
+    """
+    start, size = _place(path, key, dtype, shape)
+    if not size or start % dtype.itemsize:
+        return read_tensor(path, key, dtype, shape, torch.device("cpu"))
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, start + size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[start:].view(dtype).reshape(shape)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -10,25 +10,18 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UsageError
+from miniawq.errors import InvalidInput, MiniawqError
 
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
-UNFINISHED = "unfinished"  # the directory, in that of a checkpoint, of what is not published yet
-LOCK = ".lock"
-LAST = "config.json"  # without which nobody takes a directory for a checkpoint
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -154,7 +147,7 @@ class ShardWriter:
         shard = self.shards[self._shard_of(self.done)]
         with disk_errors(self.directory):
             if self._file is None:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                self.directory.mkdir(exist_ok=True)  # not those around it, which somebody may have taken away
                 self._file = self._partial(shard).open("wb")
                 self._file.write(shard.header)
             values = tensor.detach().cpu().contiguous()
@@ -217,7 +210,7 @@ class ShardWriter:
         self._file.close()
         self._file = None
         os.replace(self._partial(shard), self.directory / shard.file)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
 
     def _check(self, path: Path, shard: Shard, size: int) -> None:
         found = path.stat().st_size if path.exists() else 0
@@ -249,140 +242,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(partial, path)
 
 
-@contextmanager
-def published(destination: str | Path) -> Iterator[Path]:
-    """A directory beside `destination` to fill, which gets that name when the block ends without an error.
-
-    Until then it has a name that no other run uses. UsageError when the destination exists, at the beginning or at the
-    end.
-    """
-    destination = Path(destination)
-    with disk_errors(destination):
-        _refuse_existing(destination)
-        partial = destination.with_name(f"{destination.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
-        made = _make_directory(partial)
-    try:
-        yield partial
-        with disk_errors(destination):
-            _refuse_existing(destination)
-            _rename(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(made)
-        raise
-    with disk_errors(destination):
-        _sync_directory(destination.parent)
-
-
-def _refuse_existing(destination: Path) -> None:
-    if destination.exists() or destination.is_symlink():
-        raise _exists(destination)
-
-
-def _rename(partial: Path, destination: Path) -> None:
-    """Give a directory its name. The system refuses when another run has taken the name in this moment."""
-    try:
-        os.rename(partial, destination)
-    except OSError as error:
-        if destination.exists():
-            raise _exists(destination) from error
-        raise
-
-
-def _exists(destination: Path) -> UsageError:
-    return UsageError(
-        f"cannot write to {destination}", "something of that name exists", "name a new directory, or remove it"
-    )
-
-
-def publish(work: Path) -> None:
-    """Move all that is in `work` into the directory around it, config.json last, and remove `work`.
-
-    A kill leaves a directory that does not open, or the whole checkpoint.
-    """
-    with disk_errors(work.parent):
-        for path in sorted(work.iterdir(), key=lambda path: (path.name == LAST, path.name)):
-            if path.name == LAST:
-                _sync_directory(work.parent)
-            os.replace(path, work.parent / path.name)
-        _sync_directory(work.parent)
-        work.rmdir()
-
-
-def recall(names: Sequence[str], work: Path) -> None:
-    """Move what a killed `publish` has moved back into `work`, config.json first."""
-    with disk_errors(work.parent):
-        work.mkdir(exist_ok=True)
-        for name in sorted(names, key=lambda name: name != LAST):
-            if (work.parent / name).exists():
-                os.replace(work.parent / name, work / name)
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory, which is made, for this run alone: UsageError while another run holds it.
-
-    At the end a directory that was made and is empty is removed. The lock stays in one with unfinished work: another
-    run may wait for this very file.
-    """
-    with disk_errors(directory):
-        if (directory.exists() or directory.is_symlink()) and not directory.is_dir():
-            raise UsageError(f"cannot write to {directory}", "it is no directory", "name a new directory")
-        made = _make_directory(directory)
-    lock = FileLock(directory / LOCK, timeout=0)
-    try:
-        with disk_errors(directory):
-            os.close(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
-        with lock:
-            try:
-                yield
-            finally:
-                if not (directory / UNFINISHED).exists():
-                    with suppress(OSError):
-                        (directory / LOCK).unlink()
-    except Timeout as error:
-        why, fix = f"{directory / LOCK} is held by it", "wait for it, or name another directory"
-        raise UsageError(f"another run is writing to {directory}", why, fix) from error
-    finally:
-        _remove_empty(made)
-
-
-def _make_directory(directory: Path) -> list[Path]:
-    """Make a directory and those around it; returns those that were not there, the innermost first."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except BaseException:
-        _remove_empty(missing)
-        raise
-    return missing
-
-
-def _remove_empty(directories: Sequence[Path]) -> None:
-    for directory in directories:
-        with suppress(OSError):
-            directory.rmdir()
-
-
-def check_disk(destination: Path, nbytes: int) -> None:
-    """DoesNotFit when the disk of `destination`, which need not exist yet, has less than `nbytes` free.
-
-    MiniawqError when it is read-only.
-    """
-    with disk_errors(destination):
-        place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free
-        if free < nbytes:
-            tempfile.TemporaryFile(dir=place).close()  # a read-only disk has no space free either
-    if free < nbytes:
-        raise DoesNotFit(
-            f"{destination} needs {nbytes / 1e9:.2f} GB of disk",
-            f"{place} has {free / 1e9:.2f} GB free",
-            "free some space, or name a destination on another disk",
-        )
-
-
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Put renames on the disk, which they are only once their directory is."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -44,7 +44,7 @@ def copy_side_files(checkpoint: Checkpoint, directory: Path) -> None:
     for name in checkpoint.side_files:
         content = read_small(checkpoint.files.local(name), COPIED_LIMIT)
         with disk_errors(directory):
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).parent.mkdir(exist_ok=True)
         write_bytes(directory / name, content)
 
 

@@ -23,8 +23,9 @@ from miniawq.checkpoint.blocks import place_stored, read_stored
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.publishing import check_disk, published
 from miniawq.checkpoint.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
-from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, check_disk, published, write_json
+from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, write_json
 from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, side_digests
 from miniawq.errors import InvalidInput
 from miniawq.hardware import pick_device, roomiest

@@ -29,18 +29,9 @@ from miniawq.checkpoint.background import Background
 from miniawq.checkpoint.blocks import BlockStream, to_host
 from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.publishing import UNFINISHED, check_disk, locked, publish, recall
 from miniawq.checkpoint.quant_config import awq_block, compressed_tensors_block
-from miniawq.checkpoint.shards import (
-    SHARD_BYTES,
-    UNFINISHED,
-    ShardWriter,
-    Spec,
-    check_disk,
-    locked,
-    publish,
-    recall,
-    write_json,
-)
+from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, write_json
 from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, fingerprint, side_digests
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hardware import peak_memory

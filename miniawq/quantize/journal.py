@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from miniawq.checkpoint.shards import LOCK, UNFINISHED, disk_errors
+from miniawq.checkpoint.publishing import LOCK, UNFINISHED
+from miniawq.checkpoint.shards import disk_errors
 from miniawq.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class Journal:
         self._append({"published": list(names)})
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with disk_errors(self.path.parent), open(self.path, "ab") as file:
+        with disk_errors(self.path.parent), open(self.path, "r+b") as file:  # which makes none where it was taken away
+            file.seek(0, os.SEEK_END)
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """How much memory quantizing takes, planned before it starts. All sizes are bytes.
 
-The hidden states are there all the time, beside them either the embedding or one block with what its search needs.
-None of this depends on the number of blocks.
+The hidden states are there all the time, beside them either the embedding or one block with what its search needs, and
+the next block as it is stored. None of this depends on the number of blocks.
 """
 
 import math
@@ -107,7 +107,9 @@ def plan_memory(
     process = {"process": resident_memory()}
     kept = {} if offload else {"hidden states": hidden}
     if device.type == "cpu":
-        return MemoryPlan(process | kept | search | {"embedding": max(0, 2 * embedding - sum(search.values()))}, {})
+        coming = {"the next block": stored if config.num_hidden_layers > 1 else 0}
+        head = {"embedding": max(0, 2 * embedding - sum(search.values()))}
+        return MemoryPlan(process | kept | search | coming | head, {})
     transfer = {"embedding, or blocks on their way": max(2 * embedding, 3 * stored)}
     if kept and roomiest(hidden + sum(search.values()), device) == device:
         return MemoryPlan(process | transfer, kept | search)

@@ -35,7 +35,8 @@ def read_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
     """
     single = directory / "chat_template.jinja"
     files = {"default": single} if single.is_file() else {}
-    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    files |= {path.stem: path for path in others if path.is_file()}
     found, processor = tokenizer_config.get("chat_template"), directory / "chat_template.json"
     try:
         if len(files) > MAX_TEMPLATES:

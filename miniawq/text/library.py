@@ -10,16 +10,19 @@ import base64
 import json
 import math
 import mmap
+import os
+import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from miniawq.checkpoint.hub import limit_of, read_small
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 
-MAX_FILE_BYTES = 1 << 28
 MAX_CHARACTERS = 1 << 28  # of a text, as far as the normalizer may make it grow
 MAX_GROWTH = 1024
 MAX_DECODED_GROWTH = 16
@@ -28,7 +31,10 @@ MAX_POST_PROCESSOR_BYTES = 1 << 14
 MAX_AFFIX = 64
 SECONDS, CHARACTERS_PER_SECOND = 10.0, 20_000
 BYTES_PER_FILE_BYTE = 16  # of memory, while a tokenizer.json is read
+STDERR = 2
 FIX = "take tokenizer.json from the original model"
+# A prefix that is not empty, or letters written as escapes, which could spell one.
+PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*(?!null|"")|\\u00[4-7]')
 
 
 class HeldTokenizer:
@@ -36,14 +42,15 @@ class HeldTokenizer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise self._refusal(f"it has {size} bytes; the limit is {MAX_FILE_BYTES}")
-        self._require_memory(BYTES_PER_FILE_BYTE * size)
-        self.raw = self._guarded(lambda: tokenizers.Tokenizer.from_file(str(path)))
+        self._require_memory(BYTES_PER_FILE_BYTE * min(path.stat().st_size, limit_of(path.name)))
+        content = read_small(path)
+        self._check_prefix(content)
+        self.raw = self._guarded(lambda: tokenizers.Tokenizer.from_buffer(content))
         # Some checkpoints keep the length limits of their training script, which would cut a prompt silently.
         self.raw.no_truncation()
         self.raw.no_padding()
+        if getattr(self.raw.model, "dropout", None):
+            self.raw.model.dropout = None  # also of training: a text would be cut at random
         self.growth = self._guarded(self._check_parts)
 
     def _require_memory(self, wanted: int) -> None:
@@ -53,6 +60,18 @@ class HeldTokenizer:
         except (OSError, OverflowError) as error:
             why = f"{self.path} takes {wanted >> 20} MiB of memory while it is read"
             raise DoesNotFit("the tokenizer does not fit", why, "raise the limit of memory (ulimit -v)") from error
+
+    def _check_prefix(self, content: bytes) -> None:
+        """Refuse a prefix of continued words: where it cuts a character of a merge, the library ends the process.
+
+        The models that are read here have none.
+        """
+        found: list[Any] = []
+        if PREFIXED.search(content):
+            take = lambda pairs: found.extend(value for key, value in pairs if key == "continuing_subword_prefix")  # noqa: E731
+            self._guarded(lambda: json.loads(content, object_pairs_hook=take))
+        if any(found):
+            raise self._refusal("it has a continuing_subword_prefix, which no tokenizer of this family has")
 
     def _check_parts(self) -> float:
         """How many times as long a text can become on its way in."""
@@ -108,8 +127,9 @@ class HeldTokenizer:
                 failed.append(error)
 
         thread = threading.Thread(target=body, daemon=True)
-        thread.start()
-        thread.join(seconds)
+        with silence:
+            thread.start()
+            thread.join(seconds)
         if thread.is_alive():
             raise self._refusal(f"it takes longer than {seconds:.0f} seconds for a text")
         return self._guarded(lambda: given[0] if given else _raise(failed[0]))
@@ -117,7 +137,8 @@ class HeldTokenizer:
     def _guarded(self, work: Callable[[], Any]) -> Any:
         """What `work` gives; a panic of the library, which is not even an Exception, becomes a refusal."""
         try:
-            return work()
+            with silence:
+                return work()
         except (MiniawqError, MemoryError, TypeError, OverflowError):
             raise
         except Exception as error:  # the library raises plain Exception
@@ -129,6 +150,37 @@ class HeldTokenizer:
 
     def _refusal(self, why: str) -> UnsupportedCheckpoint:
         return UnsupportedCheckpoint(f"cannot read {self.path}", why, FIX)
+
+
+class Silence:
+    """Turns stderr away: when the library panics it writes pages to it, and the error is told by us.
+
+    The stream is that of the whole process. The first thread within turns it away, the last one turns it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._within, self._stderr = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                with suppress(OSError):  # a process may have no stderr
+                    self._stderr = os.dup(STDERR)
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, STDERR)
+                    os.close(nowhere)
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0 and self._stderr >= 0:
+                os.dup2(self._stderr, STDERR)
+                os.close(self._stderr)
+                self._stderr = -1
+
+
+silence = Silence()
 
 
 def _raise(error: BaseException) -> Any:

@@ -27,30 +27,16 @@ from miniawq.checkpoint.config import CONFIG, FOREIGN_KEYS, ROPE
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands.evaluate import evaluate
-from miniawq.commands.plan import make_plan, render_plan
-from miniawq.engine.memory import footprint
 from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint
 from miniawq.generate import generate
-from miniawq.hardware import DeviceMemory
 from tests.helpers import ROOT
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.verbs import ARGUMENTS, command
+from tests.reliability.directories import use
 
 STRIDE = int(os.environ.get("MINIAWQ_STRIDE", "9"))
 SECONDS, BYTES = 3.0, 256 << 20  # that one hostile directory may take
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def use(directory: Path) -> None:
-    """Open, plan, evaluate and generate; what is accepted must compute numbers."""
-    checkpoint = open_checkpoint(directory)
-    needed = footprint(checkpoint, torch.float16, device="cpu", batch=1, max_seq_len=16, overhead=0)
-    plan = make_plan(checkpoint, "it", torch.float16, needed, DeviceMemory("a device", 1 << 40, 1 << 40))
-    assert render_plan(plan, show_tensors=True)
-    assert math.isfinite(evaluate(checkpoint, tiny.TOKENS).perplexity)
-    model = load_model(checkpoint, dtype=torch.float32)
-    assert model(tiny.TOKENS).isfinite().all()
-    assert len(list(generate(model, tiny.TOKENS, max_tokens=2))) == 2
 
 
 def outcome(directory: Path) -> str:
@@ -171,6 +157,24 @@ HEADERS = {
 }
 
 
+@pytest.mark.parametrize("size", [2**63, 2**49])
+def test_a_dimension_that_no_tensor_has_is_refused(size, tmp_path):
+    """Beside a 0 it takes no bytes, and so every header may state it."""
+    directory, _ = tiny.make(tmp_path)
+    entry = {"dtype": "F32", "shape": [0, size], "data_offsets": [0, 0]}
+    (directory / "model.safetensors").write_bytes(file_of(json.dumps({"model.norm.weight": entry}).encode()))
+    assert f"has the shape [0, {size}]" in outcome(directory)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("U64", 8), ("C64", 8), ("F8_E8M0", 1), ("U16", 2)])
+def test_dtypes_that_no_checkpoint_has_are_refused(dtype, size, tmp_path):
+    directory, _ = tiny.make(tmp_path)
+    entry = {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    (directory / "model.safetensors").write_bytes(file_of(header, bytes(size)))
+    assert f"this checkpoint is in {dtype} form" in outcome(directory)
+
+
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_that_make_no_sense_are_refused(kind, tmp_path):
     directory, _ = tiny.make(tmp_path)
@@ -239,6 +243,15 @@ def test_numbers_that_are_not_finite_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UnsupportedCheckpoint, match="no finite JSON number"):
         hub.parse_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("content", [rb'{"bos_token": "\ud800"}', b'{"bos_token": "\xed\xa0\x80"}'])
+def test_half_of_a_surrogate_pair_is_no_text(content, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UnsupportedCheckpoint, match="surrogates not allowed"):
+        hub.parse_json(tmp_path / "tokenizer_config.json")
+    (tmp_path / "tokenizer_config.json").write_bytes(rb'{"x": "\ud83d\udc4b"}')
+    assert hub.parse_json(tmp_path / "tokenizer_config.json") == {"x": "\U0001f44b"}
 
 
 @pytest.mark.parametrize("text", ["[" * 100 + "]" * 100, '{"a":' * 100 + "1" + "}" * 100, "[" * 10**6])
@@ -444,7 +457,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     """Nothing is mapped while a checkpoint is streamed: the system would end a process that reads what was cut off."""
     directory, _ = tiny.make(tmp_path)
     checkpoint = open_checkpoint(directory)
-    monkeypatch.setattr("miniawq.checkpoint.opening.safe_open", None)
+    monkeypatch.setattr("miniawq.checkpoint.reading.map_tensor", None)
     assert math.isfinite(evaluate(checkpoint, tiny.TOKENS).perplexity)
     monkeypatch.setattr(checkpoint.files, "unchanged", lambda name: None)
     os.truncate(directory / "model.safetensors", 20_000)

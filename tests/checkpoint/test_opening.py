@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -270,7 +271,7 @@ def test_read_linear_is_what_was_packed(tmp_path, layout):
 def test_opening_reads_no_values(tmp_path, monkeypatch):
     """Plans and refusals come before weights: only the headers are there to read."""
     directory, _ = tiny.make(tmp_path)
-    monkeypatch.setattr("miniawq.checkpoint.opening.safe_open", None)
+    monkeypatch.setattr("miniawq.checkpoint.reading.map_tensor", None)
     assert len(open_checkpoint(directory).quantized) == 14
 
 
@@ -340,3 +341,23 @@ def test_tensors_read_in_chunks_are_those_of_the_file(chunk, tmp_path, monkeypat
     with pytest.raises(UnsupportedCheckpoint, match="ends within"):
         [reading.read_tensor(path, info.key, info.dtype, info.shape, device) for info in checkpoint.tensors.values()]
     reading.staging.cache_clear()
+
+
+def test_many_tensors_take_one_header_and_no_handles(tmp_path):
+    """A thousand layers are thousands of tensors."""
+    directory, _ = tiny.make(tmp_path, changes={"num_hidden_layers": 4})
+    reading._places.cache_clear()
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    model = load_model(open_checkpoint(directory))
+    assert reading._places.cache_info().misses == 1
+    assert not before or len(set(os.listdir("/proc/self/fd")) - before) <= 1
+    assert model(tiny.TOKENS).isfinite().all()
+
+
+def test_tensors_that_are_not_aligned_are_copied(tmp_path):
+    header = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 4 + 1)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + struct.pack("<ff", 1.5, -2.0))
+    assert reading.map_tensor(path, "x", torch.float32, (2,)).tolist() == [1.5, -2.0]

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from miniawq.checkpoint import shards
-from miniawq.checkpoint.shards import DTYPE_NAMES, ShardWriter, Spec, locked, plan_shards, published, write_bytes
+from miniawq.checkpoint import publishing
+from miniawq.checkpoint.publishing import LOCK, locked, published
+from miniawq.checkpoint.shards import DTYPE_NAMES, ShardWriter, Spec, plan_shards, write_bytes
 from miniawq.errors import InvalidInput, MiniawqError, UsageError
 from tests.helpers import ROOT
 
@@ -214,11 +215,48 @@ def test_a_directory_called_partial_is_left_alone(tmp_path):
     assert contents(tmp_path / "model") == {"config.json": b"{}"}
 
 
+KILLED = """
+import os, sys
+from miniawq.checkpoint.publishing import published
+with published(sys.argv[1]) as directory:
+    (directory / "half").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_conversion_leaves_is_removed_by_the_next(tmp_path):
+    """What belongs to a run that goes on, or to the user, stays."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model")], cwd=ROOT, check=False)
+    abandoned, lock = sorted(tmp_path.iterdir())
+    assert lock.name == abandoned.name + LOCK
+    mine = tmp_path / "model.partial-0a1b2c3d"
+    mine.mkdir()
+
+    def interrupted() -> None:
+        with published(tmp_path / "model"):
+            assert running.exists()
+            raise KeyboardInterrupt
+
+    with published(tmp_path / "model") as running:
+        assert not abandoned.exists()
+        assert not lock.exists()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model", mine]
+
+
+def test_a_directory_that_cannot_be_made_leaves_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with pytest.raises(MiniawqError, match="cannot write"), published(tmp_path / "model"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("checked", [True, False], ids=["seen", "in the same moment"])
 def test_of_two_runs_into_one_directory_one_publishes(tmp_path, monkeypatch, checked):
     """Both are half done at the same time; unchecked, both find the name free and rename."""
     if not checked:
-        monkeypatch.setattr(shards, "_refuse_existing", lambda destination: None)
+        monkeypatch.setattr(publishing, "_refuse_existing", lambda destination: None)
     together = threading.Barrier(2, timeout=30)
 
     def publish(run: int) -> Path:
@@ -240,7 +278,7 @@ def test_of_two_runs_into_one_directory_one_publishes(tmp_path, monkeypatch, che
 
 HOLD = """
 import sys
-from miniawq.checkpoint.shards import locked
+from miniawq.checkpoint.publishing import locked
 from pathlib import Path
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

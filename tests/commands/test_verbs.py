@@ -99,6 +99,16 @@ def test_full_memory_is_told_in_three_lines(verb, full, fairytales, tmp_path, mo
     assert "miniawq plan" in fix
 
 
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_a_process_needs_room_to_begin(verb, fairytales, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LEAST_BYTES", 1 << 60)
+    assert main(command(verb, fairytales, tmp_path)) == 4
+    what, why, fix = capsys.readouterr().err.splitlines()
+    assert what == f"miniawq {verb}: there is not enough memory to begin"
+    assert "Cannot allocate memory" in why
+    assert "ulimit" in fix
+
+
 def test_a_bug_keeps_its_traceback(capsys):
     def body(_: object) -> None:
         raise RuntimeError("a bug")

@@ -6,6 +6,7 @@ OPENING, REFUSALS, SHARDS, HUB, HOSTILE = (
     f"checkpoint/test_{name}" for name in ("opening", "refusals", "shards", "hub", "hostile")
 )
 PUBLISHING, CONVERT = "quantize/test_publishing", "commands/test_convert"
+FUZZ = "reliability/test_fuzz"
 FAULTS = [
     # config.json
     Fault("checkpoint/config.py", r"layer >= first else", "layer > first else", "test_model"),
@@ -63,6 +64,11 @@ FAULTS = [
     Fault("checkpoint/hub.py", r"if max\(size, len\(content\)\) > limit:", "if False:", HOSTILE),
     Fault("checkpoint/hub.py", r"if length > \(limit := .*\):$", "if False:", HOSTILE),
     Fault("checkpoint/hub.py", r"parse_constant=finite, parse_float=finite", "parse_constant=finite", HOSTILE),
+    Fault("checkpoint/hub.py", r'if b"\\\\u" in content or .*:$', "if False:", HOSTILE),
+    Fault("checkpoint/headers.py", r"if max\(shape, default=0\) > LARGEST:", "if False:", HOSTILE),
+    Fault("checkpoint/headers.py", r"if dtype not in STORED_DTYPES:", "if False:", HOSTILE),
+    Fault("checkpoint/headers.py", r"not isinstance\(weight_map, dict\) or ", "", FUZZ),
+    Fault("checkpoint/values.py", r"isinstance\(value, list\) and all", "all", FUZZ),
     Fault("checkpoint/hub.py", r"^    if level:", "    if False:", HOSTILE),
     Fault("checkpoint/hub.py", r"if name in self\.stamps and", "if False and", HOSTILE),
     # Reading.
@@ -74,7 +80,7 @@ FAULTS = [
     Fault("checkpoint/reading.py", r"low\.isfinite\(\) & high", "low", HOSTILE),
     Fault(
         "checkpoint/opening.py",
-        r"(tensor = )(file\.get_tensor\(info\.key\))",
+        r"(tensor = )(reading\.map_tensor\(\*place\))",
         r"\1vars(self.files).setdefault(info.key, \2)",
         OPENING,
     ),
@@ -88,6 +94,9 @@ FAULTS = [
     Fault("checkpoint/opening.py", r"if tensor\.dtype == torch\.uint32 else", "if False else", OPENING),
     Fault("checkpoint/opening.py", r"torch\.full_like\((.*), SYMMETRIC_ZERO, ", r"torch.zeros_like(\1, ", OPENING),
     Fault("checkpoint/reading.py", r"\(8 \+ length \+ start,", "(length + start,", OPENING),
+    Fault("checkpoint/reading.py", r"^@lru_cache\(maxsize=64\)\n(def _places)", r"@lru_cache(maxsize=0)\n\1", OPENING),
+    Fault("checkpoint/reading.py", r"set_\(storage\)\[start:\]", "set_(storage)[:size]", OPENING),
+    Fault("checkpoint/reading.py", r" or start % dtype\.itemsize:", ":", OPENING),
     Fault("checkpoint/reading.py", r"file\.seek\(start\)", "file.seek(start + 1)", OPENING),
     # Loading.
     Fault("checkpoint/loading.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', OPENING),
@@ -109,19 +118,24 @@ FAULTS = [
         "if parts[-1] and spec.nbytes >= room:",
         SHARDS,
     ),
-    Fault("checkpoint/shards.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
-    Fault("checkpoint/shards.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
-    Fault("checkpoint/shards.py", r"key=lambda path: \(path\.name == LAST, ", "key=lambda path: (", PUBLISHING),
-    Fault("checkpoint/shards.py", r"key=lambda name: name != LAST", "key=lambda name: name == LAST", PUBLISHING),
+    Fault("checkpoint/publishing.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
+    Fault("checkpoint/publishing.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
+    Fault("checkpoint/publishing.py", r"key=lambda path: \(path\.name == LAST, ", "key=lambda path: (", PUBLISHING),
+    Fault("checkpoint/publishing.py", r"key=lambda name: name != LAST", "key=lambda name: name == LAST", PUBLISHING),
     Fault(
         "checkpoint/shards.py", r"^( +)with suppress\(OSError\):(\n +self\._file\.close)", r"\1if True:\2", PUBLISHING
     ),
     Fault(
-        "checkpoint/shards.py",
+        "checkpoint/publishing.py",
         r"^    except BaseException:\n +_remove_empty.*\n",
         "    except AssertionError:\n",
-        CONVERT,
+        PUBLISHING,
     ),
+    Fault("checkpoint/shards.py", r"mkdir\(exist_ok=True\)", "mkdir(parents=True, exist_ok=True)", PUBLISHING),
+    Fault("checkpoint/publishing.py", r"^        _remove_abandoned\(destination\)\n", "", SHARDS),
+    Fault("checkpoint/publishing.py", r"^ +lock\.acquire\(\)\n( +log)", r"\1", SHARDS),
+    Fault("checkpoint/publishing.py", r"^    _remove_lock\(lock\)\n", "", SHARDS),
+    Fault("checkpoint/publishing.py", r"^ +shutil\.rmtree\(found.*\n", "", SHARDS),
     Fault("checkpoint/unchanged.py", r"or _sha256\(directory / name\) != digest", "", PUBLISHING),
-    Fault("checkpoint/shards.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
+    Fault("checkpoint/publishing.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
 ]

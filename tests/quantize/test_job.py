@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.checkpoint.shards import LOCK, ShardWriter
+from miniawq.checkpoint.publishing import LOCK
+from miniawq.checkpoint.shards import ShardWriter
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint, UsageError
 from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import __main__ as command_line
@@ -375,12 +376,24 @@ def test_dead_channels_and_activations_beyond_float16_are_told(
 
 def test_the_plan_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
     plans = []
-    for layers in (1, 3):
+    for layers in (2, 4):
         source, _ = make_dense(tmp_path / str(layers), num_hidden_layers=layers)
         job = Quantizer(open_checkpoint(source), SETTINGS, torch.device("cpu"))
         plan = plan_memory(job.checkpoint, job.folds, 4, 16, 8192, torch.device("cpu"), False)
         plans.append({purpose: size for purpose, size in plan.host.items() if purpose != "process"})
     assert plans[0] == plans[1]
+
+
+def test_the_plan_counts_the_block_that_is_read_ahead(tmp_path: Path) -> None:
+    """On a CPU too: what is read is a copy."""
+    planned = []
+    for layers in (1, 2):
+        source, _ = make_dense(tmp_path / f"{layers}", num_hidden_layers=layers)
+        job = Quantizer(open_checkpoint(source), SETTINGS, torch.device("cpu"))
+        planned.append(plan_memory(job.checkpoint, job.folds, 4, 16, 8192, torch.device("cpu"), False).host)
+    next(job.stream._coming)
+    stored = sum(tensor.nbytes for tensor in next(job.stream._coming)[1].values())
+    assert planned[1]["the next block"] - planned[0]["the next block"] == stored
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(dense: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniawq.checkpoint import shards
+from miniawq.checkpoint import publishing
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.checkpoint.shards import LOCK, UNFINISHED, ShardWriter
+from miniawq.checkpoint.publishing import LOCK, UNFINISHED
+from miniawq.checkpoint.shards import ShardWriter
 from miniawq.commands.convert import convert_checkpoint
 from miniawq.errors import InvalidInput, MiniawqError, UsageError
 from miniawq.quantize import __main__ as command_line
@@ -269,7 +270,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(dense, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["file", "dangling link", "link in a circle", "below a file", "name too long", "no name"]
+    "kind", ["file", "dangling link", "link in a circle", "below a file", "name too long", "no name", "no disk", "deep"]
 )
 def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
     out = tmp_path / "out"
@@ -279,7 +280,14 @@ def test_a_destination_that_cannot_be(kind, dense, text, tmp_path):
         out.symlink_to(tmp_path / "nowhere")
     elif kind == "link in a circle":
         out.symlink_to(out)
-    given = {"below a file": out / "deep", "name too long": tmp_path / ("x" * 300), "no name": ""}.get(kind, out)
+    others = {
+        "below a file": out / "deep",
+        "name too long": tmp_path / ("x" * 300),
+        "no name": "",
+        "no disk": "/proc/out",
+        "deep": tmp_path / "made first" / ("x" * 300) / "out",
+    }
+    given = others.get(kind, out)
     source, _ = make(tmp_path / "int4")
     before = sorted(tmp_path.iterdir())
     for run in (
@@ -300,6 +308,29 @@ def test_a_link_to_an_empty_directory_is_filled(dense, text, tmp_path):
     assert (tmp_path / "out").is_symlink()
 
 
+def test_a_destination_that_is_taken_away_is_not_made_anew(dense, text, tmp_path, monkeypatch):
+    """Half a journal in a new directory would stand in the way of the next run."""
+    process = Quantizer.process
+
+    def taking(job: Quantizer, layer: int, hidden_BLD: torch.Tensor) -> Any:
+        if layer == 1:
+            os.rename(tmp_path / "out", tmp_path / "elsewhere")
+        return process(job, layer, hidden_BLD)
+
+    monkeypatch.setattr(Quantizer, "process", taking)
+    with pytest.raises(MiniawqError, match="cannot write"):  # each tensor begins a file
+        quantize_checkpoint(dense, tmp_path / "out", text, replace(SETTINGS, shard_bytes=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_way_through_a_directory_that_is_not_there(dense, text, tmp_path):
+    source, _ = make(tmp_path / "int4")
+    quantize_checkpoint(dense, tmp_path / "no" / ".." / "quantized", text, SETTINGS)
+    convert_checkpoint(source, tmp_path / "none" / ".." / "converted" / "out", "dense")
+    assert opens(tmp_path / "quantized")
+    assert opens(tmp_path / "converted" / "out")
+
+
 def test_quantize_beside_convert(dense, text, tmp_path, monkeypatch):
     """One of the two gets the name; what it has written is untouched by the other."""
     source, _ = make(tmp_path / "int4")
@@ -318,9 +349,9 @@ def test_quantize_beside_convert(dense, text, tmp_path, monkeypatch):
 
 def test_a_conversion_that_ends_in_the_moment_quantize_begins(dense, text, tmp_path, monkeypatch):
     source, _ = make(tmp_path / "int4")
-    monkeypatch.setattr(shards, "_refuse_existing", lambda destination: None)
+    monkeypatch.setattr(publishing, "_refuse_existing", lambda destination: None)
     (tmp_path / "out").mkdir()
-    with shards.locked(tmp_path / "out"):
+    with publishing.locked(tmp_path / "out"):
         with pytest.raises(UsageError, match="exists"):
             convert_checkpoint(source, tmp_path / "out", "dense")
         assert not opens(tmp_path / "out")
@@ -401,7 +432,7 @@ def test_a_read_only_disk_is_not_called_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(MiniawqError, match="Read-only"):
-        shards.check_disk(tmp_path / "out", 1000)
+        publishing.check_disk(tmp_path / "out", 1000)
 
 
 @pytest.mark.parametrize("refusal", ["disk", "memory", "offload", "vocabulary", "context"])

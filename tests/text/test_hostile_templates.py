@@ -9,7 +9,7 @@ import pytest
 
 from miniawq.errors import MiniawqError, UnsupportedCheckpoint, UsageError
 from miniawq.text import worker
-from miniawq.text.chat import render
+from miniawq.text.chat import read_templates, render
 
 ASK = [{"role": "user", "content": "Who spins?"}]
 DOUBLED = "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
@@ -137,3 +137,11 @@ def test_text_passes_through_the_process_as_it_is():
     assert render(r"{{ '\ud800' }}", ASK) == "\ud800"
     names = {"self": 1, "no name": 2, "loop": 3}
     assert render("{{ loop }}", ASK, variables=names) == "3"
+
+
+def test_what_is_no_file_is_no_template(tmp_path):
+    """A FIFO would be waited for."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "device.jinja").symlink_to(os.devnull)
+    (tmp_path / "additional_chat_templates" / "directory.jinja").mkdir()
+    assert read_templates(tmp_path, {}) == {}

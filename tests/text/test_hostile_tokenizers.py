@@ -4,16 +4,20 @@ import base64
 import contextlib
 import copy
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miniawq.checkpoint import hub
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 from miniawq.text import library
 from miniawq.text.tokenizer import Tokenizer
-from tests.helpers import tiny_tokenizers
+from tests.helpers import ROOT, tiny_tokenizers
 
 PLAIN = json.loads(tiny_tokenizers.byte_fallback())
 VALUES = [None, True, -1, 2**70, 1.5, "", "x", [], [[]], {}, [None], {"type": "x"}]
@@ -108,6 +112,64 @@ def test_a_panic_of_the_library_is_a_refusal(tmp_path):
         tokenizer.encode("a" * 60)
 
 
+BROKEN = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+
+
+def test_a_panic_is_told_in_our_words_alone(tmp_path, capfd):
+    """The library's own are pages long."""
+    with pytest.raises(UnsupportedCheckpoint, match="PanicException"):
+        made(tmp_path, **BROKEN)
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_stderr_comes_back_when_the_last_thread_has_left(capfd):
+    with library.silence:
+        with library.silence:
+            os.write(2, b"lost")
+        os.write(2, b"lost, too")
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_a_process_without_stderr_reads_tokenizers(tmp_path):
+    tiny_tokenizers.write(tmp_path, tiny_tokenizers.byte_level())
+    program = (
+        "import os, sys; os.close(2); from miniawq.text.tokenizer import Tokenizer;"
+        "print(len(Tokenizer(sys.argv[1]).encode('king')) > 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, cwd=ROOT, check=False)
+    assert run.stdout == b"True\n"
+
+
+def test_a_dropout_left_over_from_training_is_off(tmp_path):
+    texts = made(tmp_path, model=PLAIN["model"] | {"dropout": 0.9})
+    whole = Tokenizer(tiny_tokenizers.write(tmp_path, json.dumps(PLAIN)))
+    for _ in range(5):
+        assert texts.encode("Once upon a time there was a king") == whole.encode("Once upon a time there was a king")
+
+
+PREFIXES = {
+    "plain": '"continuing_subword_prefix": "x"',
+    "spelled in escapes": '"continuing_subword_\\u0070refix": "x"',
+    "twice": '"continuing_subword_prefix": "x", "continuing_subword_prefix": null',
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_prefix_that_cuts_a_character_is_refused(tmp_path, kind):
+    """The library would end the process: half of a merge's character is no text."""
+    text = json.dumps(PLAIN).replace('"continuing_subword_prefix": null', PREFIXES[kind])
+    assert text != json.dumps(PLAIN)
+    with pytest.raises(UnsupportedCheckpoint, match="it has a continuing_subword_prefix"):
+        Tokenizer(tiny_tokenizers.write(tmp_path, text))
+
+
+def test_letters_in_escapes_are_no_prefix(tmp_path):
+    text = json.dumps(PLAIN).replace('"version"', '"\\u0076ersion"')
+    assert Tokenizer(tiny_tokenizers.write(tmp_path, text)).encode("king", False)
+
+
 @pytest.mark.parametrize("ids", [[-1], [2**40], [1.5], ["x"], [None]])
 def test_numbers_that_are_no_ids_are_refused(tmp_path, ids):
     with pytest.raises(InvalidInput, match="these are not the ids of tokens"):
@@ -115,8 +177,8 @@ def test_numbers_that_are_no_ids_are_refused(tmp_path, ids):
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "MAX_FILE_BYTES", 10)
-    with pytest.raises(UnsupportedCheckpoint, match="bytes; the limit is 10"):
+    monkeypatch.setitem(hub.LIMITS, "tokenizer.json", 10)
+    with pytest.raises(UnsupportedCheckpoint, match="bytes, and a file of its kind has at most 10"):
         made(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(library, "BYTES_PER_FILE_BYTE", 1 << 40)
