@@ -1,16 +1,10 @@
 """Where the user's lines come from: an editor with a history at a terminal, else stdin."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
-import platformdirs
+from importlib import import_module
 
 from miniawq.cli import say
-
-PROMPT = "> "
 
 
 class Reader:
@@ -23,7 +17,7 @@ class Reader:
     def __init__(self, words: Sequence[str]) -> None:
         at_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
         self.hint = "; Alt-Enter begins a new line" if at_terminal else ""
-        self._read: Callable[[], str] = _session(words) if at_terminal else input
+        self._read: Callable[[], str] = _session(words) if at_terminal else lambda: input("")
 
     def __call__(self) -> str | None:
         try:
@@ -36,37 +30,6 @@ class Reader:
 
 
 def _session(words: Sequence[str]) -> Callable[[], str]:
-    """Imported here: who has no terminal does not wait for it."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.output import create_output
-
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: Any) -> None:
-        event.current_buffer.insert_text("\n")
-
-    session: PromptSession[str] = PromptSession(
-        PROMPT,
-        history=_history(),
-        completer=WordCompleter(list(words), sentence=True),
-        complete_while_typing=False,
-        key_bindings=keys,
-        output=create_output(stdout=sys.stderr),  # stdout is for text alone
-    )
-    return session.prompt
-
-
-def _history() -> Any:
-    """Earlier questions, in a file that only their user can read; of this process where there can be none."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    path = Path(platformdirs.user_state_dir("miniawq")) / "history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(path))
+    """That of `terminal.py`, imported when it is needed: who has no terminal does not wait for it."""
+    made: Callable[[], str] = import_module("miniawq.commands.terminal").session(words)
+    return made

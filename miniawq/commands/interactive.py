@@ -72,7 +72,7 @@ class Conversation:
 
     def _ask(self, question: str) -> None:
         self.messages.append({"role": "user", "content": question})
-        text = written(self.speaker.answer(list(self.messages)))
+        text = write_answer(self.speaker.answer(list(self.messages)))
         self.messages.append({"role": "assistant", "content": text})
 
     def clear(self, _: list[str]) -> None:
@@ -148,7 +148,7 @@ def converse(speaker: Speaker, opening: Sequence[Message] = ()) -> None:
         conversation.take(line)
 
 
-def written(pieces: Iterator[str]) -> str:
+def write_answer(pieces: Iterator[str]) -> str:
     """An answer, written as it comes; what there was of it if the user stops it."""
     text: list[str] = []
     try:

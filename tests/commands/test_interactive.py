@@ -206,10 +206,11 @@ def test_two_turns_an_interrupt_and_a_command_at_a_terminal(tmp_path):
         written = terminal.out.count("\n")
         terminal.type("third\r")
         terminal.until(lambda: terminal.out.count("\n") > written)
-        terminal.type("\x04")
+        terminal.type("/exit\r")
         assert terminal.process.wait(60) == 0
     finally:
         terminal.process.kill()
         os.close(terminal.ours)
-    history = (tmp_path / "state" / "miniawq" / "history").read_text()
-    assert "+one\n+two\n" in history
+    history = tmp_path / "state" / "miniawq" / "history"
+    assert "+one\n+two\n" in history.read_text()
+    assert history.stat().st_mode & 0o77 == 0
