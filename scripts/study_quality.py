@@ -1,17 +1,15 @@
-"""What each recipe closes of plain rounding's loss, on a model and two texts, with nothing but the package's own run.
+"""What each recipe closes of plain rounding's loss, on a model and held-out texts.
 
     python scripts/study_quality.py tests/data/fairytales --calib fairytales-train.txt --text fairytales-valid.txt \
         --recipes plain default neighbours --group-size 128 64 32
 
 Each recipe makes a checkpoint in a temporary directory, as `miniawq quantize` would. The loss is KL(dense || quantized)
-in nats a token, on windows spread over the held-out text; `closed` is the part of plain rounding's that is gone. Seconds
-are CPU seconds of the whole run. With --plant the same function is given outliers first: four channels of every norm
-are multiplied by 64 and the columns that read them divided, four rows of up_proj and columns of down_proj alike. --blocks
-keeps the first so many blocks of a large model, and drops the others.
+in nats a token, on windows spread over the held-out text; `closed` is the part of the first recipe's that is gone.
+Seconds are CPU seconds of the whole run. With --plant the same function is given outliers first: four channels of every
+norm are multiplied by 64 and the columns that read them divided, four rows of up_proj and columns of down_proj alike.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -33,24 +31,19 @@ from miniawq.text.tokenizer import Tokenizer
 OUTLIERS, STRENGTH = 4, 64
 
 
-def changed(source: Checkpoint, directory: Path, blocks: int | None, plant: bool) -> Checkpoint:
-    """A copy of a dense checkpoint with fewer blocks, or with outliers planted."""
-    for name in source.side_files():
+def planted(source: Checkpoint, directory: Path) -> Checkpoint:
+    """The same function with outliers: a copy of a dense checkpoint in an empty directory."""
+    for name in ("config.json", *source.side_files()):
         shutil.copy(source.directory / name, directory / name)
-    kept = blocks or source.model_config.num_hidden_layers
-    config = {key: value for key, value in source.config.items() if key != "layer_types"} | {"num_hidden_layers": kept}
-    (directory / "config.json").write_text(json.dumps(config))
-    dropped = tuple(f"model.layers.{layer}." for layer in range(kept, source.model_config.num_hidden_layers))
-    tensors = {name: source.read(name) for name in source.tensors if not name.startswith(dropped or "\0")}
-    if plant:
-        generator = torch.Generator().manual_seed(7)
-        for layer in range(kept):
-            for fold in [fold for fold in llama_folds(source.model_config) if fold.reads_I is None]:
-                weight = tensors[f"model.layers.{layer}.{fold.smooth_layer}.weight"]
-                channels = torch.randperm(len(weight), generator=generator)[:OUTLIERS]
-                weight[channels] *= STRENGTH
-                for name in fold.balance_layers:
-                    tensors[f"model.layers.{layer}.{name}.weight"][:, channels] /= STRENGTH
+    tensors = {name: source.read(name) for name in source.tensors}
+    generator = torch.Generator().manual_seed(7)
+    for layer in range(source.model_config.num_hidden_layers):
+        for fold in [fold for fold in llama_folds(source.model_config) if fold.reads_I is None]:
+            weight = tensors[f"model.layers.{layer}.{fold.smooth_layer}.weight"]
+            channels = torch.randperm(len(weight), generator=generator)[:OUTLIERS]
+            weight[channels] *= STRENGTH
+            for name in fold.balance_layers:
+                tensors[f"model.layers.{layer}.{name}.weight"][:, channels] /= STRENGTH
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return open_checkpoint(directory)
 
@@ -66,7 +59,6 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--compared-tokens", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=24, help="scored, spread over each text")
-    parser.add_argument("--blocks", type=int)
     parser.add_argument("--plant", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -75,9 +67,9 @@ def main() -> None:
 
 def study(arguments: argparse.Namespace, place: Path) -> None:
     dense, tokenizer, length = open_checkpoint(arguments.model), Tokenizer(arguments.model), arguments.sequence_length
-    if arguments.plant or arguments.blocks:
+    if arguments.plant:
         (place / "dense").mkdir()
-        dense = changed(dense, place / "dense", arguments.blocks, arguments.plant)
+        dense = planted(dense, place / "dense")
     calibration = read_calibration(arguments.calib, tokenizer, arguments.num_samples, length)
     texts = {}
     for text in arguments.text:
@@ -92,9 +84,7 @@ def study(arguments: argparse.Namespace, place: Path) -> None:
         plain: dict[str, float] = {}
         for recipe in arguments.recipes:
             out, started = place / f"{recipe}-{size}", time.process_time()
-            settings = Settings(
-                replace(RECIPES[recipe], group_size=size), compared_tokens=arguments.compared_tokens
-            )
+            settings = Settings(replace(RECIPES[recipe], group_size=size), compared_tokens=arguments.compared_tokens)
             quantize_checkpoint(dense, out, calibration, settings)
             seconds = time.process_time() - started
             for text, (tokens_BL, reference) in texts.items():

@@ -2,6 +2,7 @@
 
     embed the calibration text
     for each block: read it, run the text through it, search, fold and round (awq.py), write it, note it in the journal
+                    (a recipe that learns codes runs the text through what is rounded, too: streams.py)
     write the rest, re-open the files and check every group
     move the files from `unfinished` into the destination, config.json last
 
@@ -146,7 +147,7 @@ class Quantizer:
             largest = self.advance(block, layer, hidden_BLD)
         notes = {fold: note_on(fold, seen) for fold, seen in statistics.items()}
         recipe = self.settings.recipe
-        look = self.streams and partial(self.streams.aims, block, layer)
+        look = partial(self.streams.aims, block, layer) if self.streams else None
         searches, layers = awq.quantize_block(
             block, statistics, recipe.rounding, recipe.method, self.settings.dtype, look
         )
@@ -372,7 +373,8 @@ def _quantize(
     shape = (*calibration.tokens_BL.shape, checkpoint.model_config.hidden_size)
     hidden_BLD = hidden_states(shape, home, offload_directory)
     if settings.recipe.learns:
-        job.streams = Streams(job.stream, *(hidden_states(shape, home, offload_directory) for _ in range(2)))
+        dense_BLD, quantized_BLD = (hidden_states(shape, home, offload_directory) for _ in range(2))
+        job.streams = Streams(job.stream, dense_BLD, quantized_BLD)
     done = journal.blocks[-1]["tensors"] if journal.blocks else 0
     check_disk(destination, sum(spec.nbytes for spec in specs[done:]))
     journal.begin()
@@ -385,9 +387,7 @@ def _quantize(
     write_json(work / "config.json", job.config())
     factors = [decode_factors(block["scales"]) for block in journal.blocks]
     written, smooth = open_checkpoint(work), partial(job.smooth, factors)
-    verification = verify(
-        checkpoint, written, set(job.dense), smooth, device, settings.recipe.reach, writer.digests
-    )
+    verification = verify(checkpoint, written, set(job.dense), smooth, device, settings.recipe.reach, writer.digests)
     check_side_files(checkpoint, work, sides)
     if readable:
         Tokenizer(work)

@@ -25,6 +25,7 @@ FLOAT, TOKEN = 4, 8  # bytes of a float32, and of a token's id
 SAMPLED_ROWS = 32  # windows of text that a model writes at once: more take memory for keys and values
 STREAMS = 3  # of hidden states, for learned codes: before the dense block, after it, after the quantized block
 LAYER_COPIES = 4  # of the largest layer in float32, while it is rounded, compared and packed
+LEARNED_COPIES = 9  # the same, while its codes are learned
 CANDIDATE_COPIES = 2  # of the candidates' elements: the errors, and their product with the moments
 
 
@@ -106,6 +107,14 @@ def plan_memory(
         "recorded calls": modules * 2 * max(batch, min(compared_tokens, samples * length)) * config.hidden_size * FLOAT,
         "one search": max(rounded * FLOAT + text, LAYER_COPIES * largest, largest + candidates),
     }
+    if learns:
+        outputs = {
+            fold: sum(checkpoint.linears[f"model.layers.0.{name}"][1] for name in fold.balance_layers) for fold in folds
+        }
+        search["one block"] *= 2  # and the dense one
+        search["aims"] = max(inputs * (inputs + outputs[fold]) for fold, inputs in readers.items()) * FLOAT
+        shrunk = max(inputs**2 for inputs in readers.values()) * FLOAT
+        search["one search"] = max(search["one search"], LEARNED_COPIES * largest + shrunk)
     process = {"process": resident_memory()}
     kept = {} if offload else {"hidden states": hidden}
     if device.type == "cpu":

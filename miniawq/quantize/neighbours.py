@@ -37,8 +37,8 @@ def neighbouring_codes(weight_OI: Tensor, nearest: Quantized, statistics: Statis
     trusted = trust(weight_OI.shape[1], statistics.tokens)
     moments_II = shrunk(statistics.moments_II, trusted)
     weight_IO, scales_GO = weight_OI.t().contiguous(), nearest.scales_OG.t().contiguous()
-    distant = isinstance(statistics, Aim)  # else the layer gives what it is to give, but for its own error
-    pull_IO = trusted * statistics.pull_OI.t() if distant else torch.zeros_like(weight_IO)
+    # Other statistics than an aim: without an error of its own, the layer would give what it is to give.
+    pull_IO = trusted * statistics.pull_OI.t() if isinstance(statistics, Aim) else torch.zeros_like(weight_IO)
     zeros_GO = nearest.zeros_OG.t().float()
     size = nearest.group_size
     steps_IO = nearest.codes_OI.t() - zeros_GO.repeat_interleave(size, 0)

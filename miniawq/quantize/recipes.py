@@ -1,5 +1,5 @@
-"""Which searches a run uses. `default` is ours, `neighbours` learns the codes as well, `paper` is chapter 2 as it stands,
-and `plain` searches nothing.
+"""Which searches a run uses. `default` is ours, `neighbours` learns the codes as well, `paper` is chapter 2 as it
+stands, and `plain` searches nothing.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ class Recipe:
     ratios, stride: exponents are multiples of 1 / ratios; every stride-th is tried, then those around the best.
     clip: which ranges are searched: "limits" is the paper's clipping, "ranges" is ours (`ranges.py`).
     unclipped: what "limits" leaves as it is, told for the report; the layers are named in `awq.UNCLIPPED`.
-    codes: "nearest" to the weights, or "neighbours" that know each other (`neighbours.py`); these take decisive factors.
+    codes: "nearest" to the weights, or "neighbours" that know each other (`neighbours.py`), with decisive factors only.
     """
 
     group_size: int = 128

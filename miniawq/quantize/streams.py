@@ -28,10 +28,10 @@ class Aim(SymmetricStatistics):
     pull_OI is mean(d x'^T), missed_O the mean of d^2: what the layer loses without an error of its own.
     """
 
-    def __init__(self, outputs: int, inputs: int, device: torch.device) -> None:
-        super().__init__(0, device)  # `over` has the moments
-        self.pull_OI = torch.zeros(outputs, inputs, device=device)
-        self.missed_O = torch.zeros(outputs, device=device)
+    def __init__(self, weight_OI: Tensor) -> None:
+        super().__init__(0, weight_OI.device)  # `over` has the moments
+        self.pull_OI = torch.zeros_like(weight_OI)
+        self.missed_O = weight_OI.new_zeros(len(weight_OI))
 
     @property
     def usable(self) -> bool:
@@ -128,9 +128,8 @@ class Streams:
     def aims(self, block: DecoderBlock, layer: int, fold: Fold) -> dict[str, Aim]:
         """What each layer of a fold is to give. The layers before it are rounded already, and itself is not."""
         self.folded = self.folded or copy.deepcopy(block)
-        weights = {name: block.get_parameter(f"{name}.weight") for name in fold.balance_layers}
-        aims = {name: Aim(*weight.shape, weight.device) for name, weight in weights.items()}
-        shared = SymmetricStatistics(next(iter(weights.values())).shape[1], self.stream.device)
+        aims = {name: Aim(block.get_parameter(f"{name}.weight").data) for name in fold.balance_layers}
+        shared = SymmetricStatistics(aims[fold.balance_layers[0]].pull_OI.shape[1], self.stream.device)
         with watched(self.folded, fold) as dense, watched(block, fold) as ours:
             dense_runs = self.stream.run(UpTo(self.folded), layer, self.dense_BLD)
             for _ in zip(dense_runs, self.stream.run(UpTo(block), layer, self.quantized_BLD), strict=True):

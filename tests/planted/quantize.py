@@ -32,7 +32,7 @@ FAULTS = [
     ),
     Fault("quantize/memory.py", r'("one block": block),', r"\1 // 2,", COSTS),
     Fault("checkpoint/background.py", r"if kind is None:", "if False:", COSTS),
-    Fault("quantize/verify.py", r"not error <= limit \+ ROUNDING", "False", JOB),
+    Fault("quantize/verify.py", r"not error <= 1 \+ ROUNDING", "False", JOB),
     Fault("quantize/journal.py", r"if changed := .*:$", "if False:", JOB),
     Fault("quantize/verify.py", r"if found != digests\[name\]:", "if found == '':", PUBLISHING),
     Fault("quantize/journal.py", r"elif why := problem\(record, len\(self\.blocks\)\):", "elif why := '':", PUBLISHING),

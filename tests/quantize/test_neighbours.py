@@ -39,7 +39,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def aim_of(x_TI: Tensor, distance_TO: Tensor) -> Aim:
-    aim = Aim(distance_TO.shape[1], x_TI.shape[1], x_TI.device)
+    aim = Aim(torch.zeros(distance_TO.shape[1], x_TI.shape[1]))
     aim.miss(x_TI, distance_TO)
     shared = statistics_of(x_TI)
     shared.tokens = len(x_TI)
@@ -158,7 +158,9 @@ def test_a_row_that_loses_by_its_codes_gets_plain_ones() -> None:
 def test_factors_are_taken_where_they_are_decisive(loss: float, taken: bool) -> None:
     trials = [Trial("activations", 0, 1.0), Trial("duo", 0.5, loss)]
     search = decisive(lambda block, fold, *_: FactorSearch(fold, torch.full((4,), 2.0), trials))
-    found = search(torch.nn.Identity(), awq.Fold("norm", ("q_proj",), "attention"), statistics_of(torch.ones(1, 4)), None)
+    found = search(
+        torch.nn.Identity(), awq.Fold("norm", ("q_proj",), "attention"), statistics_of(torch.ones(1, 4)), None
+    )
     assert found.chosen is trials[int(taken)]
     assert found.factors_P.tolist() == [2.0 if taken else 1.0] * 4
 
@@ -217,9 +219,10 @@ def test_the_second_stream_is_what_the_file_gives_also_when_resumed(
 
     monkeypatch.setattr(Streams, "begin", watched)
     quantize_checkpoint(source, tmp_path / "whole" / "out", text, SETTINGS)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", dying)
-        quantize_checkpoint(source, tmp_path / "out", text, SETTINGS)
+        with pytest.raises(Killed):
+            quantize_checkpoint(source, tmp_path / "out", text, SETTINGS)
     quantize_checkpoint(source, tmp_path / "out", text, SETTINGS)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
     stream = BlockStream(open_checkpoint(tmp_path / "whole" / "out"))

@@ -51,9 +51,7 @@ def test_no_row_loses_more_by_its_stored_codes_than_plain_rounding_of_the_same_w
 
     chosen = replace(RECIPES[recipe], group_size=32)
     rounding, method = chosen.rounding, chosen.method
-    _, layers = awq.quantize_block(
-        text.block, text.observed(), rounding, method._replace(codes=codes), torch.float16
-    )
+    _, layers = awq.quantize_block(text.block, text.observed(), rounding, method._replace(codes=codes), torch.float16)
     for (weight_OI, statistics), layer in zip(weights, layers.values(), strict=True):
         plain = rounding.codes(weight_OI, rounding.ranges(weight_OI))
         found_O, plain_O = (
