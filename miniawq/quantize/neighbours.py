@@ -92,5 +92,6 @@ def refit(error_SO: Tensor, weight_SO: Tensor, scale_O: Tensor, pull_SO: Tensor,
     curvature_O = (steps_SO * (moments_SS @ steps_SO)).sum(0)
     asked_O = before_O - slope_O / curvature_O
     moved_O = asked_O.clamp(before_O / LARGEST_MOVE, before_O * LARGEST_MOVE).to(scale_O.dtype)
-    scale_O.copy_(moved_O.where(moved_O > 0, scale_O))  # false for NaN too, where all codes are zeros
+    # Where all codes are zeros nothing asks for a scale: NaN.
+    scale_O.copy_(moved_O.where((moved_O > 0) & moved_O.isfinite(), scale_O))
     error_SO.copy_(steps_SO.mul_(scale_O).sub_(weight_SO))
