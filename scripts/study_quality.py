@@ -33,7 +33,7 @@ OUTLIERS, STRENGTH = 4, 64
 
 def planted(source: Checkpoint, directory: Path) -> Checkpoint:
     """The same function with outliers: a copy of a dense checkpoint in an empty directory."""
-    for name in ("config.json", *source.side_files()):
+    for name in ("config.json", *source.side_files):
         shutil.copy(source.directory / name, directory / name)
     tensors = {name: source.read(name) for name in source.tensors}
     generator = torch.Generator().manual_seed(7)
