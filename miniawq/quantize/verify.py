@@ -41,9 +41,9 @@ def verify(
 ) -> dict[str, Any]:
     """Check every linear layer of `written`: packed within the bound, or in `listed` and dense.
 
-    `smooth` gives a layer's weight [O, I] float32 after folding; codes
-    are at most `reach` scales from their weights, but for what is clipped. Tensors named in
-    `digests` must have these SHA-256. MiniawqError names the first layer or tensor that fails.
+    `smooth` gives a layer's weight [O, I] float32 after folding; but for what is clipped, codes are at most `reach`
+    scales from their weights. Tensors named in `digests` must have these SHA-256. MiniawqError names the first layer or
+    tensor that fails.
     """
     device = torch.device(device)
     check_digests(written, digests)
