@@ -23,7 +23,7 @@ Shapes: O outputs, I inputs, G groups of S inputs, T tokens, P channels of a smo
 from __future__ import annotations  # so that the table and the loop can stand before the steps
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,12 +100,18 @@ class QuantizedLayer(NamedTuple):
 
 @torch.no_grad()
 def quantize_block(
-    block: nn.Module, statistics: dict[Fold, Statistics], rounding: Rounding, method: Method, dtype: torch.dtype
+    block: nn.Module,
+    statistics: dict[Fold, Statistics],
+    rounding: Rounding,
+    method: Method,
+    dtype: torch.dtype,
+    look: Callable[[Fold], Mapping[str, Statistics]] | None = None,
 ) -> tuple[list[FactorSearch], dict[str, QuantizedLayer]]:
     """The loop: search the factors of every fold, fold them, then search ranges and round, layer by layer.
 
     `statistics` come from `observe`; norms will be stored in `dtype`. The block is changed: its norms are folded, and
-    its linear layers hold the numbers that the codes stand for.
+    its linear layers hold the numbers that the codes stand for. `look` is for recipes that look at the text again
+    before they round the layers of a fold, and gives the statistics of each; the paper does not.
     """
     searches = []
     for fold, seen in statistics.items():
@@ -117,8 +123,8 @@ def quantize_block(
         statistics[search.fold].divide(search.fold.spread(factors_P))
         searches[index] = search._replace(factors_P=factors_P)
     layers = {}
-    for fold, seen in statistics.items():
-        for name in fold.balance_layers:
+    for fold, once in statistics.items():
+        for name, seen in (look(fold) if look else dict.fromkeys(fold.balance_layers, once)).items():
             parameter = block.get_parameter(f"{name}.weight")
             layers[name] = quantize_layer(name, parameter.data, seen, rounding, method)
             parameter.data = dequantize(layers[name].quantized, torch.float32)
@@ -129,7 +135,7 @@ class Method(NamedTuple):
     """The searches of AWQ, and what becomes of the nearest codes: the seam where other searches are plugged in.
 
     factors(block, fold, statistics, rounding) -> FactorSearch; ranges(layer name, weight_OI, statistics, rounding) ->
-    ranges_OG2; codes(weight_OI, nearest codes, statistics) -> codes with the same scales and zeros.
+    ranges_OG2; codes(weight_OI, nearest codes, statistics) -> what is stored.
     """
 
     factors: Callable[[nn.Module, Fold, Statistics, Rounding], FactorSearch]
@@ -349,9 +355,9 @@ def quantize_layer(
     plain_O = losses(plain)
     if statistics.usable:
         found = rounding.codes(weight_OI, method.ranges(name, weight_OI, statistics, rounding))
+        found = method.codes(weight_OI, found, statistics)
         worse_O1 = (losses(found) > plain_O)[:, None]
         found = Quantized(*(safe.where(worse_O1, new) for safe, new in zip(plain, found, strict=True)))
-        found = method.codes(weight_OI, found, statistics)
     return QuantizedLayer(found, float(plain_O.mean()), float(losses(found).mean()))
 
 

@@ -66,7 +66,7 @@ class BlockStream:
         weight = place_stored(self.checkpoint, module, stored, self.device)
         return dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.float()
 
-    def run(self, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def run(self, block: nn.Module, layer: int, hidden_BLD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Pairs of a slice of rows and the block's outputs for these rows, on the device."""
         batch, length, _ = hidden_BLD.shape
         positions_L = torch.arange(length, device=self.device)

@@ -158,6 +158,22 @@ class ShardWriter:
             if self.done in self._starts:
                 self._complete(shard)
 
+    def written(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors already on the disk whose names begin so, as a resumed run finds them."""
+        found = {}
+        for shard in self.shards:
+            path, offset = self.directory / shard.file, len(shard.header)
+            with disk_errors(self.directory):
+                for name, dtype, shape in shard.specs:
+                    nbytes = Spec(name, dtype, shape).nbytes
+                    if name.startswith(prefix):
+                        with open(path if path.exists() else self._partial(shard), "rb") as file:
+                            file.seek(offset)
+                            content = bytearray(file.read(nbytes))
+                        found[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
+                    offset += nbytes
+        return found
+
     def flush(self) -> None:
         """Put everything written so far on the disk, so that a journal may say so."""
         if self._file:

@@ -26,6 +26,9 @@ log = logging.getLogger("miniawq.quantize")
 
 FORMATS = ("awq", "compressed-tensors")
 LARGEST = 1_000_000_000  # of the numbers that count something
+RECIPE_HELP = (
+    "our searches, these with learned codes (better, slower; needs 16,000 tokens or more), the paper's, or none"
+)
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,14 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--sequence-length", type=_positive, default=512, help="tokens of one (default %(default)s)")
     text.add_argument("--seed", type=_seed, default=0, help="of text the model writes itself (default %(default)s)")
     method = parser.add_argument_group("method")
-    method.add_argument("--recipe", choices=RECIPES, default="default", help="our searches, the paper's, or none")
+    method.add_argument("--recipe", choices=RECIPES, default="default", help=RECIPE_HELP)
     method.add_argument(
         "--group-size", type=_inputs_of_a_group, default=128, help="inputs that share a scale; -1 is all"
     )
     method.add_argument("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
     method.add_argument("--compared-tokens", type=_positive, default=4096, help="that modules' outputs are compared on")
     method.add_argument("--no-clip", action="store_true", help="leave out the search of ranges")
-    method.add_argument("--compensate", action="store_true", help="GPTQ's error compensation on top; no part of AWQ")
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=FORMATS, default="awq", help="AutoAWQ GEMM, or compressed-tensors")
     output.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="of scales and dense tensors")
@@ -93,7 +95,6 @@ def _command(arguments: argparse.Namespace) -> None:
         group_size=arguments.group_size,
         grid=arguments.grid,
         scale_dtype=dtype,
-        compensate=arguments.compensate,
     )
     if arguments.no_clip:
         recipe = replace(recipe, clip="none")
@@ -132,7 +133,8 @@ def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     plan_sampling(checkpoint, dtype, device, *size).check(device)
     offload = arguments.offload_directory is not None
-    plan_memory(checkpoint, job.folds, *size, job.settings.compared_tokens, device, offload).check(device)
+    learns = job.settings.recipe.learns
+    plan_memory(checkpoint, job.folds, *size, job.settings.compared_tokens, device, offload, learns).check(device)
     model = load_model(checkpoint, device, dtype)
     return sample_calibration(model, tokenizer, *size, arguments.seed)
 

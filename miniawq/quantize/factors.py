@@ -20,6 +20,7 @@ Formula = Literal["activations", "duo"]
 Candidate = tuple[Formula, int]  # formula, and the exponent in steps of 1 / `ratios`
 
 PLAIN: Candidate = ("activations", 0)  # t = a^0: plain rounding
+DECISIVE = 0.5  # part of plain rounding's loss; learned codes gain more without factors that gain less than that
 SMALLEST = torch.finfo(torch.float32).tiny  # the least size of a group's largest weight: no division by zero
 
 
@@ -78,6 +79,18 @@ def search_coarse_to_fine(
         run(fine)
     trials = [Trial(formula, step / ratios, loss) for (formula, step), loss in found.items()]
     return FactorSearch(fold, factors(min(found, key=found.__getitem__)), trials)
+
+
+def decisive(search: Callable[..., FactorSearch]) -> Callable[..., FactorSearch]:
+    """The same search, which leaves plain rounding only where that loses at least 1 / DECISIVE times as much."""
+
+    def searched(block: nn.Module, fold: Fold, statistics: Statistics, rounding: Rounding) -> FactorSearch:
+        found = search(block, fold, statistics, rounding)
+        if found.chosen.loss <= DECISIVE * found.trials[0].loss:
+            return found
+        return FactorSearch(fold, torch.ones_like(found.factors_P), found.trials[:1])
+
+    return searched
 
 
 def coarse_to_fine(formulas: Sequence[Formula], ratios: int, stride: int) -> Callable[..., FactorSearch]:

@@ -2,6 +2,7 @@
 
     embed the calibration text
     for each block: read it, run the text through it, search, fold and round (awq.py), write it, note it in the journal
+                    (a recipe that learns codes runs the text through what is rounded, too: streams.py)
     write the rest, re-open the files and check every group
     move the files from `unfinished` into the destination, config.json last
 
@@ -10,9 +11,8 @@ goes on after a kill computes them again from the blocks it has finished, withou
 """
 
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, fing
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hardware import peak_memory
 from miniawq.model import DecoderBlock, LlamaConfig
-from miniawq.packing import CODES_PER_WORD
+from miniawq.packing import CODES_PER_WORD, dequantize
 from miniawq.quantize.calibration import Calibration
 from miniawq.quantize.journal import Journal, interruptible
 from miniawq.quantize.memory import hidden_states, plan_memory
@@ -44,6 +44,7 @@ from miniawq.quantize.moments import SymmetricStatistics
 from miniawq.quantize.recipes import DEFAULT, Recipe
 from miniawq.quantize.records import PRIVATE, decode_factors, encode_factors, note_on, record_of, record_problem
 from miniawq.quantize.report import QuantizationReport, write_report
+from miniawq.quantize.streams import Streams
 from miniawq.quantize.verify import has_tokenizer, verify
 from miniawq.text.tokenizer import Tokenizer
 
@@ -103,6 +104,7 @@ class Quantizer:
         names = [name for fold in self.folds for name in fold.balance_layers]
         self.packed = {f"model.layers.{layer}.{name}" for layer in range(self.blocks) for name in names}
         self.dense = [name for name in checkpoint.linears if name not in self.packed]
+        self.streams: Streams | None = None  # for recipes that look at the text again, once there is memory for it
 
     def specs(self) -> list[Spec]:
         """Every tensor of the result, in the order of the model."""
@@ -129,12 +131,17 @@ class Quantizer:
         block = self.stream.block(layer)
         if layer == 0:
             awq.check_folds(block, self.folds, lambda: next(self.stream.run(block, layer, hidden_BLD[:1]))[1])
+        if self.streams:
+            self.streams.begin(hidden_BLD)
         stride = max(1, hidden_BLD.shape[:2].numel() // self.settings.compared_tokens)
         with awq.observe(block, self.folds, stride, SymmetricStatistics) as statistics:
             largest = self.advance(block, layer, hidden_BLD)
         notes = {fold: note_on(fold, seen) for fold, seen in statistics.items()}
         recipe = self.settings.recipe
-        searches, layers = awq.quantize_block(block, statistics, recipe.rounding, recipe.method, self.settings.dtype)
+        look = partial(self.streams.aims, block, layer) if self.streams else None
+        searches, layers = awq.quantize_block(
+            block, statistics, recipe.rounding, recipe.method, self.settings.dtype, look
+        )
         record = {
             "layer": layer,
             "largest_activation": largest,
@@ -143,6 +150,8 @@ class Quantizer:
             "scales": encode_factors({search.fold.smooth_layer: search.factors_P for search in searches}),
         }
         tensors = dict(self._tensors(block, layer, layers))
+        if self.streams:
+            self.streams.follow(self.as_written(block, layer, tensors), layer)
         return tensors, record | {"seconds": round(time.monotonic() - started, 3)}
 
     def advance(self, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> float:
@@ -162,6 +171,22 @@ class Quantizer:
                     yield f"{module}.{part}", to_host(tensor)
             else:
                 yield name, to_host(self.stored(name, parameter.data))
+
+    def as_written(self, block: DecoderBlock, layer: int, tensors: Mapping[str, Tensor]) -> DecoderBlock:
+        """The block with the numbers that its tensors in the file stand for."""
+        for name, parameter in block.named_parameters(prefix=f"model.layers.{layer}"):
+            module = name.removesuffix(".weight")
+            if module in self.packed:
+                parts = {
+                    part.removeprefix(f"{module}."): tensor.to(self.device)
+                    for part, tensor in tensors.items()
+                    if part.startswith(f"{module}.")
+                }
+                quantized = LAYOUTS[self.settings.layout].decode(parts, self.settings.recipe.group_size)
+                parameter.data = dequantize(quantized, torch.float32)
+            else:
+                parameter.data = tensors[name].to(self.device).float()
+        return block
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A dense tensor in the dtype of the result; InvalidInput when that cannot hold it."""
@@ -214,11 +239,17 @@ def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_B
     finished = len(journal.blocks)
     with interruptible() as stop, Background() as disk, tqdm(total=job.blocks, unit="block", disable=None) as bar:
         job.stream.embed(tokens_BL, hidden_BLD)
+        if job.streams:
+            job.streams.quantized_BLD.copy_(hidden_BLD.to(job.settings.dtype))  # as the file holds the embedding
         if not finished:
             disk.run(_write_dense, job, writer, writer.specs[:1])
         for layer in range(job.blocks):
             if layer < finished:
-                job.advance(job.stream.block(layer), layer, hidden_BLD)
+                block = job.stream.block(layer)
+                job.advance(block, layer, hidden_BLD)
+                if job.streams:
+                    written = writer.written(f"model.layers.{layer}.")
+                    job.streams.follow(job.as_written(block, layer, written), layer)
             else:
                 tensors, record = job.process(layer, hidden_BLD)
                 disk.run(_write_block, writer, journal, tensors, record)
@@ -284,7 +315,8 @@ def quantize_checkpoint(
     job = Quantizer(checkpoint, settings, device)
     samples, length = calibration.tokens_BL.shape
     offload = offload_directory is not None
-    plan = plan_memory(checkpoint, job.folds, samples, length, settings.compared_tokens, device, offload)
+    learns = settings.recipe.learns
+    plan = plan_memory(checkpoint, job.folds, samples, length, settings.compared_tokens, device, offload, learns)
     log.info("%s", plan.describe())
     plan.check(device)
     job = Quantizer(checkpoint.fetched(), settings, device)
@@ -331,6 +363,9 @@ def _quantize(
     home = device if hidden_on_device else torch.device("cpu")
     shape = (*calibration.tokens_BL.shape, checkpoint.model_config.hidden_size)
     hidden_BLD = hidden_states(shape, home, offload_directory)
+    if settings.recipe.learns:
+        dense_BLD, quantized_BLD = (hidden_states(shape, home, offload_directory) for _ in range(2))
+        job.streams = Streams(job.stream, dense_BLD, quantized_BLD)
     done = journal.blocks[-1]["tensors"] if journal.blocks else 0
     check_disk(destination, sum(spec.nbytes for spec in specs[done:]))
     journal.begin()
@@ -342,10 +377,8 @@ def _quantize(
         _write_model(job, writer, journal, calibration.tokens_BL, hidden_BLD)
     write_json(work / "config.json", job.config())
     factors = [decode_factors(block["scales"]) for block in journal.blocks]
-    # Compensated codes are not the nearest ones: the bound does not hold for them, and is only reported.
-    limit = math.inf if settings.recipe.compensate else 1.0
     written, smooth = open_checkpoint(work), partial(job.smooth, factors)
-    verification = verify(checkpoint, written, set(job.dense), smooth, device, limit, writer.digests)
+    verification = verify(checkpoint, written, set(job.dense), smooth, device, settings.recipe.reach, writer.digests)
     check_side_files(checkpoint, work, sides)
     if readable:
         Tokenizer(work)

@@ -23,7 +23,9 @@ from miniawq.quantize.ranges import CANDIDATE_ELEMENTS
 
 FLOAT, TOKEN = 4, 8  # bytes of a float32, and of a token's id
 SAMPLED_ROWS = 32  # windows of text that a model writes at once: more take memory for keys and values
+STREAMS = 3  # of hidden states, for learned codes: before the dense block, after it, after the quantized block
 LAYER_COPIES = 4  # of the largest layer in float32, while it is rounded, compared and packed
+LEARNED_COPIES = 9  # the same, while its codes are learned
 CANDIDATE_COPIES = 2  # of the candidates' elements: the errors, and their product with the moments
 
 
@@ -76,8 +78,9 @@ def plan_memory(
     compared_tokens: int,
     device: torch.device,
     offload: bool,
+    learns: bool = False,
 ) -> MemoryPlan:
-    """Plan for a calibration text of `samples` windows of `length` tokens.
+    """Plan for a calibration text of `samples` windows of `length` tokens, and a recipe that learns codes or does not.
 
     The hidden states stay on the device where that leaves half of its free memory alone: fetching and returning them
     took longer than running a block (docs/log).
@@ -87,7 +90,7 @@ def plan_memory(
     block = sum(inputs * outputs for inputs, outputs in shapes) * FLOAT
     stored = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.startswith("model.layers.0."))
     largest = max(inputs * outputs for inputs, outputs in shapes) * FLOAT
-    hidden = samples * length * config.hidden_size * FLOAT
+    hidden = samples * length * config.hidden_size * FLOAT * (STREAMS if learns else 1)
     batch = max(length, min(TOKENS_PER_BATCH, samples * length))
     embedding = checkpoint.tensors["model.embed_tokens.weight"].nbytes
     readers = {fold: checkpoint.linears[f"model.layers.0.{fold.balance_layers[0]}"][0] for fold in folds}
@@ -104,6 +107,14 @@ def plan_memory(
         "recorded calls": modules * 2 * max(batch, min(compared_tokens, samples * length)) * config.hidden_size * FLOAT,
         "one search": max(rounded * FLOAT + text, LAYER_COPIES * largest, largest + candidates),
     }
+    if learns:
+        outputs = {
+            fold: sum(checkpoint.linears[f"model.layers.0.{name}"][1] for name in fold.balance_layers) for fold in folds
+        }
+        search["one block"] *= 2  # and the dense one
+        search["aims"] = max(inputs * (inputs + outputs[fold]) for fold, inputs in readers.items()) * FLOAT
+        shrunk = max(inputs**2 for inputs in readers.values()) * FLOAT
+        search["one search"] = max(search["one search"], LEARNED_COPIES * largest + shrunk)
     process = {"process": resident_memory()}
     kept = {} if offload else {"hidden states": hidden}
     if device.type == "cpu":

@@ -71,8 +71,8 @@ def best_candidate(
     return ranges_KO2[best_O, every_O], error_KOS[best_O, every_O]
 
 
-def shrunk(moments_SS: Tensor) -> Tensor:
-    """C with all but its diagonal multiplied by TRUST."""
-    shrunk_SS = TRUST * moments_SS
+def shrunk(moments_SS: Tensor, trust: float = TRUST) -> Tensor:
+    """C with all but its diagonal multiplied by `trust`."""
+    shrunk_SS = trust * moments_SS
     shrunk_SS.diagonal().copy_(moments_SS.diagonal())
     return shrunk_SS

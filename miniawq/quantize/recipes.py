@@ -1,4 +1,6 @@
-"""Which searches a run uses. `default` is ours, `paper` is chapter 2 as it stands, `plain` searches nothing."""
+"""Which searches a run uses. `default` is ours, `neighbours` learns the codes as well, `paper` is chapter 2 as it
+stands, and `plain` searches nothing.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -7,9 +9,9 @@ import torch
 
 from miniawq import awq
 from miniawq.awq import Method, Rounding
-from miniawq.quantize.compensation import compensated
-from miniawq.quantize.factors import Formula, coarse_to_fine
+from miniawq.quantize.factors import Formula, coarse_to_fine, decisive
 from miniawq.quantize.grids import GRIDS
+from miniawq.quantize.neighbours import neighbouring_codes
 from miniawq.quantize.ranges import independent_sides, plain_ranges
 
 
@@ -21,7 +23,7 @@ class Recipe:
     ratios, stride: exponents are multiples of 1 / ratios; every stride-th is tried, then those around the best.
     clip: which ranges are searched: "limits" is the paper's clipping, "ranges" is ours (`ranges.py`).
     unclipped: what "limits" leaves as it is, told for the report; the layers are named in `awq.UNCLIPPED`.
-    compensate: round with GPTQ's error compensation, which is no part of AWQ.
+    codes: "nearest" to the weights, or "neighbours" that know each other (`neighbours.py`), with decisive factors only.
     """
 
     group_size: int = 128
@@ -32,7 +34,7 @@ class Recipe:
     stride: int = 4
     clip: Literal["none", "limits", "ranges"] = "ranges"
     unclipped: tuple[str, ...] = ()
-    compensate: bool = False
+    codes: Literal["nearest", "neighbours"] = "nearest"
 
     @property
     def rounding(self) -> Rounding:
@@ -44,13 +46,24 @@ class Recipe:
         is_papers = self.formulas == ("activations",) and (self.ratios, self.stride) == (20, 1)
         factors = awq.search_factors if is_papers else coarse_to_fine(self.formulas, self.ratios, self.stride)
         ranges = {"none": plain_ranges, "limits": awq.search_ranges, "ranges": independent_sides}[self.clip]
-        return Method(factors, ranges, compensated) if self.compensate else Method(factors, ranges)
+        return Method(decisive(factors), ranges, neighbouring_codes) if self.learns else Method(factors, ranges)
+
+    @property
+    def learns(self) -> bool:
+        """Whether codes are learned, for which a run looks at the text again before it rounds."""
+        return self.codes == "neighbours"
+
+    @property
+    def reach(self) -> float:
+        """How far a weight may be from its code, in scales: codes beside it, or nearest ones."""
+        return 1.0 if self.learns else 0.5
 
     def described(self) -> dict[str, Any]:
         return asdict(self) | {"scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
 
 
 DEFAULT = Recipe()
+NEIGHBOURS = Recipe(codes="neighbours")
 PAPER = Recipe(formulas=("activations",), stride=1, clip="limits", unclipped=awq.UNCLIPPED)
 PLAIN_ROUNDING = Recipe(formulas=(), clip="none")
-RECIPES = {"default": DEFAULT, "paper": PAPER, "plain": PLAIN_ROUNDING}
+RECIPES = {"default": DEFAULT, "neighbours": NEIGHBOURS, "paper": PAPER, "plain": PLAIN_ROUNDING}

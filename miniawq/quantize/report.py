@@ -59,11 +59,11 @@ class QuantizationReport:
         """Three lines for people."""
         lost = sum(layer["loss"] for block in self.blocks for layer in block["layers"].values())
         plain = sum(layer["plain_loss"] for block in self.blocks for layer in block["layers"].values())
-        kept = f"clipping kept {lost / plain:.1%} of the layers' loss" if plain > 0 else "this text shows no loss"
+        kept = f"the searches left {lost / plain:.1%} of the layers' loss" if plain > 0 else "this text shows no loss"
         worst = self.verification["largest_error_over_bound"]
         return (
             f"{self.verification['packed_linears']} layers packed, {len(self.dense_linears)} dense; "
-            f"the largest error is {worst:.4f} of the bound for nearest codes\n"
+            f"the largest error is {worst:.4f} of its bound\n"
             f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before; {kept}\n"
             f"{self.seconds:.1f} s, {self.peak_memory_bytes / 2**30:.2f} GiB of memory at most"
         )
@@ -108,7 +108,7 @@ def model_card(name: str, report: QuantizationReport, inherited: Sequence[str] =
         name=name,
         base=Path(report.source).name,
         version=settings["miniawq"],
-        method=f"AWQ: scales from {searched} statistics, clip {recipe['clip']}",
+        method=f"AWQ: scales from {searched} statistics, clip {recipe['clip']}, codes {recipe['codes']}",
         layout=settings["layout"],
         group_size=recipe["group_size"],
         scale_dtype=recipe["scale_dtype"],

@@ -1,11 +1,11 @@
 """Check a finished INT4 checkpoint against the dense one it was made from, from the files alone.
 
-With the scale s and zero z of a group as stored, and the nearest codes, no weight w of the folded model is further from
-its stored value than
+With the scale s and zero z of a group as stored, no weight w of the folded model is further from its stored value than
 
-    max(s / 2, max(w) - (15 - z) s, -min(w) - z s)
+    max(r s, max(w) - (15 - z) s, -min(w) - z s)
 
-The last two are what clipping cuts off on purpose.
+r is 1/2 for nearest codes, and 1 for codes that may be either of the two beside their weight. The last two are what
+clipping cuts off on purpose.
 """
 
 import ctypes
@@ -36,13 +36,14 @@ def verify(
     listed: set[str],
     smooth: Callable[[str, Tensor], Tensor],
     device: torch.device | str = "cpu",
-    limit: float = 1.0,
+    reach: float = 0.5,
     digests: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Check every linear layer of `written`: packed within the bound, or in `listed` and dense.
 
-    `smooth` gives a layer's weight [O, I] float32 after folding; no error may exceed `limit` bounds. Tensors named in
-    `digests` must have these SHA-256. MiniawqError names the first layer or tensor that fails.
+    `smooth` gives a layer's weight [O, I] float32 after folding; but for what is clipped, codes are at most `reach`
+    scales from their weights. Tensors named in `digests` must have these SHA-256. MiniawqError names the first layer or
+    tensor that fails.
     """
     device = torch.device(device)
     check_digests(written, digests)
@@ -59,8 +60,8 @@ def verify(
         assert isinstance(dense, Tensor)
         assert isinstance(quantized, Quantized)
         weight_OI = smooth(name, dense.float())
-        error = error_over_bound(weight_OI, quantized)
-        if not error <= limit + ROUNDING:
+        error = error_over_bound(weight_OI, quantized, reach)
+        if not error <= 1 + ROUNDING:
             raise _broken(name, f"a weight is {error:.6f} times the bound away from its code")
         worst = max(worst, error)
     return {"packed_linears": len(written.quantized), "largest_error_over_bound": worst}
@@ -89,8 +90,8 @@ def has_tokenizer(directory: Path) -> bool:
     return True
 
 
-def error_over_bound(weight_OI: Tensor, quantized: Quantized) -> float:
-    """The largest error of any weight, in units of its group's bound; at most 1 for nearest codes."""
+def error_over_bound(weight_OI: Tensor, quantized: Quantized, reach: float = 0.5) -> float:
+    """The largest error of any weight, in units of its group's bound: at most 1."""
     codes_OI, scales_OG, zeros_OG = quantized
     worst = []
     for rows in row_slices(codes_OI):
@@ -98,7 +99,7 @@ def error_over_bound(weight_OI: Tensor, quantized: Quantized) -> float:
         scale_OG, zero_OG = scales_OG[rows].double(), zeros_OG[rows].double()
         above_OG = groups_OGS.amax(-1) - (TOP_CODE - zero_OG) * scale_OG
         below_OG = -groups_OGS.amin(-1) - zero_OG * scale_OG
-        bound_OG = torch.maximum(torch.maximum(above_OG, below_OG), scale_OG / 2)
+        bound_OG = torch.maximum(torch.maximum(above_OG, below_OG), reach * scale_OG)
         codes_OGS = codes_OI[rows].unflatten(1, (scales_OG.shape[1], -1))
         values_OGS = (codes_OGS - zero_OG.unsqueeze(-1)) * scale_OG.unsqueeze(-1)
         worst.append(((groups_OGS - values_OGS).abs().amax(-1) / bound_OG).max())

@@ -3,7 +3,7 @@
 from tests.planted.fault import Fault
 
 SEARCHES, COSTS, JOB = (f"quantize/test_{name}" for name in ("searches", "costs", "job"))
-PUBLISHING = "quantize/test_publishing"
+PUBLISHING, NEIGHBOURS = "quantize/test_publishing", "quantize/test_neighbours"
 FAULTS = [
     Fault(
         "quantize/grids.py",
@@ -26,13 +26,13 @@ FAULTS = [
     ),
     Fault(
         "quantize/recipes.py",
-        r"Method\(factors, ranges, compensated\) if self\.compensate",
-        "Method(factors, ranges) if self.compensate",
-        JOB,
+        r"Method\(decisive\(factors\), ranges, neighbouring_codes\) if self\.learns",
+        "Method(factors, ranges) if self.learns",
+        NEIGHBOURS,
     ),
     Fault("quantize/memory.py", r'("one block": block),', r"\1 // 2,", COSTS),
     Fault("checkpoint/background.py", r"if kind is None:", "if False:", COSTS),
-    Fault("quantize/verify.py", r"not error <= limit \+ ROUNDING", "False", JOB),
+    Fault("quantize/verify.py", r"not error <= 1 \+ ROUNDING", "False", JOB),
     Fault("quantize/memory.py", r'"the next block": stored', '"the next block": 0', JOB),
     Fault("quantize/job.py", r"^    with locked\(destination\):", "    if True:", JOB),
     Fault("quantize/journal.py", r"if changed := .*:$", "if False:", JOB),
@@ -41,7 +41,18 @@ FAULTS = [
     Fault("quantize/journal.py", r"^( +)self\._append\(\{\"published\": list\(names\)\}\)", r"\1pass", PUBLISHING),
     Fault("quantize/job.py", r"^( +)check_side_files\(.*\)", r"\1pass", PUBLISHING),
     Fault("quantize/report.py", r"(of the layers' loss\") if plain > 0", r"\1 if True", PUBLISHING),
-    Fault("quantize/compensation.py", r"if not moments_II\.any\(\):", "if False:", PUBLISHING),
+    Fault("quantize/neighbours.py", r"scale_O\.double\(\)\)\.floor_", "scale_O.double()).round_", NEIGHBOURS),
+    Fault("quantize/neighbours.py", r"lowest_O > middle_SO", "lowest_O < middle_SO", NEIGHBOURS),
+    Fault("quantize/neighbours.py", r"if sweep < SWEEPS:", "if sweep <= SWEEPS:", NEIGHBOURS),
+    Fault("quantize/neighbours.py", r"chosen_O - error_SO\[column\]", "error_SO[column] - chosen_O", NEIGHBOURS),
+    Fault("quantize/factors.py", r"found\.chosen\.loss <= DECISIVE", "found.chosen.loss >= DECISIVE", NEIGHBOURS),
+    Fault("quantize/streams.py", r" - ours\.residual_TO", "", NEIGHBOURS),
+    Fault("quantize/streams.py", r"\+ 2 \* \(error_OI", "+ (error_OI", NEIGHBOURS),
+    Fault("quantize/job.py", r"parameter\.data = tensors\[name\].*$", "pass", NEIGHBOURS),
+    Fault("quantize/job.py", r"^( +)job\.streams\.follow\(.*\)$", r"\1pass", NEIGHBOURS),
+    Fault("quantize/recipes.py", r"return 1\.0 if self\.learns else 0\.5", "return 1.0", JOB),
+    Fault("quantize/verify.py", r"reach \* scale_OG", "2 * reach * scale_OG", NEIGHBOURS),
+    Fault("awq.py", r"worse_O1 = \(losses\(found\) > plain_O\)", "worse_O1 = (losses(found) > torch.inf)", NEIGHBOURS),
     Fault("quantize/job.py", r"^( +)journal\.remove\(\)", r"\1pass", JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
 ]

@@ -15,7 +15,8 @@ from miniawq.checkpoint.background import Background, ahead
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.quantize import memory, ranges
 from miniawq.quantize.job import Quantizer, Settings
-from miniawq.quantize.recipes import Recipe
+from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, Recipe
+from miniawq.quantize.streams import Streams
 from tests.helpers.allocations import Allocations
 from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
 from tests.helpers.tiny_checkpoints import make_dense
@@ -31,8 +32,9 @@ class Questions(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.parametrize("recipe", [DEFAULT, NEIGHBOURS], ids=["default", "neighbours"])
 @torch.inference_mode()
-def test_memory_is_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_what_the_plan_says(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of Llama-3.1-8B with everything an eighth as wide and as long, as on a GPU."""
     scale = 8
     monkeypatch.setitem(ranges.CANDIDATE_ELEMENTS, "cpu", ranges.CANDIDATE_ELEMENTS["cuda"] // scale**2)
@@ -41,14 +43,16 @@ def test_memory_is_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "TOKENS_PER_BATCH", 4096 // scale)
     shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
     source, _ = make_dense(tmp_path / "dense", num_hidden_layers=1, head_dim=128, **shape)
-    settings, tokens_BL = Settings(compared_tokens=4096 // scale), torch.randint(48, (16, 512))
+    settings, tokens_BL = Settings(recipe, compared_tokens=4096 // scale), torch.randint(48, (16, 512))
     job = Quantizer(open_checkpoint(source), settings, torch.device("cpu"))
     plan = memory.plan_memory(
-        job.checkpoint, job.folds, *tokens_BL.shape, settings.compared_tokens, job.device, False
+        job.checkpoint, job.folds, *tokens_BL.shape, settings.compared_tokens, job.device, False, recipe.learns
     ).host
     with Allocations() as allocations, sdpa_kernel(SDPBackend.MATH):
         hidden_BLD = torch.zeros(*tokens_BL.shape, 512)
         job.stream.embed(tokens_BL, hidden_BLD)
+        if recipe.learns:
+            job.streams = Streams(job.stream, torch.zeros_like(hidden_BLD), hidden_BLD.clone())
         job.process(0, hidden_BLD)
     planned = sum(size for purpose, size in plan.items() if purpose != "process")
     assert 0.9 * planned < allocations.peak < 1.05 * planned

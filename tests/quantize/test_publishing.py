@@ -25,7 +25,7 @@ from miniawq.quantize import job as job_file
 from miniawq.quantize import journal, memory, report
 from miniawq.quantize.calibration import Calibration, read_calibration, sample_calibration
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
-from miniawq.quantize.recipes import DEFAULT, PAPER, PLAIN_ROUNDING
+from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, PAPER, PLAIN_ROUNDING
 from miniawq.quantize.report import finite
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import DATA
@@ -126,11 +126,11 @@ def test_a_source_replaced_during_the_run_is_not_published(seen, dense, text, tm
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
 
-@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("codes", ["nearest", "neighbours"])
 @pytest.mark.parametrize("place", [-1, -100])
-def test_a_finished_shard_damaged_before_resuming_is_not_published(place, compensate, dense, text, tmp_path):
+def test_a_finished_shard_damaged_before_resuming_is_not_published(place, codes, dense, text, tmp_path):
     """The last bytes of the first shard are the embedding's, of which no bound of quantization knows anything."""
-    settings = replace(SETTINGS, recipe=replace(SETTINGS.recipe, compensate=compensate))
+    settings = replace(SETTINGS, recipe=replace(SETTINGS.recipe, codes=codes))
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, 40)
         with pytest.raises(Killed):
@@ -552,7 +552,7 @@ def test_a_card_that_is_not_unicode_costs_no_run(dense, text, tmp_path):
 
 
 @pytest.mark.parametrize("zeros", ["norm", "embed_tokens", "proj"])
-@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, PLAIN_ROUNDING, replace(DEFAULT, compensate=True)])
+@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, PLAIN_ROUNDING, NEIGHBOURS])
 def test_a_model_of_zeros_is_quantized_and_reported(zeros, recipe, text, tmp_path):
     source, _ = make_dense(tmp_path / "dense", num_hidden_layers=1)
     tensors = load_file(source / "model.safetensors")

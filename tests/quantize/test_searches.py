@@ -19,7 +19,7 @@ from miniawq.quantize.factors import coarse_to_fine, factors_by, relative_weight
 from miniawq.quantize.job import note_on
 from miniawq.quantize.moments import SymmetricStatistics
 from miniawq.quantize.ranges import COARSE, independent_sides, shrunk
-from miniawq.quantize.recipes import DEFAULT, PAPER, RECIPES, Recipe
+from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, PAPER, RECIPES, Recipe
 from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
 
 SMALL = replace(DEFAULT, group_size=32)
@@ -37,24 +37,27 @@ def test_no_search_loses_to_plain_rounding(recipe: Recipe, grid: str) -> None:
     assert all(layer.loss <= layer.plain_loss * (1 + 1e-5) for layer in layers.values())
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("recipe", ["default", "neighbours", "paper"])
 def test_no_row_loses_more_by_its_stored_codes_than_plain_rounding_of_the_same_weight(recipe: str) -> None:
     text = Block(rows=1)
     text.hidden_BLD = text.hidden_BLD[:, :3]  # little text: what C shrunk says and what C says differ much
     text.rope = tuple(table_LE[:3] for table_LE in text.rope)
     text.mask = None if text.mask is None else text.mask[..., :3, :3]
-    checked = []
+    weights = []
 
     def codes(weight_OI: Tensor, nearest: Quantized, statistics: Statistics) -> Quantized:
-        plain = chosen.rounding.codes(weight_OI, chosen.rounding.ranges(weight_OI))
-        found_O, plain_O = (statistics.losses(dequantize(some, torch.float32) - weight_OI) for some in (nearest, plain))
-        checked.append(bool((found_O <= plain_O).all()))
-        return nearest
+        weights.append((weight_OI, statistics))
+        return method.codes(weight_OI, nearest, statistics)
 
     chosen = replace(RECIPES[recipe], group_size=32)
-    method = chosen.method._replace(codes=codes)
-    awq.quantize_block(text.block, text.observed(), chosen.rounding, method, torch.float16)
-    assert checked == [True] * 7
+    rounding, method = chosen.rounding, chosen.method
+    _, layers = awq.quantize_block(text.block, text.observed(), rounding, method._replace(codes=codes), torch.float16)
+    for (weight_OI, statistics), layer in zip(weights, layers.values(), strict=True):
+        plain = rounding.codes(weight_OI, rounding.ranges(weight_OI))
+        found_O, plain_O = (
+            statistics.losses(dequantize(some, torch.float32) - weight_OI) for some in (layer.quantized, plain)
+        )
+        assert (found_O <= plain_O).all()
 
 
 def test_the_block_holds_what_the_codes_stand_for() -> None:
@@ -148,7 +151,7 @@ def test_each_step_of_the_method_gains_where_a_few_inputs_are_large() -> None:
         replace(SMALL, formulas=(), clip="none"),
         replace(SMALL, formulas=(), clip="limits"),
         replace(SMALL, formulas=(), clip="ranges"),
-        replace(SMALL, formulas=(), compensate=True),
+        replace(SMALL, formulas=(), codes="neighbours"),
     ]
     losses = [
         awq.quantize_layer("mlp.up_proj", weight_OI, statistics_of(x_TI), step.rounding, step.method).loss
@@ -184,7 +187,7 @@ def test_order_of_samples_changes_nothing(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=["nan", "inf", "huge"])
-@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, replace(DEFAULT, compensate=True)])
+@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, NEIGHBOURS])
 def test_broken_activations_mean_plain_rounding_and_a_note(value: float, recipe: Recipe) -> None:
     text = Block()
     text.block.mlp.up_proj.bias = nn.Parameter(torch.zeros(256), requires_grad=False)
@@ -211,7 +214,7 @@ def test_dead_channels_keep_their_factor_and_are_told(recipe: Recipe) -> None:
     assert search.factors_P.isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, replace(DEFAULT, compensate=True)])
+@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, NEIGHBOURS])
 def test_groups_of_zeros_and_one_token_are_handled(recipe: Recipe) -> None:
     text = Block(rows=1)
     text.hidden_BLD = text.hidden_BLD[:, :1]
