@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 import miniawq.oracle.cases as cases
-from miniawq.oracle.check import Broken, Check, Crash, Subject, expect_equal, expect_tensor, rule
+from miniawq.oracle.check import Check, rule
 from miniawq.oracle.directories import (
     ATTENTION,
     AWQ_BLOCK,
@@ -33,6 +33,7 @@ from miniawq.oracle.directories import (
     in_two_shards,
     model,
 )
+from miniawq.oracle.subject import Broken, Crash, Subject, expect_equal, expect_tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Q, K_PROJ = f"{ATTENTION}.q_proj", f"{ATTENTION}.k_proj"

@@ -43,6 +43,10 @@ FLAGS = {
     "NoRangeCheck": "Codes above 15 or weights that are not finite are not refused. On legal input results are right.",
     "TwoRoundings": "The product is rounded more than once (to bfloat16 on the way, or as code * scale - zero * "
     "scale). Weights are off by up to one unit in the last place of the rougher format.",
+    "TensorFloat32": "A float32 x is multiplied as TF32 or float16, with 11 bits, as tensor cores do by default.",
+    "ScaleToNearest": "Scales are rounded to nearest instead of up, or codes are computed from the scale before it is "
+    "rounded. The file is valid; a weight at the end of its group's range is off by up to 0.508 scales, not 0.5.",
+    "NoTypeCheck": "Arguments of a wrong dtype are taken as they lie in memory, or cut to the right one.",
     "FlushedSubnormals": "Scales or weights below 2**-14 become zero. Real checkpoints do hold such scales.",
 }
 
@@ -55,7 +59,7 @@ class Limits:
     multiple_of_k: int = 1
     multiple_of_n: int = 8
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
-    max_rows: int = 64
+    max_rows: int = 1 << 30
 
     @classmethod
     def of(cls, target: Any) -> "Limits":

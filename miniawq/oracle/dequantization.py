@@ -12,7 +12,8 @@ from torch import Tensor
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import PackedCase, groups_of, shape, smallest
-from miniawq.oracle.check import Broken, Subject, expect_equal, rule
+from miniawq.oracle.check import rule
+from miniawq.oracle.subject import Broken, Subject, expect_equal
 
 
 def dequantize(target: Subject, layer: PackedCase) -> Tensor:

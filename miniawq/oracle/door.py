@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 import miniawq.oracle.checkpoints as checkpoints
+import miniawq.oracle.combinations as combinations
 import miniawq.oracle.dequantization as dequantization
 import miniawq.oracle.multiplication as multiplication
+import miniawq.oracle.ranges as ranges
 import miniawq.oracle.rounding as rounding
 import miniawq.oracle.search as search
 import miniawq.oracle.storage as storage
 from miniawq.errors import UsageError
-from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run_check
+from miniawq.oracle.check import PROFILES, Check, Profile, Result, run_check
 from miniawq.oracle.contract import FUNCTIONS, Limits
 from miniawq.oracle.report import ConformanceReport, failure_lines, judge
+from miniawq.oracle.subject import Subject
 
 
 def checks_in(module: ModuleType) -> list[Check]:
@@ -26,11 +29,16 @@ def checks_in(module: ModuleType) -> list[Check]:
     return [value for value in vars(module).values() if isinstance(value, Check)]
 
 
-CHECKS: list[Check] = [
-    *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
-    *checkpoints.CHECKS,
-    *checks_in(search),
-]
+CHECKS: list[Check] = sorted(
+    [
+        *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
+        *checkpoints.CHECKS,
+        *checks_in(search),
+        *checks_in(combinations),
+        *checks_in(ranges),
+    ],
+    key=lambda check: check.level,
+)
 
 
 def chosen(levels: Sequence[str] = (), only: str = "") -> list[Check]:

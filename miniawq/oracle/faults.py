@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniawq.oracle.check import Profile, Subject, run_check
+from miniawq.oracle.check import Profile, run_check
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
+from miniawq.oracle.subject import Subject
 
 FAULTS: list[Fault] = [
     *storage.STORAGE,

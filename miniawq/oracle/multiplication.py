@@ -27,8 +27,9 @@ from torch import Tensor
 
 import miniawq.oracle.cases as cases
 from miniawq.oracle.cases import EVERYWHERE, PackedCase, groups_of, shape, smallest
-from miniawq.oracle.check import Broken, Lacking, Subject, expect_equal, expect_within, name_of, rule
+from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
+from miniawq.oracle.subject import Broken, Lacking, Subject, expect_equal, expect_within, name_of
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 WEIGHT_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 + 2.0**-11 + 2.0**-19, torch.float32: 2.0**-11}
@@ -52,9 +53,9 @@ def expect_exact_product(target: Subject, x: Tensor, layer: PackedCase, bias: Te
     expect_equal(product_of_target(target, x, layer, bias), product(x, layer, bias).to(x.dtype), "y")
 
 
-def error_bound(x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> Tensor:
-    """The bound of this module's docstring, float64, for every output."""
-    u, u_w, operations = UNIT[x.dtype], WEIGHT_UNIT[x.dtype], (x.shape[-1] + 8) * 2.0**-24
+def error_bound(x: Tensor, layer: PackedCase, bias: Tensor | None = None, rounded: bool = True) -> Tensor:
+    """The bound of this module's docstring, float64, for every output; without u_w where no weight needs rounding."""
+    u, u_w, operations = UNIT[x.dtype], WEIGHT_UNIT[x.dtype] * rounded, (x.shape[-1] + 8) * 2.0**-24
     grown = operations / (1 - operations)
     size = x.to(torch.float64).abs()
     repeats = len(layer.codes) // len(layer.zeros)

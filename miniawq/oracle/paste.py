@@ -6,7 +6,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniawq.oracle.check import Broken, Call, name_of
+from miniawq.oracle.subject import Broken, Call, name_of
 
 LONGEST_LITERAL = 300  # elements: what still fits on a screen
 MOST_EXCEPTIONS = 12  # elements set one by one after a constant: more would be longer than the literal

@@ -21,7 +21,8 @@ from torch import Tensor
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, shape, smallest
-from miniawq.oracle.check import Broken, Lacking, Subject, expect_equal, expect_tensor, expect_within, rule
+from miniawq.oracle.check import rule
+from miniawq.oracle.subject import Broken, Lacking, Subject, expect_equal, expect_tensor, expect_within
 
 HALF_ULP = 2.0**-11  # relative; the rounding of a float16
 SUBNORMAL_STEP = 2.0**-24  # the distance of subnormal float16 numbers

@@ -16,8 +16,9 @@ from torch import Tensor
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, smallest
-from miniawq.oracle.check import Broken, Subject, expect_equal, expect_within, rule
+from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
+from miniawq.oracle.subject import Broken, Subject, expect_equal, expect_within
 
 SUMMING = 1e-3  # relative; what float32 sums of losses may cost (above)
 TOKENS = 48  # of activations: more than one group has inputs, and quick

@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
-from miniawq.oracle.check import Broken, Subject, expect_equal, rule
+from miniawq.oracle.check import rule
+from miniawq.oracle.subject import Broken, Subject, expect_equal
 
 KNOWN_WORDS = {
     0x75316420: (0, 1, 2, 3, 4, 5, 6, 7),

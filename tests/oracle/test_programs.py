@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from miniawq.oracle import run_conformance
-from miniawq.oracle.check import PROFILES, Broken, Subject, run_check
+from miniawq.oracle.check import PROFILES, run_check
+from miniawq.oracle.subject import Broken, Subject
 from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.stdio import Program
 from tests.helpers import ROOT

@@ -11,7 +11,8 @@ import torch
 
 from miniawq.oracle import truth
 from miniawq.oracle.__main__ import main, save_examples
-from miniawq.oracle.check import PROFILES, Call, Subject, run_check
+from miniawq.oracle.check import PROFILES, run_check
+from miniawq.oracle.subject import Call, Subject
 from miniawq.oracle.contract import FLAGS, FUNCTIONS, LEVELS, Limits
 from miniawq.oracle.door import CHECKS, chosen, conformance
 from miniawq.oracle.paste import literal, snippet
