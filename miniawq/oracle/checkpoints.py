@@ -169,10 +169,10 @@ def cut_short(directory: Path) -> None:
     (directory / WEIGHTS).write_bytes(data[: len(data) * 2 // 3])
 
 
-def lfs_pointer(directory: Path) -> None:
+def lfs_pointer(directory: Path, file: str = WEIGHTS) -> None:
     """git without git-lfs leaves this instead of the weights."""
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4120334\n"
-    (directory / WEIGHTS).write_text(text)
+    (directory / file).write_text(text)
 
 
 def pickle_only(directory: Path) -> None:

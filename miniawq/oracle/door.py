@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+import miniawq.oracle.adversarial as adversarial
 import miniawq.oracle.checkpoints as checkpoints
 import miniawq.oracle.combinations as combinations
+import miniawq.oracle.deep_checkpoints as deep_checkpoints
 import miniawq.oracle.dequantization as dequantization
 import miniawq.oracle.multiplication as multiplication
 import miniawq.oracle.ranges as ranges
+import miniawq.oracle.refusals as refusals
 import miniawq.oracle.rounding as rounding
 import miniawq.oracle.search as search
+import miniawq.oracle.state as state
 import miniawq.oracle.storage as storage
 from miniawq.errors import UsageError
 from miniawq.oracle.check import PROFILES, Check, Profile, Result, run_check
@@ -33,9 +37,13 @@ CHECKS: list[Check] = sorted(
     [
         *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
         *checkpoints.CHECKS,
+        *deep_checkpoints.CHECKS,
         *checks_in(search),
         *checks_in(combinations),
+        *checks_in(adversarial),
         *checks_in(ranges),
+        *state.CHECKS,
+        *checks_in(refusals),
     ],
     key=lambda check: check.level,
 )

@@ -132,6 +132,18 @@ class Subject:
         name = "an exception" if error is Exception else error.__name__
         raise Broken(f"{name} because of {why}", "a result, with no error")
 
+    def unless_refused(self, function: str, *arguments: Any) -> Any:
+        """The result as CPU tensors, or None where the target raises; a crash is no refusal."""
+        try:
+            result = self.raw(function, *arguments)
+        except Crash as crash:
+            raise Broken("a result or a refusal", str(crash)) from crash
+        except NotImplementedError as lack:
+            raise Lacking(f"{function}: {lack}") from lack
+        except Exception:
+            return None
+        return comparable(result)
+
 
 def memory(tensor: Tensor) -> Tensor:
     """Everything from the first to the last element in memory, as one dimension: gaps and repeats once each."""
