@@ -103,8 +103,8 @@ def qwen3() -> Model:
     """Qwen3: heads wider than hidden_size / heads, and norms of queries and keys."""
     made = model(head=64)
     made.config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False}
-    for name in ("q_norm", "k_norm"):
-        made.tensors[f"{ATTENTION}.{name}.weight"] = torch.linspace(0.5, 1.5, 64).half()
+    for name, first in (("q_norm", 0.5), ("k_norm", 1.0)):
+        made.tensors[f"{ATTENTION}.{name}.weight"] = torch.linspace(first, 1.5, 64).half()
         made.expected[f"{ATTENTION}.{name}.weight"] = made.tensors[f"{ATTENTION}.{name}.weight"]
     return made
 

@@ -92,10 +92,11 @@ def partly_dense() -> Model:
 
 
 def fine_norms() -> Model:
-    """Norms and head in float32 with bits that 16-bit formats have not, the embedding in bfloat16."""
-    made = deep()
+    """Norms, head and a projection in float32 with bits that 16 bits have not, the embedding in bfloat16."""
+    dense = f"{LAST}.mlp.up_proj"
+    made = model(hidden=96, inner=160, head=32, layers=3, dense=(dense,))
     for name in made.tensors:
-        if "norm" in name or name == HEAD:
+        if "norm" in name or name in (HEAD, f"{dense}.weight"):
             made.tensors[name] = made.expected[name] = made.tensors[name].to(torch.float32) * (1 + 2.0**-20)
     made.tensors[EMBEDDING] = made.expected[EMBEDDING] = made.tensors[EMBEDDING].to(torch.bfloat16)
     return made
@@ -167,7 +168,7 @@ DEEP = [
     valid("layers-qwen2", "Qwen2: biases on q, k and v of each layer", qwen2),
     valid("layers-bias", "attention_bias and mlp_bias: a bias on every projection", llama_with_biases),
     valid("layers-partly-dense", "other projections left dense in each layer", partly_dense),
-    valid("layers-fine-norms", "float32 norms and head keep their bits", fine_norms),
+    valid("layers-fine-norms", "float32 norms, head and projection keep their bits", fine_norms),
     valid("layers-compressed", "compressed-tensors with zeros, three layers in three shards", lambda: in_three_shards(
         model(compressed, compressed_block(), hidden=96, inner=160, layers=3))),
     valid("layers-compressed-symmetric", "compressed-tensors without zeros, three layers", lambda: model(
@@ -203,8 +204,8 @@ DEEP = [
 ]  # fmt: skip
 
 OUTSIDE = [
-    invalid("index-above", "the index names a file above the directory, which is there", f"outside path .. {INDEX} name",
-            sharded, outside(absolute=False)),
+    invalid("index-above", "the index names a file above the directory, which is there",
+            f"outside path .. {INDEX} name", sharded, outside(absolute=False)),
     invalid("index-absolute", "the index names a file by its absolute path, which is there",
             f"outside path absolute {INDEX} name", sharded, outside(absolute=True)),
 ]  # fmt: skip

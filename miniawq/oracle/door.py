@@ -19,6 +19,7 @@ import miniawq.oracle.ranges as ranges
 import miniawq.oracle.refusals as refusals
 import miniawq.oracle.rounding as rounding
 import miniawq.oracle.search as search
+import miniawq.oracle.searches as searches
 import miniawq.oracle.state as state
 import miniawq.oracle.storage as storage
 from miniawq.errors import UsageError
@@ -41,6 +42,7 @@ CHECKS: list[Check] = sorted(
         *checks_in(search),
         *checks_in(combinations),
         *checks_in(adversarial),
+        *checks_in(searches),
         *checks_in(ranges),
         *state.CHECKS,
         *checks_in(refusals),
