@@ -180,8 +180,8 @@ def cover(check: Check, subject: Subject, profile: Profile) -> None:
 
 def settings_of(check: Check, factors: Factors, profile: Profile) -> list[Setting]:
     """One covering array; a few different ones where more examples are asked for."""
-    arrays = max(1, round(profile.examples * check.effort / 400))
-    return [setting for seed in range(arrays) for setting in covering(factors, check.allowed, seed)]
+    arrays, first = max(1, round(profile.examples * check.effort / 400)), profile.seed or 0
+    return [setting for seed in range(first, first + arrays) for setting in covering(factors, check.allowed, seed)]
 
 
 def search(check: Check, subject: Subject, profile: Profile) -> Callable[[], None]:

@@ -1,13 +1,29 @@
-"""`python -m miniawq.oracle.faults`: plant each fault, and tell which checks find it. Exit code 1 if one survives."""
+"""`python -m miniawq.oracle.faults`: plant wrong implementations, and tell which check finds each. Exit code 1 if one
+survives that no list argues for.
+
+Three sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; and
+`blind`, written after the checks were frozen.
+"""
 
 import argparse
+import multiprocessing
+import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from miniawq.oracle.check import Profile, run_check
+import torch
+from tqdm import tqdm
+
+from miniawq.oracle.check import Check, Profile, run_check
+from miniawq.oracle.contract import LEVELS
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
+from miniawq.oracle.planted.blind import BLIND
+from miniawq.oracle.planted.bred import grammar
+from miniawq.oracle.planted.survivors import ARGUED
 from miniawq.oracle.subject import Subject
 
 FAULTS: list[Fault] = [
@@ -36,6 +52,34 @@ def finders(fault: Fault, profile: Profile = UNSHRUNK) -> list[str]:
     return [c.id for c in CHECKS if c.level == level and run_check(c, subject, profile).status == "failed"]
 
 
+SETS: dict[str, list[Any]] = {"grammar": grammar(), "blind": BLIND}
+
+
+def killer_of(place: tuple[str, int]) -> str:
+    """The id of the first check that finds a fault of a set; empty if none does."""
+    fault = SETS[place[0]][place[1]]
+    subject = Subject(fault.target())
+    checks: Iterable[Check] = (check for check in CHECKS if fault.function in check.needs)
+    return next((c.id for c in checks if run_check(c, subject, UNSHRUNK).status == "failed"), "")
+
+
+def killers(name: str, places: Sequence[int]) -> list[str]:
+    """The killers of faults of a set, one process a core."""
+    with multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+        tried = pool.imap(killer_of, [(name, place) for place in places], chunksize=4)
+        return list(tqdm(tried, name, len(places), disable=None))
+
+
+def scores(name: str, killed_by: Sequence[str], faults: Sequence[Any]) -> list[str]:
+    """Rows of a table: how many faults of each level were found, of how many."""
+    found = Counter(fault.level for fault, killer in zip(faults, killed_by, strict=True) if killer)
+    argued = Counter(fault.level for fault in faults if fault.name in ARGUED)
+    planted = Counter(fault.level for fault in faults)
+    cells = [f"{found[level]} of {planted[level] - argued[level]}" for level in LEVELS]
+    total = f"{sum(found.values())} of {sum(planted.values()) - sum(argued.values())}"
+    return [f"| {name} | {' | '.join(cells)} | {total} |"]
+
+
 def table(faults: Sequence[Fault]) -> str:
     """The Markdown table of docs/oracle.md."""
     lines = ["| Level | Planted fault | Killed by | Checks of the level that find it |", "|---|---|---|---|"]
@@ -48,15 +92,19 @@ def table(faults: Sequence[Fault]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miniawq.oracle.faults", description=__doc__)
+    parser.add_argument("set", nargs="?", default="grammar", choices=("named", *SETS), help="which faults (grammar)")
     parser.add_argument("--level", default="", help="only the faults of one level")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name contains this")
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="replace the table between the FAULTS marks of a file"
+        "--into", type=Path, metavar="FILE", help="named: replace the table between the FAULTS marks of a file"
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.set != "named":
+        return score(arguments.set, arguments.level, arguments.only)
     text = table([fault for fault in FAULTS if fault.killer.startswith(arguments.level)])
     if arguments.into:
         before, _, rest = arguments.into.read_text().partition(BEGIN)
@@ -64,6 +112,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(text)
     return 1 if "SURVIVED" in text else 0
+
+
+def score(name: str, level: str, only: str) -> int:
+    """Plant a set, print its survivors and its score."""
+    places = [i for i, f in enumerate(SETS[name]) if f.level.startswith(level) and only in f.name]
+    faults = [SETS[name][place] for place in places]
+    killed_by = killers(name, places)
+    survivors = [f for f, killer in zip(faults, killed_by, strict=True) if not killer and f.name not in ARGUED]
+    print("\n".join(f"SURVIVED {fault.level} {fault.name}" for fault in survivors))
+    print(f"| Set | {' | '.join(LEVELS)} | all |\n|---|{'---|' * (len(LEVELS) + 1)}")
+    print("\n".join(scores(name, killed_by, faults)))
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":
