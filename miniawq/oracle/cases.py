@@ -91,7 +91,7 @@ LAYOUTS = ("contiguous", "transposed", "every second row", "every second column"
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values, lying in memory in another way; the gaps hold others. "repeated" repeats the first row."""
     gap = tensor + 1 if tensor.is_floating_point() else tensor ^ 5
-    if layout == "repeated":
+    if layout == "repeated" and tensor.dim() > 1:
         return tensor[:1].expand_as(tensor)
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)

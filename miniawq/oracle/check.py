@@ -2,7 +2,7 @@
 
 A body gets a `Subject`. There are three kinds: bodies that run once, bodies with drawn arguments, which run under
 Hypothesis, and bodies over a table of factors, which run once for each setting of a covering array. Everything a body
-needs is drawn or stands in its setting, so a run can be repeated, and a failing example is made small.
+needs is drawn or stands in its setting, so a run can be repeated.
 """
 
 import time
@@ -17,7 +17,6 @@ from hypothesis.strategies import SearchStrategy
 
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Allowed, Factors, Setting, covering, simplified
-from miniawq.oracle.shrink import shrunk
 from miniawq.oracle.subject import Broken, Lacking, Subject, message_of
 
 
@@ -117,7 +116,7 @@ def attempt(check: Check, subject: Subject, profile: Profile) -> Result:
     except Lacking as lack:
         return Result(check, "skipped", str(lack))
     except Broken as broken:
-        return Result(check, "failed", broken=shrunk(subject, broken) if profile.shrink else broken)
+        return Result(check, "failed", broken=broken)
     except Exception as error:  # Hypothesis saw a target that fails now and then
         return Result(check, "failed", broken=unforeseen(subject, error))
     return Result(check, "passed")

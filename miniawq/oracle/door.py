@@ -25,7 +25,9 @@ import miniawq.oracle.storage as storage
 from miniawq.errors import UsageError
 from miniawq.oracle.check import PROFILES, Check, Profile, Result, run_check
 from miniawq.oracle.contract import FUNCTIONS, Limits
+from miniawq.oracle.diagnosis import diagnose
 from miniawq.oracle.report import ConformanceReport, failure_lines, judge
+from miniawq.oracle.shrink import shrunk
 from miniawq.oracle.subject import Subject
 
 
@@ -100,6 +102,10 @@ def conformance(
         result = judge([run_check(check, subject, profile)], dict(expected or {}))[0]
         told(result)
         report.results.append(result)
+    report.causes = diagnose(subject, [result for result in report.results if result.status == "failed"])
+    for first in (cause.failures[0] for cause in report.causes if profile.shrink):
+        assert first.broken is not None
+        first.broken = shrunk(subject, first.broken)
     report.seconds = time.perf_counter() - started
     return report
 

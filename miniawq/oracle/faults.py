@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,6 @@ def killed(fault: Fault, profile: Profile = UNSHRUNK) -> bool:
     return run_check(check, Subject(fault.target()), profile).status == "failed"
 
 
-def finders(fault: Fault, profile: Profile = UNSHRUNK) -> list[str]:
-    """The ids of all checks of the fault's level that find it."""
-    subject = Subject(fault.target())
-    level = fault.killer.split(".")[0]
-    return [c.id for c in CHECKS if c.level == level and run_check(c, subject, profile).status == "failed"]
-
-
 SETS: dict[str, list[Any]] = {"grammar": grammar(), "blind": BLIND}
 
 
@@ -63,11 +56,11 @@ def killer_of(place: tuple[str, int]) -> str:
     return next((c.id for c in checks if run_check(c, subject, UNSHRUNK).status == "failed"), "")
 
 
-def killers(name: str, places: Sequence[int]) -> list[str]:
+def killers(name: str, places: Sequence[int]) -> Iterator[str]:
     """The killers of faults of a set, one process a core."""
     with multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
         tried = pool.imap(killer_of, [(name, place) for place in places], chunksize=4)
-        return list(tqdm(tried, name, len(places), disable=None))
+        yield from tqdm(tried, name, len(places), disable=None)
 
 
 def scores(name: str, killed_by: Sequence[str], faults: Sequence[Any]) -> list[str]:
@@ -82,11 +75,10 @@ def scores(name: str, killed_by: Sequence[str], faults: Sequence[Any]) -> list[s
 
 def table(faults: Sequence[Fault]) -> str:
     """The Markdown table of docs/oracle.md."""
-    lines = ["| Level | Planted fault | Killed by | Checks of the level that find it |", "|---|---|---|---|"]
-    for fault in faults:
-        found = finders(fault)
-        killer = f"`{fault.killer}`" if fault.killer in found else f"SURVIVED `{fault.killer}`"
-        lines.append(f"| {fault.killer[:2]} | {fault.name} | {killer} | {len(found)} |")
+    lines = ["| Level | Planted fault | Killed by |", "|---|---|---|"]
+    for fault in tqdm(faults, "named", disable=None):
+        killer = f"`{fault.killer}`" if killed(fault) else f"SURVIVED `{fault.killer}`"
+        lines.append(f"| {fault.killer[:2]} | {fault.name} | {killer} |")
     return "\n".join(lines)
 
 
@@ -118,9 +110,12 @@ def score(name: str, level: str, only: str) -> int:
     """Plant a set, print its survivors and its score."""
     places = [i for i, f in enumerate(SETS[name]) if f.level.startswith(level) and only in f.name]
     faults = [SETS[name][place] for place in places]
-    killed_by = killers(name, places)
-    survivors = [f for f, killer in zip(faults, killed_by, strict=True) if not killer and f.name not in ARGUED]
-    print("\n".join(f"SURVIVED {fault.level} {fault.name}" for fault in survivors))
+    killed_by, survivors = [], 0
+    for fault, killer in zip(faults, killers(name, places), strict=True):
+        killed_by.append(killer)
+        if not killer and fault.name not in ARGUED:
+            survivors += 1
+            print(f"SURVIVED {fault.level} {fault.name}", flush=True)
     print(f"| Set | {' | '.join(LEVELS)} | all |\n|---|{'---|' * (len(LEVELS) + 1)}")
     print("\n".join(scores(name, killed_by, faults)))
     return 1 if survivors else 0

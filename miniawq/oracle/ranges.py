@@ -18,9 +18,12 @@ from miniawq.oracle.combinations import (
     exact_activations,
     expect_decoded,
     expect_product,
+    few_weights,
+    layers_over,
     multiplied,
     seed_of,
     unpacked,
+    words_of_setting,
 )
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
@@ -51,20 +54,13 @@ def every_product(target: Subject) -> None:
         target.judge(expect_decoded, *layer.packed)
 
 
-SPECIAL_SCALES = (-1.0, -(2.0**-24), -65504.0, 0.0, -0.0, INFINITY, -INFINITY, NAN)
-
-
-@rule("L1.special-scales", "dequantize")
-def special_scales(target: Subject) -> None:
+@rule("L1.special-scales", "dequantize", over=layers_over(("special",)), allowed=few_weights)
+def special_scales_of_layers(target: Subject, setting: Setting) -> None:
     """Scales that are negative, 0, infinite or NaN are refused, or give what they give, in their own group and column.
 
     Code equal to zero times infinity is NaN.
     """
-    for scale in SPECIAL_SCALES:
-        for group, column in ((0, 0), (1, 5), (2, -1)):
-            layer = cases.random_layer(20, *smallest(target.limits, groups=3, columns=2))
-            layer.scales[min(group, len(layer.scales) - 1), column] = scale
-            target.judge(expect_refused_or_decoded, *layer.packed)
+    target.judge(expect_refused_or_decoded, *words_of_setting(setting, target.limits))
 
 
 def expect_refused_or_decoded(

@@ -32,7 +32,7 @@ def large_codes(limits: Limits) -> Factors:
         "rows": (1, 2, 65, 257),
         "words": tuple(limits.multiple_of_n // 8 * m for m in (1, 3, 17, 129)),
         "layout": LAYOUTS,
-        "content": ("few", "random"),
+        "content": ("random", "top"),
     }
 
 
@@ -86,8 +86,8 @@ def misfits(limits: Limits) -> Factors:
     return {
         "misfit": tuple(MISFITS),
         "group size": group_sizes(limits),
-        "groups": (2, 1, 3, 8),
-        "words": tuple(limits.multiple_of_n // 8 * m for m in (2, 3, 17)),
+        "groups": (2, 1, 3, 9),
+        "words": tuple(limits.multiple_of_n // 8 * m for m in (2, 3, 17, 65)),
     }
 
 

@@ -84,13 +84,13 @@ def shape_and_range(target: Subject) -> None:
 @rule("L2.bound", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
 def bound(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """Where a group holds both signs, no weight is off by more than half a scale plus the rounding of the scale."""
-    expect_bound(target, *drawn)
+    target.judge(expect_bound, *drawn)
 
 
 @rule("L2.step", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
 def step(target: Subject, drawn: tuple[Tensor, int]) -> None:
     """Where a group holds both signs, its scale is its range / 15 within a rounding to float16."""
-    expect_step(target, *drawn)
+    target.judge(expect_step, *drawn)
 
 
 @rule("L2.nearest", "quantize", flags=("HalfArithmetic",), drawn=cases.weights)
@@ -189,7 +189,7 @@ def groups_independent(target: Subject) -> None:
         keep = torch.ones_like(old, dtype=torch.bool)
         keep[-(size if name == "code" else 1) :, -1] = False
         expect_equal(torch.where(keep, new, 0), torch.where(keep, old, 0), name)
-    expect_bound(target, changed, group_size)
+    target.judge(expect_bound, changed, group_size)
 
 
 @rule("L2.one-signed", "quantize", flags=("ZeroNotInRange",))
@@ -198,7 +198,7 @@ def one_signed(target: Subject) -> None:
     weight, group_size = plain(target, seed=14)
     for sign in (1, -1):
         for distance in (4.0, 1.0, 1 / 64):
-            expect_bound(target, sign * (weight.abs() / 8 + distance), group_size)
+            target.judge(expect_bound, sign * (weight.abs() / 8 + distance), group_size)
 
 
 @rule("L2.constant", "quantize", flags=("ZeroNotInRange",))
@@ -206,8 +206,8 @@ def constant(target: Subject) -> None:
     """A group of one repeated value keeps it, within the bound of a scale of value / 15."""
     weight, group_size = plain(target)
     for value in (0.5, -0.5, 1.0, -3.0, 2.0**-9):
-        expect_bound(target, torch.full_like(weight, value), group_size)
-        expect_step(target, torch.full_like(weight, value), group_size)
+        target.judge(expect_bound, torch.full_like(weight, value), group_size)
+        target.judge(expect_step, torch.full_like(weight, value), group_size)
 
 
 @rule("L2.zero-group", "quantize")
@@ -225,8 +225,8 @@ def tiny(target: Subject) -> None:
     """Weights of 1e-5 and 1e-7 keep the bound, with scales that follow them into the subnormal numbers."""
     weight, group_size = plain(target, seed=15)
     for spread in (2.0**-17, 2.0**-23, 2.0**-30):
-        expect_bound(target, weight * spread, group_size)
-        expect_step(target, weight * spread, group_size)
+        target.judge(expect_bound, weight * spread, group_size)
+        target.judge(expect_step, weight * spread, group_size)
 
 
 @rule("L2.outlier", "quantize", flags=("HalfArithmetic",))
@@ -235,8 +235,8 @@ def outlier(target: Subject) -> None:
     for value in (1000.0, -1000.0):
         weight, group_size = plain(target, seed=16)
         weight[0, 3] = value
-        expect_bound(target, weight, group_size)
-        expect_step(target, weight, group_size)
+        target.judge(expect_bound, weight, group_size)
+        target.judge(expect_step, weight, group_size)
 
 
 @rule("L2.one-group", "quantize")
@@ -244,7 +244,7 @@ def one_group_of_weights(target: Subject) -> None:
     """A group_size of -1 is one group of all K inputs."""
     target.must_take(-1)
     k, n, _ = shape(-1, 5, 1, target.limits)
-    expect_bound(target, random_weight(17, n, k), -1)
+    target.judge(expect_bound, random_weight(17, n, k), -1)
 
 
 @rule("L2.dtypes", "quantize", flags=("HalfArithmetic",))
@@ -253,7 +253,7 @@ def half_weights(target: Subject) -> None:
     weight, group_size = plain(target, groups=4, columns=2, seed=18)
     for dtype in (torch.float16, torch.bfloat16):
         for offset in (0.0, 0.5):
-            expect_bound(target, (weight + offset).to(dtype), group_size)
+            target.judge(expect_bound, (weight + offset).to(dtype), group_size)
 
 
 @rule("L2.same-twice", "quantize")

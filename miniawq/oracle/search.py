@@ -140,13 +140,13 @@ def scales_positive(target: Subject) -> None:
 @rule("L5.scales.never-worse", "search_scales", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
 def scales_never_worse(target: Subject, drawn: Problem) -> None:
     """On the given activations the factors are never worse than all ones."""
-    expect_no_worse(target, *drawn)
+    target.judge(expect_no_worse, *drawn)
 
 
 @rule("L5.scales.helps", "search_scales")
 def scales_help(target: Subject) -> None:
     """With two loud input channels the search takes at least a fifth off the loss of plain rounding."""
-    expect_no_worse(target, *problem(target.limits, 2), share=0.8)
+    target.judge(expect_no_worse, *problem(target.limits, 2), 0.8)
 
 
 @rule("L5.scales.folding-is-exact", "search_scales")
@@ -164,8 +164,8 @@ def silent_channels(target: Subject) -> None:
     """Channels that are always 0, and activations that are all 0, give no zero, infinite or NaN scale."""
     weight, x, group_size = problem(target.limits, 4)
     x[:, ::3] = 0
-    expect_no_worse(target, weight, x, group_size)
-    expect_no_worse(target, weight, torch.zeros_like(x), group_size)
+    target.judge(expect_no_worse, weight, x, group_size)
+    target.judge(expect_no_worse, weight, torch.zeros_like(x), group_size)
 
 
 @rule("L5.scales.extreme-activations", "search_scales")
@@ -173,14 +173,14 @@ def extreme_activations(target: Subject) -> None:
     """Activations of 1e-6 and of 1e5, whose squares do not fit in float16, are searched like any other."""
     weight, x, group_size = problem(target.limits, 5)
     for size in (1e-6, 1e5):
-        expect_no_worse(target, weight, x * size, group_size)
+        target.judge(expect_no_worse, weight, x * size, group_size)
 
 
 @rule("L5.scales.few-tokens", "search_scales")
 def few_tokens(target: Subject) -> None:
     """One token is enough to search with."""
     weight, x, group_size = problem(target.limits, 6, groups=1)
-    expect_no_worse(target, weight, x[:1], group_size)
+    target.judge(expect_no_worse, weight, x[:1], group_size)
 
 
 @rule("L5.scales.same-twice", "search_scales")
@@ -261,7 +261,7 @@ def clip_in_range(target: Subject) -> None:
 @rule("L5.clip.never-worse", "search_clip", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
 def clip_never_worse(target: Subject, drawn: Problem) -> None:
     """No output channel and group is worse on the given activations after clipping."""
-    expect_clip_no_worse(target, *drawn)
+    target.judge(expect_clip_no_worse, *drawn)
 
 
 @rule("L5.clip.helps", "search_clip")
@@ -288,8 +288,8 @@ def clip_silent_channels(target: Subject) -> None:
     weight, x, group_size = problem(target.limits, 13)
     weight[0] = 0
     x[:, ::2] = 0
-    expect_clip_no_worse(target, weight, x, group_size)
-    expect_clip_no_worse(target, weight, torch.zeros_like(x), group_size)
+    target.judge(expect_clip_no_worse, weight, x, group_size)
+    target.judge(expect_clip_no_worse, weight, torch.zeros_like(x), group_size)
 
 
 @rule("L5.clip.rows-independent", "search_clip")

@@ -15,7 +15,7 @@ from miniawq.oracle.subject import Broken, Crash, Lacking, Subject, memory, twin
 
 EIGHTS = -2004318072  # a word of eight codes of 8
 PLAIN = {"codes": 8, "zeros": 8, "words": EIGHTS, "qweight": EIGHTS, "qzeros": EIGHTS, "scales": 1}  # others: 0
-RUNS = 200  # of the target, for one example
+RUNS = 150  # of the target, for one example
 
 
 class Shrinker:

@@ -116,7 +116,7 @@ def state_of(small: Small) -> Check:
     def body(target: Subject) -> None:
         problems = [small.make(target, seed) for seed in (0, 1, 2)]
         for arguments in problems:
-            small.judge(target, *arguments)
+            target.judge(small.judge, *arguments)
         firsts = [result_of(target, small.function, arguments) for arguments in problems]
         expect_kept(target, small, problems)
         expect_repeated(target, small, problems, firsts)

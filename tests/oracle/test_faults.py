@@ -6,7 +6,7 @@ import pytest
 
 from miniawq.oracle.contract import LEVELS
 from miniawq.oracle.door import CHECKS
-from miniawq.oracle.faults import FAULTS, finders, killed
+from miniawq.oracle.faults import FAULTS, killed
 from tests.helpers import ROOT
 
 TABLE = (ROOT / "docs" / "oracle.md").read_text()
@@ -24,16 +24,8 @@ def test_faults_are_at_least_forty_over_all_levels():
 
 
 def test_the_table_in_the_guide_has_every_fault_and_no_survivor():
-    rows = re.findall(r"^\| (L\d) \| (.+?) \| `(.+?)` \| (\d+) \|$", TABLE, re.M)
-    assert {(level, name, killer) for level, name, killer, _ in rows} == {
-        (fault.killer[:2], fault.name, fault.killer) for fault in FAULTS
-    }
-    assert all(int(count) > 0 for *_, count in rows)
-
-
-def test_the_counts_of_the_table_are_those_of_a_run():
-    for fault in FAULTS[:6]:
-        assert f"| {fault.name} | `{fault.killer}` | {len(finders(fault))} |" in TABLE
+    rows = re.findall(r"^\| (L\d) \| (.+?) \| `(.+?)` \|$", TABLE, re.M)
+    assert set(rows) == {(fault.killer[:2], fault.name, fault.killer) for fault in FAULTS}
 
 
 def test_checks_that_no_fault_names_are_variations_of_others():

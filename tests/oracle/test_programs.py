@@ -11,9 +11,9 @@ import torch
 
 from miniawq.oracle import run_conformance
 from miniawq.oracle.check import PROFILES, run_check
-from miniawq.oracle.subject import Broken, Subject
 from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.stdio import Program
+from miniawq.oracle.subject import Broken, Subject
 from tests.helpers import ROOT
 
 EXAMPLES = ROOT / "examples" / "oracle"

@@ -12,11 +12,11 @@ import torch
 from miniawq.oracle import truth
 from miniawq.oracle.__main__ import main, save_examples
 from miniawq.oracle.check import PROFILES, run_check
-from miniawq.oracle.subject import Call, Subject
 from miniawq.oracle.contract import FLAGS, FUNCTIONS, LEVELS, Limits
 from miniawq.oracle.door import CHECKS, chosen, conformance
 from miniawq.oracle.paste import literal, snippet
 from miniawq.oracle.report import as_json, as_junit, as_text, badge, failure_lines, read_expected_failures
+from miniawq.oracle.subject import Call, Subject
 from tests.helpers import ROOT
 
 GUIDE = (ROOT / "docs" / "oracle.md").read_text()

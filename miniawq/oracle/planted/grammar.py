@@ -16,6 +16,7 @@ from torch import Tensor
 from miniawq.oracle.planted import CORRECT
 
 When = Callable[..., bool]
+Function = Callable[..., Any]
 LEVEL_OF = {
     "pack": "L0",
     "unpack": "L0",
@@ -177,6 +178,21 @@ PRODUCT: dict[str, When] = {
 }
 
 
+WEIGHTS: dict[str, When] = {
+    "": lambda w, g: True,
+    "more than 64 outputs": lambda w, g: len(w) > 64,
+    "more than 256 outputs": lambda w, g: len(w) > 256,
+    "more than 8 groups": lambda w, g: g != -1 and w.shape[1] // g > 8,
+    "groups no power of two": lambda w, g: g != -1 and w.shape[1] // g & (w.shape[1] // g - 1) != 0,
+    "group_size -1": lambda w, g: g == -1,
+    "group_size 64": lambda w, g: g == 64,
+    "float64": lambda w, g: w.dtype == torch.float64,
+    "bfloat16": lambda w, g: w.dtype == torch.bfloat16,
+    "a view": lambda w, g: lies(w),
+    "an offset": lambda w, g: offset(w),
+}
+
+
 def changed_results() -> Iterator[Bred]:
     """Faults of L0, L1 and L3: a kind of change in a place of the result, under a circumstance."""
     tables = {"pack": MATRIX, "unpack": MATRIX, "dequantize": LAYER, "matmul": PRODUCT}
@@ -187,3 +203,13 @@ def changed_results() -> Iterator[Bred]:
                     continue  # the next number everywhere is a rounding that the sums may have
                 if number % (4 if function == "matmul" else 3) == len(when) % 3:  # every kind and every place, thinned
                     yield Bred(function, kind, place, when, changing(function, kind, place, predicate))
+
+
+def bred(function: str, kind: str, place: str, when: str, wrong: Function) -> Bred:
+    """A fault that keeps nothing between calls."""
+    return Bred(function, kind, place, when, lambda: wrong)
+
+
+def only(function: str, when: When, wrong: Function) -> Function:
+    """The wrong function under a circumstance, the right one otherwise."""
+    return lambda *a: wrong(*a) if when(*a) else CORRECT[function](*a)
