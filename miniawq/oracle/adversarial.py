@@ -21,7 +21,7 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import LAYOUTS, groups_of, laid_out, random_weight
 from miniawq.oracle.check import rule
-from miniawq.oracle.combinations import group_sizes, inputs_of, seed_of
+from miniawq.oracle.combinations import group_sizes, inputs_of, seed_of, weights_in
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.rounding import expect_bound, expect_step, per_weight, quantize
@@ -129,8 +129,12 @@ def weights_over(kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> Factors:
 
 
 def few_weights_at_all(setting: Setting) -> bool:
-    size = setting["group size"]
-    return setting["groups"] * (40 if size == -1 else size) * setting["outputs"] <= 1 << 15
+    return weights_in(setting) <= 1 << 15
+
+
+def some_weights(setting: Setting) -> bool:
+    """As above, with room for many outputs in many groups."""
+    return weights_in(setting) <= 1 << 17
 
 
 def weight_of(setting: Setting, limits: Limits) -> tuple[Tensor, int]:
@@ -183,7 +187,7 @@ def expect_pure(target: Subject, weight: Tensor, group_size: int) -> None:
 
 
 @rule("L2.combinations", "quantize", flags=("HalfArithmetic",),
-      over=weights_over(tuple(BOTH_SIGNS), WEIGHT_DTYPES), allowed=few_weights_at_all)  # fmt: skip
+      over=weights_over(tuple(BOTH_SIGNS), WEIGHT_DTYPES), allowed=some_weights)  # fmt: skip
 def weight_combinations(target: Subject, setting: Setting) -> None:
     """Weights of every size class, dtype and view, both signs in each group: bound, step, and nothing written."""
     weight, group_size = weight_of(setting, target.limits)
@@ -208,7 +212,7 @@ def half_scale(target: Subject, setting: Setting) -> None:
 
 
 @rule("L2.nearest-code", "quantize", flags=("ScaleToNearest", "HalfArithmetic"),
-      over=weights_over(tuple(KINDS), WEIGHT_DTYPES), allowed=few_weights_at_all)  # fmt: skip
+      over=weights_over(tuple(KINDS), WEIGHT_DTYPES), allowed=some_weights)  # fmt: skip
 def nearest_code(target: Subject, setting: Setting) -> None:
     """Every code is the nearest under the stored scale and zero, next to ties too."""
     target.judge(expect_nearest, *weight_of(setting, target.limits))

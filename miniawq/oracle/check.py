@@ -40,6 +40,7 @@ class Check:
     effort: float = 1.0
     over: Callable[[Limits], Factors] | None = None
     allowed: Allowed = everything
+    arrays: int = 1
 
     @property
     def level(self) -> str:
@@ -54,17 +55,19 @@ def rule(
     effort: float = 1.0,
     over: Callable[[Limits], Factors] | None = None,
     allowed: Allowed = everything,
+    arrays: int = 1,
     **drawn: Any,
 ) -> Callable[[Callable[..., None]], Check]:
     """Make a check of a body; its docstring's first paragraph is the rule that a failure prints.
 
     `flags` name the legal differences (`contract.FLAGS`) that a failure may show. `effort` below 1 means fewer examples
-    of a check that takes long.
+    of a check that takes long, `arrays` above 1 more than one covering array of one that takes little: most triples of
+    levels meet in three.
     """
 
     def decorate(body: Callable[..., None]) -> Check:
         rule = " ".join((body.__doc__ or "").split("\n\n")[0].split())
-        return Check(id, rule, needs, flags, body, drawn, effort, over, allowed)
+        return Check(id, rule, needs, flags, body, drawn, effort, over, allowed, arrays)
 
     return decorate
 
@@ -161,6 +164,8 @@ def cover(check: Check, subject: Subject, profile: Profile) -> None:
     """
     assert check.over is not None
     factors, lack = check.over(subject.limits), None
+    if not all(factors.values()):
+        raise Lacking("nothing within the target's limits can be asked here")
     for setting in settings_of(check, factors, profile):
         try:
             remembering(check, subject, setting=setting)
@@ -178,8 +183,8 @@ def cover(check: Check, subject: Subject, profile: Profile) -> None:
 
 
 def settings_of(check: Check, factors: Factors, profile: Profile) -> list[Setting]:
-    """One covering array; a few different ones where more examples are asked for."""
-    arrays, first = max(1, round(profile.examples * check.effort / 400)), profile.seed or 0
+    """The check's covering arrays; some more where more examples are asked for."""
+    arrays, first = check.arrays * max(1, round(profile.examples / 400)), profile.seed or 0
     return [setting for seed in range(first, first + arrays) for setting in covering(factors, check.allowed, seed)]
 
 

@@ -111,13 +111,13 @@ def expect_unpacked(target: Subject, words: Tensor) -> None:
     expect_equal(got, truth.unpack(words), "code")
 
 
-@rule("L0.pack.combinations", "pack", over=tables, allowed=small_table)
+@rule("L0.pack.combinations", "pack", over=tables, allowed=small_table, arrays=3)
 def pack_combinations(target: Subject, setting: Setting) -> None:
     """Matrices of every size class, as views of every kind, are packed like the definition, and not written into."""
     target.judge(expect_packed, codes_of(setting))
 
 
-@rule("L0.unpack.combinations", "unpack", over=tables, allowed=small_table)
+@rule("L0.unpack.combinations", "unpack", over=tables, allowed=small_table, arrays=3)
 def unpack_combinations(target: Subject, setting: Setting) -> None:
     """Words of every size class, as views of every kind, are unpacked like the definition, and not written into."""
     words = truth.pack(codes_of(setting | {"layout": "contiguous"}))
@@ -314,7 +314,7 @@ def expect_near_product(target: Subject, x: Tensor, qweight: Tensor, qzeros: Ten
     expect_within(got, product(x, layer, bias), error_bound(x, layer, bias, rounded=not powers), "y")
 
 
-@rule("L3.combinations", "matmul", over=products, allowed=few_products)
+@rule("L3.combinations", "matmul", over=products, allowed=few_products, arrays=2)
 def product_combinations(target: Subject, setting: Setting) -> None:
     """Every size class, form of x, kind of bias, dtype and view together: exact products, no argument written into."""
     target.judge(expect_product, *product_of(setting, target.limits, dense=False))

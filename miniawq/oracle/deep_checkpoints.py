@@ -40,6 +40,7 @@ from miniawq.oracle.directories import (
     in_three_shards,
     model,
 )
+from miniawq.oracle.state import FEW_CALLS
 from miniawq.oracle.subject import Subject, comparable, expect_equal
 
 LAST = "model.layers.2"
@@ -211,25 +212,43 @@ OUTSIDE = [
 ]  # fmt: skip
 
 
+def words_for(name: str) -> tuple[str, ...]:
+    """Words of a message about a tensor: its layer, or what else says which it is."""
+    linear = name.rpartition(".")[0].rpartition(".")[2]
+    return (linear, "lm_head", "tie") if name == HEAD else (linear, "norm") if "norm" in name else (linear,)
+
+
 @rule("L4.refuses.each-tensor-missing", "load_checkpoint")
 def each_tensor_missing(target: Subject) -> None:
     """refuses: any one tensor of any layer missing, packed parts and biases included; the message names its layer."""
-    for name in qwen2().tensors:
-        made = qwen2()
-        del made.tensors[name]
-        linear = name.rpartition(".")[0].rpartition(".")[2]
-        words = (linear, "lm_head", "tie") if name == HEAD else (linear, "norm") if "norm" in name else (linear,)
-        refuse(target, Case("each-tensor-missing", "invalid", f"{name} is missing", lambda m=made: m, words))
+    base = qwen2()
+    for name in base.tensors:
+        tensors = {other: tensor for other, tensor in base.tensors.items() if other != name}
+        refuse(target, "each-tensor-missing", f"{name} is missing", with_tensors(base, tensors), words_for(name))
 
 
-def refuse(target: Subject, case: Case) -> None:
-    """Hold the target to the refusal of one directory."""
-    check_of(case).body(target)
+@rule("L4.refuses.each-tensor-short", "load_checkpoint")
+def each_tensor_short(target: Subject) -> None:
+    """refuses: any one tensor of any layer a row short, packed parts and biases too; the message names its layer."""
+    base = qwen2()
+    for name, tensor in base.tensors.items():
+        made = with_tensors(base, base.tensors | {name: tensor[:-1]})
+        refuse(target, "each-tensor-short", f"{name} is short", made, words_for(name))
+
+
+def with_tensors(base: Model, tensors: dict[str, Tensor]) -> Model:
+    """The same model with other tensors in its file."""
+    return Model(base.config, tensors, base.expected, base.layers)
+
+
+def refuse(target: Subject, id: str, comment: str, made: Model, words: tuple[str, ...]) -> None:
+    """Hold the target to the refusal of one model."""
+    check_of(Case(id, "invalid", comment, lambda: made, words)).body(target)
 
 
 @rule("L4.state", "load_checkpoint")
 def directory_read_again(target: Subject) -> None:
-    """What was loaded stays when the directory is written anew, and loading again gives what is there now."""
+    """What was loaded stays when the directory is written anew; loading again, many times, gives what is there now."""
     with tempfile.TemporaryDirectory(prefix="oracle-") as folder:
         directory = Path(folder) / "state"
         first, second = deep(), deep()
@@ -248,8 +267,15 @@ def directory_read_again(target: Subject) -> None:
         for name, tensor in comparable(kept).items():
             if name in first.expected:
                 expect_equal(tensor, first.expected[name], f"{name}, loaded before the directory was written anew: ")
-        for _ in range(20):
-            expect_read(target, directory, second)
+        small = model(hidden=32, head=16)
+        small.write(directory.parent / "small")
+        for _ in range(FEW_CALLS):
+            expect_read(target, directory.parent / "small", small)
 
 
-CHECKS: list[Check] = [*(check_of(case) for case in (*DEEP, *OUTSIDE)), each_tensor_missing, directory_read_again]
+CHECKS: list[Check] = [
+    *(check_of(case) for case in (*DEEP, *OUTSIDE)),
+    each_tensor_missing,
+    each_tensor_short,
+    directory_read_again,
+]

@@ -301,6 +301,7 @@ def circumstances(result: Result) -> tuple[str, str]:
 
 
 HINTS = {
+    ".wrong-dtypes": "an argument of another dtype is read as if it had the right one: refuse it, or convert it",
     ".strides": "strides and offsets count; or call contiguous() first",
     ".half-scale": "round the scale up to float16, not to nearest, and code with the stored scale",
     ".one-signed": "the range of a group includes zero: min(w, 0) to max(w, 0)",

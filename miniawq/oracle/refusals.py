@@ -36,7 +36,7 @@ def large_codes(limits: Limits) -> Factors:
     }
 
 
-@rule("L0.pack.refuses-large-codes-anywhere", "pack", flags=("NoRangeCheck",), over=large_codes)
+@rule("L0.pack.refuses-large-codes-anywhere", "pack", flags=("NoRangeCheck",), over=large_codes, arrays=3)
 def refuses_large_codes_anywhere(target: Subject, setting: Setting) -> None:
     """One code above 15 anywhere in a matrix of any size, a view included, is a ValueError."""
     codes = codes_of(setting | {"layout": "contiguous"})
@@ -108,13 +108,13 @@ def misfitting(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, Tensor
     return (*MISFITS[setting["misfit"]](qweight, qzeros, scales), size)
 
 
-@rule("L1.refuses-misfits", "dequantize", flags=("NoShapeCheck",), over=misfits, allowed=misfit)
+@rule("L1.refuses-misfits", "dequantize", flags=("NoShapeCheck",), over=misfits, allowed=misfit, arrays=2)
 def refuses_misfits(target: Subject, setting: Setting) -> None:
     """Words, zeros and scales of which one is too short, too long, too narrow or too wide raise, for any group size."""
     target.refuses("dequantize", misfitting(setting, target.limits), setting["misfit"], Exception)
 
 
-@rule("L3.refuses-misfits", "matmul", flags=("NoShapeCheck",), over=misfits, allowed=misfit)
+@rule("L3.refuses-misfits", "matmul", flags=("NoShapeCheck",), over=misfits, allowed=misfit, arrays=2)
 def refuses_misfits_of_factors(target: Subject, setting: Setting) -> None:
     """The same in a product, whose x fits the words."""
     words = misfitting(setting, target.limits)
@@ -134,7 +134,7 @@ def wrong_vectors(limits: Limits) -> Factors:
     }
 
 
-@rule("L3.refuses-wrong-lengths", "matmul", flags=("NoShapeCheck",), over=wrong_vectors)
+@rule("L3.refuses-wrong-lengths", "matmul", flags=("NoShapeCheck",), over=wrong_vectors, arrays=3)
 def refuses_wrong_lengths(target: Subject, setting: Setting) -> None:
     """An x with features too few or too many, or a bias with outputs too few or too many, raises in every form of x."""
     k, n = inputs_of(setting, target.limits), 2 * target.limits.multiple_of_n
@@ -160,7 +160,7 @@ def broken_weights(limits: Limits) -> Factors:
     }
 
 
-@rule("L2.refuses-nan-anywhere", "quantize", flags=("NoRangeCheck",), over=broken_weights)
+@rule("L2.refuses-nan-anywhere", "quantize", flags=("NoRangeCheck",), over=broken_weights, arrays=3)
 def refuses_nan_anywhere(target: Subject, setting: Setting) -> None:
     """One weight that is NaN or infinite, anywhere, in any dtype and any view, is a ValueError."""
     weight = random_weight(42, setting["outputs"], inputs_of(setting, target.limits))
@@ -176,17 +176,11 @@ def broken_groups(limits: Limits) -> Factors:
         "share": (0.5, 1.5, 1.25, 0.25, 4.5, 16.75),
         "group size": tuple(size for size in group_sizes(limits) if size != -1),
         "outputs": tuple(limits.multiple_of_n * m for m in (1, 9)),
-        "dtype": ("float32", "float16"),
+        "dtype": ("float32", "float16", "bfloat16", "float64"),
     }
 
 
-def some_group_size(limits: Limits) -> Factors:
-    """As `broken_groups`; nothing to ask where the target takes -1 alone."""
-    factors = broken_groups(limits)
-    return factors if factors["group size"] else {"share": ()}
-
-
-@rule("L2.refuses-part-groups-anywhere", "quantize", flags=("NoShapeCheck",), over=some_group_size)
+@rule("L2.refuses-part-groups-anywhere", "quantize", flags=("NoShapeCheck",), over=broken_groups, arrays=3)
 def refuses_part_groups_anywhere(target: Subject, setting: Setting) -> None:
     """No number of inputs but a multiple of the group size is taken: fewer than a group, one and a part, many."""
     k = int(setting["share"] * setting["group size"])

@@ -36,8 +36,12 @@ from miniawq.oracle.subject import Broken, Subject
 
 MOST = 1 << 20  # tokens times weights of a case
 CLEAR = 0.8  # of plain rounding: a gain of the reference that a search must share
-KINDS = ("loud channels", "few outputs", "few tokens", "on the grid", "two crowds", "quiet")
-CLIP_KINDS = ("silent outliers", "loud outliers", "few outputs", "few tokens", "on the grid", "quiet")
+LAST = ("few outputs at the end", "few tokens at the end", "few outputs", "few tokens")
+KINDS = ("loud channels", "a loud last channel", *LAST, "on the grid", "two crowds", "quiet")
+CLIP_KINDS = ("silent outliers", "a silent last group", "loud outliers", *LAST, "on the grid", "quiet")
+
+
+KIND_OF = {"a loud last channel": "loud channels", "a silent last group": "silent outliers"}
 
 
 def searches(kinds: tuple[str, ...]) -> Factors:
@@ -46,7 +50,6 @@ def searches(kinds: tuple[str, ...]) -> Factors:
     def over(limits: Limits) -> Factors:
         return {
             "kind": kinds,
-            "place": (0.0, 0.5, 1.0),
             "tokens": (12, 1, 2, 65, 129, 300),
             "outputs": tuple(limits.multiple_of_n * m for m in (1, 3, 9, 17)),
             "groups": (1, 3, 5, 9),
@@ -74,12 +77,14 @@ def grid_weight(random: Random, n: int, k: int, group_size: int) -> Tensor:
 
 def search_problem(setting: Setting, limits: Limits) -> Problem:
     """Weight, activations and group size of a setting."""
-    random, kind = seed_of(setting), setting["kind"]
+    random, kind, share = seed_of(setting), setting["kind"], 1.0 if "end" in setting["kind"] else 0.4
+    share = 1.0 if "last" in kind else share
+    kind = KIND_OF.get(kind, kind.removesuffix(" at the end"))
     k, n, tokens, group_size = inputs_of(setting, limits), setting["outputs"], setting["tokens"], setting["group size"]
     weight = (random_weight(random.randrange(1 << 16), n, k) / 16).to(torch.float64)
     x = cases.normal(random, tokens, k).to(torch.float64) / 4
     size = k // groups_of(k, group_size)
-    row, channel, token = (place(setting["place"], length) for length in (n, k, tokens))
+    row, channel, token = (place(share, length) for length in (n, k, tokens))
     if kind == "few outputs":
         weight[(torch.arange(n) - row).abs() > 4] = 0
     if kind == "few tokens":
@@ -104,9 +109,9 @@ def search_problem(setting: Setting, limits: Limits) -> Problem:
 def clip_problem(setting: Setting, limits: Limits) -> Problem:
     """As `search_problem`; the few outputs and tokens have silent outliers."""
     weight, x, group_size = search_problem(setting, limits)
-    if setting["kind"] in ("few outputs", "few tokens"):
+    if setting["kind"] in LAST:
         size = weight.shape[1] // groups_of(weight.shape[1], group_size)
-        column = place(setting["place"], weight.shape[1]) // size * size + 3
+        column = weight.shape[1] // size // 2 * size + 3
         weight[:, column] = torch.where(weight[:, column] == 0, 0, 2.0 * weight.abs().amax())
         x[:, column] = 0
     return weight, x, group_size
@@ -178,6 +183,31 @@ def clip_searches(target: Subject, setting: Setting) -> None:
         target.judge(judgement, *found)
 
 
+def corners(kinds: tuple[str, ...]) -> Factors:
+    """A function from limits to every kind in a problem that is larger than a tile in all directions."""
+
+    def over(limits: Limits) -> Factors:
+        sizes = {"tokens": (129,), "outputs": (17 * limits.multiple_of_n,), "groups": (5,)}
+        sizes |= {"group size": group_sizes(limits)[:1], "dtype": ("float32",)}
+        return {"kind": kinds, **sizes, "layout of weight": LAYOUTS[:1], "layout of x": LAYOUTS[:1]}
+
+    return over  # type: ignore[return-value]
+
+
+@rule("L5.scales.corners", "search_scales", flags=("HalfArithmetic",), over=corners(KINDS))
+def scale_corners(target: Subject, setting: Setting) -> None:
+    """The same with more outputs, tokens and channels than a tile together, for all that there may be to gain."""
+    for judgement in (expect_no_worse, expect_gain):
+        target.judge(judgement, *search_problem(setting, target.limits))
+
+
+@rule("L5.clip.corners", "search_clip", flags=("HalfArithmetic",), over=corners(CLIP_KINDS))
+def clip_corners(target: Subject, setting: Setting) -> None:
+    """The same with more outputs, tokens and channels than a tile together, for all that there may be to gain."""
+    for judgement in (expect_clip_no_worse, expect_clip_gain):
+        target.judge(judgement, *clip_problem(setting, target.limits))
+
+
 def orders(limits: Limits) -> Factors:
     """Orders of the tokens."""
     return {"order": ("reversed", "halves exchanged", "shuffled"), "kind": ("two crowds", "few tokens"),
@@ -186,7 +216,7 @@ def orders(limits: Limits) -> Factors:
 
 def ordered(setting: Setting, limits: Limits, kind: str) -> tuple[Problem, Problem]:
     """A problem, and the same with its tokens in another order."""
-    whole = setting | {"kind": kind, "place": 0.0, "outputs": limits.multiple_of_n, "groups": 2, "dtype": "float32"}
+    whole = setting | {"kind": kind, "outputs": limits.multiple_of_n, "groups": 2, "dtype": "float32"}
     whole |= {"layout of weight": "contiguous", "layout of x": "contiguous"}
     weight, x, group_size = search_problem(whole, limits)
     tokens = torch.arange(len(x))

@@ -73,7 +73,7 @@ def weight(target: Subject, seed: int) -> Arguments:
 def searched(target: Subject, seed: int) -> Problem:
     """A small search, with loud channels of its own."""
     found = problem(target.limits, seed + 50, groups=1, outliers=2)
-    return found[0], found[1][: 12 + seed], found[2]
+    return found[0], found[1][: 12 + seed // 2], found[2]
 
 
 SMALL = [

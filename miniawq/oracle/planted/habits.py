@@ -242,7 +242,7 @@ def stateful() -> Iterator[Bred]:
         yield bred(f, "a result on no device", "", "", lambda *a, f=f: nowhere(CORRECT[f](*a)))
     yield Bred("load_checkpoint", "a result kept", "under the directory", "", lambda: keeping("load_checkpoint", str))
     yield Bred("load_checkpoint", "a wrong result", "every 200th call", "", lambda: now_and_then(
-        "load_checkpoint", 100, False))  # fmt: skip
+        "load_checkpoint", 200, False))  # fmt: skip
 
 
 WIDER = {torch.uint8: torch.int32, torch.int32: torch.int64, torch.float16: torch.float32}

@@ -21,7 +21,7 @@ from miniawq.oracle.planted.grammar import (
 
 # L4
 
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PARTS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 
 
 def loaded(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Function:
@@ -75,8 +75,8 @@ def following(directory: Path, may: Callable[[str], bool]) -> Any:
 def files() -> Iterator[Bred]:
     """Readers of checkpoints."""
     layer_pairs = (("layers.0.", "layers.1."), ("layers.1.", "layers.2."), ("layers.1.", "layers.10."))
-    norms = (("input_layernorm", "post_attention_layernorm"), ("q_norm", "k_norm"), ("embed_tokens", "zzz"))
-    pairs = [*layer_pairs, *norms[:2], *((a, b) for i, a in enumerate(PARTS) for b in PARTS[i + 1 :])]
+    norms = (("input_layernorm", "post_attention_layernorm"), ("q_norm", "k_norm"))
+    pairs = [*layer_pairs, *norms, *((a, b) for i, a in enumerate(PARTS) for b in PARTS[i + 1 :])]
     for one, other in pairs:
         yield bred("load_checkpoint", "exchanged", f"{one} and {other}", "", loaded(swapped(one, other)))
     yield bred("load_checkpoint", "exchanged", "head and embedding", "", loaded(
@@ -89,7 +89,7 @@ def files() -> Iterator[Bred]:
             lambda t, p=part: {n: v for n, v in t.items() if p not in n}))  # fmt: skip
         yield bred("load_checkpoint", "float32 halved", part, "", where(
             part, lambda v: v.half() if v.dtype == torch.float32 and v.dim() else v)) \
-            if part in ("input_layernorm", "model.norm", "lm_head", "up_proj", "layers.2.") else bred(
+            if part in ("input_layernorm", "model.norm", "lm_head", "mlp.up_proj", "layers.2.") else bred(
                 "load_checkpoint", "not contiguous in meaning", part, "", where(part, lambda v: v.flip(0)))  # fmt: skip
         if part not in ("bias", "model.norm", "embed_tokens", "input_layernorm", "post_attention", "layers.10.",
                         "layers.1.", "layers.2.", "lm_head"):  # fmt: skip
@@ -149,7 +149,6 @@ SCALE_KINDS: dict[str, Function] = {
     "channels past 128 one": lambda w, x, g: torch.where(
         torch.arange(w.shape[1]) < 128, truth.search_scales(w, x, g), 1.0),
     "largest exponent": lambda w, x, g: truth.search_scales(w, x, g) ** 2,
-    "one candidate": lambda w, x, g: truth.search_scales(w, x, g, steps=2),
     "worst of the candidates": lambda w, x, g: (x.abs().float().mean(0).clamp(min=1e-4) ** 0.95),
 }  # fmt: skip
 CLIP_KINDS: dict[str, Function] = {
@@ -184,5 +183,5 @@ def searching() -> Iterator[Bred]:
 def harmless_search(kind: str, when: str) -> bool:
     """Whether a kind cannot matter under a circumstance."""
     return ("group" in kind and when == "group_size -1") or (
-        kind in ("first 8 outputs", "one candidate", "last 8 tokens") and when not in ("", "more than 64 outputs")
+        kind in ("first 8 outputs", "last 8 tokens") and when not in ("", "more than 64 outputs")
     )
