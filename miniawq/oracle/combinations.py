@@ -17,6 +17,7 @@ from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.multiplication import error_bound, product
+from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Subject, expect_equal, expect_tensor, expect_within
 
 MOST = 1 << 18  # multiplications of a case: a second for an implementation in pure Python
@@ -97,18 +98,6 @@ def codes_of(setting: Setting) -> Tensor:
     random, shape = seed_of(setting), (setting["rows"], setting["words"] * 8)
     codes = torch.full(shape, 15, dtype=torch.uint8) if setting["content"] == "top" else cases.codes(random, *shape)
     return laid_out(codes, setting["layout"])
-
-
-def expect_packed(target: Subject, codes: Tensor) -> None:
-    """The words of the definition, from codes that stay as they are."""
-    got = expect_tensor(target.pure("pack", codes), torch.int32, (codes.shape[0], codes.shape[1] // 8))
-    expect_equal(got, truth.pack(codes), "word")
-
-
-def expect_unpacked(target: Subject, words: Tensor) -> None:
-    """The codes of the definition, from words that stay as they are."""
-    got = expect_tensor(target.pure("unpack", words), torch.uint8, (words.shape[0], words.shape[1] * 8))
-    expect_equal(got, truth.unpack(words), "code")
 
 
 @rule("L0.pack.combinations", "pack", over=tables, allowed=small_table, arrays=3)
@@ -328,3 +317,23 @@ def sum_combinations(target: Subject, setting: Setting) -> None:
     Scales that are powers of two make weights that every dtype holds, so nothing is allowed for their rounding.
     """
     target.judge(expect_near_product, *product_of(setting, target.limits, dense=True))
+
+
+CORNERS = ((65, 8, 33), (5, 264, 33), (129, 1032, 1), (65, 264, 3), (1000, 72, 1))  # rows, outputs, groups
+
+
+def corners_of(limits: Limits) -> Factors:
+    """Products that are larger than a tile in two directions."""
+    step = limits.multiple_of_n
+    taken = tuple((rows, -(-n // step) * step, groups) for rows, n, groups in CORNERS if rows <= limits.max_rows)
+    return {"corner": taken, "bias": ("none", "contiguous"), "dtype": limits.dtypes[:2]}
+
+
+@rule("L3.corners", "matmul", over=corners_of)
+def product_corners(target: Subject, setting: Setting) -> None:
+    """Many rows and many inputs, many outputs and many inputs, many rows and many outputs: exact products."""
+    rows, n, groups = setting["corner"]
+    size = group_sizes(target.limits)[-1 if groups == 1 else -2 :][0]
+    whole = {"rows": rows, "outputs": n, "groups": groups, "group size": size, "form": "[T, K]", "x": "contiguous"}
+    whole |= {"layout of qweight": "contiguous", "layout of scales": "contiguous"}
+    target.judge(expect_product, *product_of(whole | setting, target.limits, dense=False))

@@ -223,17 +223,14 @@ def diagnose(target: Subject, failed: list[Result]) -> list[Cause]:
     for result in sorted(failed, key=vague):
         functions = result.check.needs
         found = next((known[name] for name in functions if name in known), None)
-        if family(result) == "numbers" and found:
-            title, hint = found
-        else:
-            title, hint = circumstances(result)
-            if vague(result):
-                title, hint = next(
-                    ((c.title, c.hint) for c in causes.values() if same_numbers(c, functions)), (title, hint)
-                )
-        causes.setdefault(title, Cause(title, hint)).failures.append(result)
+        if family(result) != "numbers" or not found:
+            like = next((c for c in causes.values() if vague(result) and same_numbers(c, functions)), None)
+            found = (like.title, like.hint) if like else circumstances(result)
+        causes.setdefault(found[0], Cause(*found)).failures.append(result)
     order = {id(result): place for place, result in enumerate(failed)}
-    return sorted(causes.values(), key=lambda cause: min(order[id(result)] for result in cause.failures))
+    for cause in causes.values():
+        cause.failures.sort(key=lambda result: order[id(result)])
+    return sorted(causes.values(), key=lambda cause: order[id(cause.failures[0])])
 
 
 def vague(result: Result) -> bool:
@@ -245,7 +242,7 @@ def vague(result: Result) -> bool:
 def same_numbers(cause: Cause, functions: tuple[str, ...]) -> bool:
     """Whether a cause is one of wrong numbers of these functions."""
     first = cause.failures[0]
-    return family(first) == "numbers" and set(functions) <= set(first.check.needs)
+    return family(first) == "numbers" and set(functions) == set(first.check.needs)
 
 
 def found_by_probes(target: Subject, failed: list[Result]) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -187,9 +187,9 @@ def corners(kinds: tuple[str, ...]) -> Factors:
     """A function from limits to every kind in a problem that is larger than a tile in all directions."""
 
     def over(limits: Limits) -> Factors:
-        sizes = {"tokens": (129,), "outputs": (17 * limits.multiple_of_n,), "groups": (5,)}
-        sizes |= {"group size": group_sizes(limits)[:1], "dtype": ("float32",)}
-        return {"kind": kinds, **sizes, "layout of weight": LAYOUTS[:1], "layout of x": LAYOUTS[:1]}
+        sizes = {"tokens": (129,), "outputs": (9 * limits.multiple_of_n,), "groups": (5,), "dtype": ("float32",)}
+        sizes["group size"] = tuple(dict.fromkeys((group_sizes(limits)[0], group_sizes(limits)[-1])))
+        return {"kind": kinds, **sizes, "layout of weight": LAYOUTS[:2], "layout of x": LAYOUTS[:2]}
 
     return over  # type: ignore[return-value]
 
