@@ -7,7 +7,8 @@ passed.
 Shapes: K input features, N output features, G groups along K (K / group_size), W int32 words (N / 8), T tokens. The
 orientation is that of the files: [K, N], the transpose of `nn.Linear.weight`. Tensors arrive on the device the suite
 was started with; results may lie on any device and may be anything that `torch.as_tensor` takes, a NumPy array
-included. No function may change the tensors it is given.
+included. No function may change the tensors it is given, or a result that it has given. Arguments may be views with any
+strides and offsets, unless a function says otherwise. What is refused for its dtype may also be taken rightly.
 """
 
 from collections.abc import Mapping
@@ -92,8 +93,9 @@ class Target(Protocol):
         """Codes uint8 [K, N], zeros uint8 [G, N] and scales float16 [G, N] of a weight [N, K] of any float dtype.
 
         Plain rounding to nearest, no search. With m = min(w, 0) and M = max(w, 0) of a group, the scale is (M - m) / 15
-        within a rounding to float16, positive and finite, and no weight is off by more than half a scale plus what that
-        rounding costs. ValueError on NaN, on infinity, on a scale beyond float16, or when group_size does not divide K.
+        rounded up to float16, positive and finite, and no weight is off by more than half a scale. A scale rounded to
+        nearest costs up to 0.508 scales and has a name, `ScaleToNearest`. ValueError on NaN, on infinity, on a scale
+        beyond float16, or when group_size does not divide K.
         """
 
     def matmul(

@@ -102,6 +102,7 @@ def weights_seen(target: Subject) -> Iterator[tuple[str, str, str]]:
     """For `dequantize` and `matmul` alike: which wrong weight they use."""
     k, n, group_size = smallest(target.limits, 3, 2)
     layer = cases.random_layer(60, k, n, group_size, cases.exact_scales)
+    layer.zeros.clamp_(1, 14)  # one more and one less are zeros too
     for function in ("dequantize", "matmul"):
         if not target.has(function):
             continue
@@ -220,12 +221,13 @@ def diagnose(target: Subject, failed: list[Result]) -> list[Cause]:
     """The causes of these failures, that of the lowest level first; each failure stands under one."""
     causes: dict[str, Cause] = {}
     known = dict(found_by_probes(target, failed))
-    for result in sorted(failed, key=vague):
-        functions = result.check.needs
+    broad = {result.check.needs for result in failed if vague(result) and not result.check.id.endswith(".state")}
+    for result in sorted(failed, key=lambda r: vague(r, r.check.needs in broad)):
+        functions, wide = result.check.needs, result.check.needs in broad
         found = next((known[name] for name in functions if name in known), None)
         if family(result) != "numbers" or not found:
-            like = next((c for c in causes.values() if vague(result) and same_numbers(c, functions)), None)
-            found = (like.title, like.hint) if like else circumstances(result)
+            like = next((c for c in causes.values() if vague(result, wide) and same_numbers(c, functions)), None)
+            found = (like.title, like.hint) if like else circumstances(result, wide)
         causes.setdefault(found[0], Cause(*found)).failures.append(result)
     order = {id(result): place for place, result in enumerate(failed)}
     for cause in causes.values():
@@ -233,9 +235,9 @@ def diagnose(target: Subject, failed: list[Result]) -> list[Cause]:
     return sorted(causes.values(), key=lambda cause: order[id(cause.failures[0])])
 
 
-def vague(result: Result) -> bool:
+def vague(result: Result, broad: bool = False) -> bool:
     """Whether a failure tells nothing about the circumstances: wrong numbers, in a check that has no setting."""
-    told = circumstances(result)[0]
+    told = circumstances(result, broad)[0]
     return family(result) == "numbers" and told.endswith((": wrong numbers", "depends on other calls"))
 
 
@@ -271,8 +273,11 @@ def family(result: Result) -> str:
     return "state" if any(words in told for words in STATE) else "numbers"
 
 
-def circumstances(result: Result) -> tuple[str, str]:
-    """A title from the function, the kind of check and what it takes to fail; and what is usually wrong then."""
+def circumstances(result: Result, broad: bool) -> tuple[str, str]:
+    """A title from the function, the kind of check and what it takes to fail; and what is usually wrong then.
+
+    The hint of a special check misleads where plain ones fail too (`broad`).
+    """
     functions = " and ".join(result.check.needs)
     kind = family(result)
     if kind == "refusals":
@@ -285,7 +290,7 @@ def circumstances(result: Result) -> tuple[str, str]:
     if result.check.id.endswith(".state"):
         return f"{functions}: the result depends on other calls", "a buffer or a cache that outlives the call"
     for part, hint in HINTS.items():
-        if part in result.check.id:
+        if part in result.check.id and not broad:
             return f"{functions}: {part.strip('.')}", hint
     setting = result.broken.setting if result.broken else {}
     views = [name for name, level in setting.items() if level in (*cases.LAYOUTS, "repeated")]

@@ -9,9 +9,9 @@ correct:
 * from R / 15 before it is rounded: s / 2 in its own step, and the step itself moves each of 15 codes by u s.
 
 Either way |w - (code - zero) s| <= s (1/2 + 15 u / (1 - u)), plus 15 * 2**-25 for subnormal scales, plus 16 * 2**-23
-s for float32 arithmetic (a quotient up to 16, two roundings). A bound of s / 2 alone would fail correct code that
-rounds s to nearest; miniawq, which rounds s up, keeps to s / 2, and its own tests hold it there. The faults in
-`faults` show that the bound is not slack: a scale of 1.02 or 0.98, a zero off by one, `floor` and a lost top code all
+s for float32 arithmetic (a quotient up to 16, two roundings). These checks hold for scales rounded up and to nearest
+alike; the contract's own s / 2, which only scales rounded up keep, is asked for in `adversarial`. The faults in `faults`
+show that the bound is not slack: a scale of 1.02 or 0.98, a zero off by one, `floor` and a lost top code all
 exceed it or `L2.step`.
 """
 
