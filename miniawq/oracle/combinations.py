@@ -90,7 +90,7 @@ def tables(limits: Limits) -> Factors:
 
 
 def small_table(setting: Setting) -> bool:
-    return setting["rows"] * setting["words"] <= 1 << 17
+    return setting["rows"] * setting["words"] <= 1 << 18
 
 
 def codes_of(setting: Setting) -> Tensor:
@@ -196,6 +196,15 @@ def layer_combinations(target: Subject, setting: Setting) -> None:
 def scale_combinations(target: Subject, setting: Setting) -> None:
     """The same with scales of every mantissa and every exponent."""
     target.judge(expect_decoded, *words_of_setting(setting, target.limits))
+
+
+@rule("L1.corners", "dequantize")
+def layer_corners(target: Subject) -> None:
+    """More than 256 outputs and more than 4096 inputs together."""
+    size, step = group_sizes(target.limits)[-2:][0], target.limits.multiple_of_n
+    k = inputs_of({"group size": size, "groups": 112 if size == -1 else 4224 // size}, target.limits)
+    layer = cases.random_layer(38, k, -(-264 // step) * step, size)
+    target.judge(expect_decoded, *layer.packed)
 
 
 # L3
@@ -319,7 +328,7 @@ def sum_combinations(target: Subject, setting: Setting) -> None:
     target.judge(expect_near_product, *product_of(setting, target.limits, dense=True))
 
 
-CORNERS = ((65, 8, 33), (5, 264, 33), (129, 1032, 1), (65, 264, 3), (1000, 72, 1))  # rows, outputs, groups
+CORNERS = ((65, 8, 33), (5, 264, 33), (129, 1032, 1), (65, 264, 3), (1000, 264, 1))  # rows, outputs, groups
 
 
 def corners_of(limits: Limits) -> Factors:

@@ -23,6 +23,7 @@ from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
 from miniawq.oracle.planted.blind import BLIND
 from miniawq.oracle.planted.bred import grammar
+from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
 from miniawq.oracle.subject import Subject
 
@@ -33,6 +34,7 @@ FAULTS: list[Fault] = [
     *numbers.MULTIPLICATION,
     *files.CHECKPOINTS,
     *files.SEARCH,
+    *SECOND,
 ]
 
 BEGIN, END = "<!-- FAULTS -->", "<!-- END OF FAULTS -->"

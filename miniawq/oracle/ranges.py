@@ -11,7 +11,7 @@ from torch import Tensor
 
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
-from miniawq.oracle.cases import PackedCase, groups_of, smallest
+from miniawq.oracle.cases import PackedCase, groups_of, shape, smallest
 from miniawq.oracle.check import rule
 from miniawq.oracle.combinations import (
     FORMS,
@@ -94,6 +94,17 @@ def result_rounding(target: Subject) -> None:
             target.judge(expect_product, x, *layer.packed, integers(Random(largest), largest, n).to(dtype))
 
 
+@rule("L3.long-exact-sums", "matmul", flags=("HalfAccumulation",))
+def long_exact_sums(target: Subject) -> None:
+    """Whole numbers summed over 4000 inputs: partial sums beyond 2048 are kept exactly, in every part and split."""
+    group_size = max(target.limits.group_sizes)
+    k, n, _ = shape(group_size, 132 if group_size == -1 else 4224 // group_size, 2, target.limits)
+    layer = cases.random_layer(37, k, n, group_size, lambda random, *of: torch.ones(of, dtype=torch.float16))
+    for dtype in dtypes_taken(target):
+        signs = cases.codes(Random(37), 3, k) % 2
+        target.judge(expect_product, (signs * 2.0 - 1).to(dtype), *layer.packed)
+
+
 def one_hot(values: list[float], k: int, dtype: torch.dtype) -> Tensor:
     """One row for each value, with that value at one place."""
     x = torch.zeros(len(values), k, dtype=dtype)
@@ -111,8 +122,10 @@ def ranges(target: Subject) -> None:
     layer = layer_with(target, 2.0**-6, 31)
     k, n = layer.codes.shape
     for dtype in dtypes_taken(target):
-        values = [sign * 1.5 * 2.0**e for e in EXPONENTS[str(dtype).removeprefix("torch.")] for sign in (1, -1)]
-        target.judge(expect_product, one_hot(values, k, dtype), *layer.packed)
+        exponents = EXPONENTS[str(dtype).removeprefix("torch.")]
+        for exponent in exponents:  # each alone: a kernel may choose its format by the largest number
+            target.judge(expect_product, one_hot([1.5 * 2.0**exponent, -(2.0**exponent)], k, dtype), *layer.packed)
+        values = [sign * 1.5 * 2.0**exponent for exponent in exponents for sign in (1, -1)]
         bias = torch.tensor(values, dtype=dtype).repeat(n)[:n]
         for nothing in (0.0, -0.0):
             target.judge(expect_product, torch.full((2, k), nothing, dtype=dtype), *layer.packed, bias)

@@ -10,8 +10,8 @@ correct:
 
 Either way |w - (code - zero) s| <= s (1/2 + 15 u / (1 - u)), plus 15 * 2**-25 for subnormal scales, plus 16 * 2**-23
 s for float32 arithmetic (a quotient up to 16, two roundings). These checks hold for scales rounded up and to nearest
-alike; the contract's own s / 2, which only scales rounded up keep, is asked for in `adversarial`. The faults in `faults`
-show that the bound is not slack: a scale of 1.02 or 0.98, a zero off by one, `floor` and a lost top code all
+alike; the contract's own s / 2, which only scales rounded up keep, is asked for in `adversarial`. The faults in
+`faults` show that the bound is not slack: a scale of 1.02 or 0.98, a zero off by one, `floor` and a lost top code all
 exceed it or `L2.step`.
 """
 

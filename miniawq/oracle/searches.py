@@ -37,7 +37,7 @@ from miniawq.oracle.subject import Broken, Subject
 MOST = 1 << 20  # tokens times weights of a case
 CLEAR = 0.8  # of plain rounding: a gain of the reference that a search must share
 LAST = ("few outputs at the end", "few tokens at the end", "few outputs", "few tokens")
-KINDS = ("loud channels", "a loud last channel", *LAST, "on the grid", "two crowds", "quiet")
+KINDS = ("loud channels", "a loud last channel", "one output at the end", *LAST, "on the grid", "two crowds", "quiet")
 CLIP_KINDS = ("silent outliers", "a silent last group", "loud outliers", *LAST, "on the grid", "quiet")
 
 
@@ -85,13 +85,13 @@ def search_problem(setting: Setting, limits: Limits) -> Problem:
     x = cases.normal(random, tokens, k).to(torch.float64) / 4
     size = k // groups_of(k, group_size)
     row, channel, token = (place(share, length) for length in (n, k, tokens))
-    if kind == "few outputs":
-        weight[(torch.arange(n) - row).abs() > 4] = 0
+    if kind in ("few outputs", "one output"):
+        weight[(torch.arange(n) - row).abs() > (4 if kind == "few outputs" else 0)] = 0
     if kind == "few tokens":
         x[(torch.arange(tokens) - token).abs() > 4] = 0
     if kind == "on the grid":
         weight = grid_weight(random, n, k, group_size)
-    if kind in ("loud channels", "few outputs", "few tokens", "on the grid"):
+    if kind in ("loud channels", "one output", "few outputs", "few tokens", "on the grid"):
         x[:, channel] *= 32
         x[:, random.randrange(k)] *= 32
     if kind == "two crowds":

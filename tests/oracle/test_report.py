@@ -13,17 +13,19 @@ from miniawq.oracle import truth
 from miniawq.oracle.__main__ import main, save_examples
 from miniawq.oracle.check import PROFILES, run_check
 from miniawq.oracle.contract import FLAGS, FUNCTIONS, LEVELS, Limits
-from miniawq.oracle.door import CHECKS, chosen, conformance
+from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.paste import literal, snippet
 from miniawq.oracle.report import as_json, as_junit, as_text, badge, failure_lines, read_expected_failures
 from miniawq.oracle.subject import Call, Subject
 from tests.helpers import ROOT
+from tests.helpers.checks import SHORT
 
 GUIDE = (ROOT / "docs" / "oracle.md").read_text()
 
 WRONG = """
 from miniawq.oracle import truth
 from tests.helpers import ROOT
+from tests.helpers.checks import SHORT
 name, version = "wrong", "7"
 pack = truth.pack
 
@@ -294,7 +296,7 @@ def test_the_guide_lists_every_function_flag_and_limit():
 def test_a_right_target_passes_under_any_limits(limits):
     functions = {name: getattr(truth, name) for name in ("pack", "unpack", "dequantize", "quantize", "matmul")}
     few = replace(PROFILES["default"], examples=5)
-    asked = [check for check in chosen(["L0", "L1", "L2", "L3"]) if "L3.combinations" not in check.id]
+    asked = [check for check in SHORT if check.level in ("L0", "L1", "L2", "L3")]
     report = conformance(SimpleNamespace(**functions, **limits), asked, profile=few)
     assert report.ok, as_text(report)
 
