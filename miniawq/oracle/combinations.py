@@ -335,7 +335,12 @@ def corners_of(limits: Limits) -> Factors:
     """Products that are larger than a tile in two directions."""
     step = limits.multiple_of_n
     taken = tuple((rows, -(-n // step) * step, groups) for rows, n, groups in CORNERS if rows <= limits.max_rows)
-    return {"corner": taken, "bias": ("none", "contiguous"), "dtype": limits.dtypes[:2]}
+    return {
+        "corner": taken,
+        "x": ("contiguous", "repeated"),
+        "bias": ("none", "contiguous"),
+        "dtype": limits.dtypes[:2],
+    }
 
 
 @rule("L3.corners", "matmul", over=corners_of)
@@ -343,6 +348,6 @@ def product_corners(target: Subject, setting: Setting) -> None:
     """Many rows and many inputs, many outputs and many inputs, many rows and many outputs: exact products."""
     rows, n, groups = setting["corner"]
     size = group_sizes(target.limits)[-1 if groups == 1 else -2 :][0]
-    whole = {"rows": rows, "outputs": n, "groups": groups, "group size": size, "form": "[T, K]", "x": "contiguous"}
+    whole = {"rows": rows, "outputs": n, "groups": groups, "group size": size, "form": "[T, K]"}
     whole |= {"layout of qweight": "contiguous", "layout of scales": "contiguous"}
     target.judge(expect_product, *product_of(whole | setting, target.limits, dense=False))

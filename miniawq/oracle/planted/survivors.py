@@ -16,6 +16,11 @@ ARGUED: dict[str, str] = {
         for place in ("everywhere", "first column", "last column", "last row", "middle element", "columns past 256")
     },
     **{
+        f"matmul, {kind}, rows past 64, {when}": NOWHERE
+        for when in ("a vector", "a bias and one row")
+        for kind in ("zero", "off by one unit", "its left neighbour", "the row above")
+    },
+    **{
         f"{function}, {kind}, columns past 256, 8 outputs": NOWHERE
         for function in ("dequantize", "matmul")
         for kind in ("zero", "off by one unit", "its left neighbour", "the row above")
