@@ -90,8 +90,10 @@ def result_rounding(target: Subject) -> None:
             places = Random(largest).sample(range(k), 6)
             row[places] = integers(Random(largest + 1), largest, 6).to(dtype)
         target.judge(expect_product, x, *layer.packed)
-        for largest in (1, 255):
-            target.judge(expect_product, x, *layer.packed, integers(Random(largest), largest, n).to(dtype))
+        bias = integers(Random(255), 255, n).to(dtype)
+        target.judge(expect_product, x, *layer.packed, integers(Random(1), 1, n).to(dtype))
+        for form in (x, x[5], x.reshape(2, 3, k), x.repeat(11, 1)[: target.limits.max_rows]):
+            target.judge(expect_product, form, *layer.packed, bias)
 
 
 @rule("L3.long-exact-sums", "matmul", flags=("HalfAccumulation",))
