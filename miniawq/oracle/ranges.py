@@ -79,6 +79,13 @@ def integers(random: Random, largest: int, *shape: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(shape)
 
 
+def in_every_form(target: Subject, x: Tensor, *rest: Tensor | int) -> None:
+    """Hold the target to the product of these rows, of the first alone, as three dimensions, and of more than 64."""
+    many = x.repeat(66 // len(x) + 1, 1)[: target.limits.max_rows]
+    for form in (x, x[0], x[:1], x[None], many):
+        target.judge(expect_product, form, *rest)
+
+
 @rule("L3.result-rounding", "matmul", flags=("HalfAccumulation", "TwoRoundings"))
 def result_rounding(target: Subject) -> None:
     """Whole numbers past what the dtype holds: product and bias are added first and rounded once, ties to even."""
@@ -89,11 +96,10 @@ def result_rounding(target: Subject) -> None:
         for row, largest in zip(x, (1, 3, 15, 63, 127, 127), strict=True):
             places = Random(largest).sample(range(k), 6)
             row[places] = integers(Random(largest + 1), largest, 6).to(dtype)
-        target.judge(expect_product, x, *layer.packed)
+        in_every_form(target, x, *layer.packed)
         bias = integers(Random(255), 255, n).to(dtype)
-        target.judge(expect_product, x, *layer.packed, integers(Random(1), 1, n).to(dtype))
-        for form in (x, x[5], x.reshape(2, 3, k), x.repeat(11, 1)[: target.limits.max_rows]):
-            target.judge(expect_product, form, *layer.packed, bias)
+        in_every_form(target, x, *layer.packed, integers(Random(1), 1, n).to(dtype))
+        in_every_form(target, x, *layer.packed, bias)
 
 
 @rule("L3.long-exact-sums", "matmul", flags=("HalfAccumulation",))
@@ -104,7 +110,7 @@ def long_exact_sums(target: Subject) -> None:
     layer = cases.random_layer(37, k, n, group_size, lambda random, *of: torch.ones(of, dtype=torch.float16))
     for dtype in dtypes_taken(target):
         signs = cases.codes(Random(37), 3, k) % 2
-        target.judge(expect_product, (signs * 2.0 - 1).to(dtype), *layer.packed)
+        in_every_form(target, (signs * 2.0 - 1).to(dtype), *layer.packed)
 
 
 def one_hot(values: list[float], k: int, dtype: torch.dtype) -> Tensor:
@@ -126,11 +132,11 @@ def ranges(target: Subject) -> None:
     for dtype in dtypes_taken(target):
         exponents = EXPONENTS[str(dtype).removeprefix("torch.")]
         for exponent in exponents:  # each alone: a kernel may choose its format by the largest number
-            target.judge(expect_product, one_hot([1.5 * 2.0**exponent, -(2.0**exponent)], k, dtype), *layer.packed)
+            in_every_form(target, one_hot([1.5 * 2.0**exponent, -(2.0**exponent)], k, dtype), *layer.packed)
         values = [sign * 1.5 * 2.0**exponent for exponent in exponents for sign in (1, -1)]
         bias = torch.tensor(values, dtype=dtype).repeat(n)[:n]
         for nothing in (0.0, -0.0):
-            target.judge(expect_product, torch.full((2, k), nothing, dtype=dtype), *layer.packed, bias)
+            in_every_form(target, torch.full((2, k), nothing, dtype=dtype), *layer.packed, bias)
 
 
 @rule("L3.float32-bits", "matmul", flags=("TensorFloat32",))
@@ -143,9 +149,9 @@ def float32_bits(target: Subject) -> None:
     codes = torch.tensor([1, 2, 4, 8], dtype=torch.uint8).repeat(k * n)[: k * n].reshape(k, n)
     layer = PackedCase(codes, zeros, torch.ones(zeros.shape, dtype=torch.float16), group_size)
     values = [1 + 2.0**-23, 1 + 2.0**-12, 2.0**23 + 1, -(2.0**12) - 1, 1 / 3]
-    target.judge(expect_product, one_hot(values, k, torch.float32), *layer.packed)
+    in_every_form(target, one_hot(values, k, torch.float32), *layer.packed)
     bias = torch.tensor(values, dtype=torch.float32).repeat(n)[:n]
-    target.judge(expect_product, torch.zeros(1, k), *layer.packed, bias)
+    in_every_form(target, torch.zeros(1, k), *layer.packed, bias)
 
 
 @rule("L3.subnormals", "matmul", flags=("FlushedSubnormals", "HalfAccumulation"))
@@ -161,7 +167,7 @@ def subnormal_factors(target: Subject) -> None:
         ):
             layer = layer_with(target, scale, 32)
             x = one_hot(values, layer.codes.shape[0], dtype)
-            target.judge(expect_product, x, *layer.packed)
+            in_every_form(target, x, *layer.packed)
 
 
 @rule("L3.overflow", "matmul", flags=("HalfAccumulation",))
@@ -176,7 +182,7 @@ def overflowing_results(target: Subject) -> None:
     pieces = torch.tensor([32768.0, 16384.0, 8192.0, 4096.0, 2048.0, 1024.0], dtype=torch.float16)
     for row, rest in zip(x, (992.0, 1007.0, 1008.0, 2048.0, 65504.0), strict=True):
         row[1:7], row[-1] = pieces, rest
-    target.judge(expect_product, x, *layer.packed)
+    in_every_form(target, x, *layer.packed)
 
 
 def special_values(limits: Limits) -> Factors:
@@ -240,7 +246,7 @@ def special_biases(target: Subject) -> None:
                 bias = (torch.arange(n) % 5 / 8).to(dtype)
                 bias[column] = value
                 x = exact_activations(Random(35), 3, k, layer.group_size, dtype)
-                target.judge(expect_product, x, *layer.packed, bias)
+                in_every_form(target, x, *layer.packed, bias)
 
 
 @rule("L3.special-scales", "matmul")
