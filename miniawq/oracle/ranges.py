@@ -80,9 +80,9 @@ def integers(random: Random, largest: int, *shape: int) -> Tensor:
 
 
 def in_every_form(target: Subject, x: Tensor, *rest: Tensor | int) -> None:
-    """Hold the target to the product of these rows, of the first alone, as three dimensions, and of more than 64."""
+    """Hold the target to the product of these rows, of each alone, as three dimensions, and of more than 64."""
     many = x.repeat(66 // len(x) + 1, 1)[: target.limits.max_rows]
-    for form in (x, x[0], x[:1], x[None], many):
+    for form in (x, x[-1], x[None], many, *x.split(1)):
         target.judge(expect_product, form, *rest)
 
 
