@@ -112,7 +112,7 @@ KINDS = BOTH_SIGNS | OTHER_GROUPS | {"large": large_groups}
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def weights_over(kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> Factors:
+def weights_over(kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> Callable[[Limits], Factors]:
     """A function from limits to the factors of a weight."""
 
     def over(limits: Limits) -> Factors:
@@ -125,7 +125,7 @@ def weights_over(kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> Factors:
             "layout": (*LAYOUTS, "repeated"),
         }
 
-    return over  # type: ignore[return-value]
+    return over
 
 
 def few_weights_at_all(setting: Setting) -> bool:

@@ -4,6 +4,7 @@ Every table lists the simplest level first. Sizes are below, at and past the til
 two and not; large ones come in thin slices, so that a case stays within `MOST` multiplications.
 """
 
+from collections.abc import Callable
 from random import Random
 from zlib import crc32
 
@@ -132,7 +133,7 @@ def special_scales(random: Random, *shape: int) -> Tensor:
 EVERY_KIND_OF_SCALES = SCALES | FINE_SCALES | {"special": special_scales}
 
 
-def layers_over(scales: tuple[str, ...]) -> Factors:
+def layers_over(scales: tuple[str, ...]) -> Callable[[Limits], Factors]:
     """A function from limits to the factors of a packed layer with scales of these kinds."""
 
     def over(limits: Limits) -> Factors:
@@ -148,7 +149,7 @@ def layers_over(scales: tuple[str, ...]) -> Factors:
             "layout of scales": (*LAYOUTS, "repeated"),
         }
 
-    return over  # type: ignore[return-value]
+    return over
 
 
 def content(random: Random, kind: str, *shape: int) -> Tensor:
@@ -252,8 +253,8 @@ Product = tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None]
 def product_of(setting: Setting, limits: Limits, dense: bool) -> Product:
     """The arguments of `matmul` under a setting, with dense activations or with those of exact products."""
     random, dtype = seed_of(setting), getattr(torch, setting["dtype"])
-    setting = {"scales": "powers"} | setting | {"codes": "random", "zeros": "random"}
-    setting |= {"layout of qzeros": setting["layout of scales"]}
+    setting = setting | {"codes": "random", "zeros": "random", "scales": setting.get("scales", "powers")}
+    setting["layout of qzeros"] = setting["layout of scales"]
     words = words_of_setting(setting, limits)
     k, rows = words[0].shape[0], setting["rows"]
     if dense:

@@ -256,7 +256,8 @@ def directory_read_again(target: Subject) -> None:
             if name in second.tensors:
                 second.tensors[name] = second.expected[name] = second.tensors[name] + 1
         for linear, layer in second.layers.items():
-            other = random_layer(91, *layer.codes.shape, 32)
+            k, n = layer.codes.shape
+            other = random_layer(91, k, n, 32)
             second.tensors |= {f"{linear}.{part}": tensor for part, tensor in gemm(other).items()}
             second.expected[f"{linear}.weight"] = other.weight.t().to(torch.float16).contiguous()
         first.write(directory)

@@ -6,7 +6,9 @@ eight are zero, all tokens but eight are silent, the loud channel is the last on
 search of `truth` gains there (a coarser grid of candidates loses less), and to no loss where plain rounding has none.
 """
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ CLIP_KINDS = ("silent outliers", "a silent last group", "loud outliers", *LAST, 
 KIND_OF = {"a loud last channel": "loud channels", "a silent last group": "silent outliers"}
 
 
-def searches(kinds: tuple[str, ...]) -> Factors:
+def searches(kinds: tuple[str, ...]) -> Callable[[Limits], Factors]:
     """A function from limits to the factors of a search."""
 
     def over(limits: Limits) -> Factors:
@@ -59,7 +61,7 @@ def searches(kinds: tuple[str, ...]) -> Factors:
             "layout of x": LAYOUTS,
         }
 
-    return over  # type: ignore[return-value]
+    return over
 
 
 def few_losses(setting: Setting) -> bool:
@@ -183,15 +185,20 @@ def clip_searches(target: Subject, setting: Setting) -> None:
         target.judge(judgement, *found)
 
 
-def corners(kinds: tuple[str, ...]) -> Factors:
+def corners(kinds: tuple[str, ...]) -> Callable[[Limits], Factors]:
     """A function from limits to every kind in a problem that is larger than a tile in all directions."""
 
     def over(limits: Limits) -> Factors:
-        sizes = {"tokens": (129,), "outputs": (9 * limits.multiple_of_n,), "groups": (5,), "dtype": ("float32",)}
+        sizes: dict[str, tuple[Any, ...]] = {
+            "tokens": (129,),
+            "outputs": (9 * limits.multiple_of_n,),
+            "groups": (5,),
+            "dtype": ("float32",),
+        }
         sizes["group size"] = tuple(dict.fromkeys((group_sizes(limits)[0], group_sizes(limits)[-1])))
         return {"kind": kinds, **sizes, "layout of weight": LAYOUTS[:2], "layout of x": LAYOUTS[:2]}
 
-    return over  # type: ignore[return-value]
+    return over
 
 
 @rule("L5.scales.corners", "search_scales", flags=("HalfArithmetic",), over=corners(KINDS))
@@ -234,7 +241,7 @@ def scales_in_any_order(target: Subject, setting: Setting) -> None:
         loss_with(weight, x, factors_of(target, *some), group_size, truth.quantize)
         for some in ((weight, x, group_size), other)
     ]
-    expect_as_good(*losses, truth.output_loss(weight, torch.zeros_like(weight), x))
+    expect_as_good(losses[0], losses[1], truth.output_loss(weight, torch.zeros_like(weight), x))
 
 
 @rule("L5.clip.any-order", "search_clip", over=orders)
@@ -245,7 +252,7 @@ def clip_in_any_order(target: Subject, setting: Setting) -> None:
         float(clip_losses(weight, x, bounds_of(target, *some), group_size, truth.quantize).sum())
         for some in ((weight, x, group_size), other)
     ]
-    expect_as_good(*losses, truth.output_loss(weight, torch.zeros_like(weight), x))
+    expect_as_good(losses[0], losses[1], truth.output_loss(weight, torch.zeros_like(weight), x))
 
 
 def expect_as_good(one: float, other: float, whole: float) -> None:

@@ -6,6 +6,7 @@ Hypothesis shrinks what it draws, `covering.simplified` the sizes and layouts of
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from miniawq.oracle.subject import Broken, Crash, Lacking, Subject, memory, twin
 EIGHTS = -2004318072  # a word of eight codes of 8
 PLAIN = {"codes": 8, "zeros": 8, "words": EIGHTS, "qweight": EIGHTS, "qzeros": EIGHTS, "scales": 1}  # others: 0
 RUNS = 150  # of the target, for one example
+ELEMENTS = 3_000_000  # of all runs together: a large example is given fewer
 
 
 class Shrinker:
@@ -25,13 +27,15 @@ class Shrinker:
         assert broken.again is not None
         self.subject, self.broken, self.runs = subject, broken, 0
         self.rule, self.arguments = broken.again
+        sizes = [a.numel() for a in (broken.call.arguments if broken.call else {}).values() if isinstance(a, Tensor)]
+        self.most = max(12, min(RUNS, ELEMENTS // max(1, sum(sizes))))
 
     def run(self) -> Broken:
         """Make every tensor plainer while the rule stays broken."""
         for index, name in enumerate(list(inspect.signature(self.rule).parameters)[1 : len(self.arguments) + 1]):
             argument = self.arguments[index]
             if isinstance(argument, Tensor):
-                self.tensor(argument, PLAIN.get(name, 0), lambda value, i=index: self.put(i, value))
+                self.tensor(argument, PLAIN.get(name, 0), partial(self.put, index))
             elif is_dataclass(argument):
                 for field in fields(argument):
                     part = getattr(self.arguments[index], field.name)
@@ -52,13 +56,13 @@ class Shrinker:
         """Set ever smaller stretches of a tensor to its plain value, then round what is left."""
         best, length = tensor, memory(tensor).numel()
         size = length
-        while size and self.runs < RUNS:
+        while size and self.runs < self.most:
             for start in range(0, length, size):
-                best = self.tried(best, lambda flat, a=start, b=size: flat[a : a + b].fill_(plain), put)
+                best = self.tried(best, partial(fill, start, size, plain), put)
             size //= 2
         if tensor.is_floating_point():
             for steps in (1, 8, 64):
-                best = self.tried(best, lambda flat, s=steps: flat.copy_((flat.double() * s).round() / s), put)
+                best = self.tried(best, partial(round_to, steps), put)
 
     def tried(
         self, best: Tensor, change: Callable[[Tensor], object], put: Callable[[Tensor], tuple[Any, ...]]
@@ -66,7 +70,7 @@ class Shrinker:
         """The changed tensor if it still breaks the rule, else the one before."""
         other = twin(best)
         change(memory(other))
-        if self.runs >= RUNS or torch.equal(memory(other).nan_to_num(), memory(best).nan_to_num()):
+        if self.runs >= self.most or torch.equal(memory(other).nan_to_num(), memory(best).nan_to_num()):
             return best
         self.runs += 1
         arguments = put(other)
@@ -76,6 +80,16 @@ class Shrinker:
         broken.setting = self.broken.setting
         self.broken, self.arguments = broken, arguments
         return other
+
+
+def fill(start: int, size: int, plain: float, flat: Tensor) -> None:
+    """A stretch set to the plain value."""
+    flat[start : start + size].fill_(plain)
+
+
+def round_to(steps: int, flat: Tensor) -> None:
+    """Everything rounded to 1 / steps."""
+    flat.copy_((flat.double() * steps).round() / steps)
 
 
 def breaks(subject: Subject, rule: Callable[..., None], arguments: tuple[Any, ...]) -> Broken | None:

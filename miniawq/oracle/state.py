@@ -17,17 +17,12 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import smallest
 from miniawq.oracle.check import Check, rule
-from miniawq.oracle.combinations import (
-    exact_activations,
-    expect_decoded,
-    expect_packed,
-    expect_product,
-    expect_unpacked,
-)
+from miniawq.oracle.combinations import exact_activations, expect_decoded, expect_product
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.multiplication import dtypes_taken
 from miniawq.oracle.rounding import expect_bound
 from miniawq.oracle.search import Problem, expect_clip_no_worse, expect_no_worse, problem
+from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Broken, Subject, comparable, twin
 
 CALLS = 420  # of a cheap function: one wrong result in 200 is seen with a chance of 7 in 8, one every 200th surely

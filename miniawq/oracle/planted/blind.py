@@ -559,10 +559,11 @@ def split_sums(x: Tensor, w: Tensor, z: Tensor, s: Tensor, g: int, b: Any = None
     right = truth.matmul(x, w, z, s, g, b)
     if len(w) <= 1024:
         return right
-    weight, total = truth.dequantize(w, z, s, g).double(), 0
+    total: Any = 0
+    weight = truth.dequantize(w, z, s, g).double()
     for first in range(0, len(w), 1024):
         total = total + (x[..., first : first + 1024].double() @ weight[first : first + 1024]).to(x.dtype)
-    return total if b is None else total + b  # type: ignore[return-value]
+    return total if b is None else total + b
 
 
 def half_row(x: Tensor, w: Tensor, z: Tensor, s: Tensor, g: int, b: Any = None) -> Tensor:

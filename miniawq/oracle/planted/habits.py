@@ -1,6 +1,7 @@
 """Faults of the grammar in what is taken and in what is kept: refusals left out, state between calls."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -80,13 +81,13 @@ def accepted() -> Iterator[Bred]:
                        lambda w, z, s, g, f=fit, p=LAYER[when]: truth.dequantize(*(f(w, z, s, g) if p(w, z, s, g)
                                                                                  else (w, z, s, g))))  # fmt: skip
             yield bred("matmul", f"{kind} taken", "", when, fitting_product(fit, LAYER[when]))
-    for kind, cure in (("bias cut", lambda x, b, k, n: (x, None if b is None else b[:n])),
+    for kind, mend in (("bias cut", lambda x, b, k, n: (x, None if b is None else b[:n])),
                        ("bias filled up", lambda x, b, k, n: (x, None if b is None else torch.cat([b, b])[:n])),
                        ("x cut", lambda x, b, k, n: (x[..., :k], b)),
                        ("x filled up", lambda x, b, k, n: (pad(x, (0, max(0, k - x.shape[-1]))), b)),
                        ):  # fmt: skip
         for when in ("", "one row", "65 rows and more", "three dimensions", "bfloat16", "group_size -1"):
-            yield bred("matmul", kind, "", when, curing_product(cure, PRODUCT[when]))
+            yield bred("matmul", kind, "", when, curing_product(mend, PRODUCT[when]))
     for when in ("", "more than 64 outputs", "bfloat16", "a view", "float64", "group_size -1", "more than 8 groups"):
         for kind, cure in (("NaN as 0", lambda w: w.nan_to_num(0, torch.inf, -torch.inf)),
                            ("infinity cut", lambda w: torch.where(w.isinf(), w.sign() * 9, w)),
@@ -104,7 +105,12 @@ def middle_cured(w: Tensor) -> Tensor:
 
 
 def fitting_product(fit: Function, when: When) -> Function:
-    return lambda x, w, z, s, g, b=None: truth.matmul(x, *(fit(w, z, s, g) if when(w, z, s, g) else (w, z, s, g)), b)
+    def wrong(x: Tensor, w: Tensor, z: Tensor, s: Tensor, g: int, b: Any = None) -> Tensor:
+        if when(w, z, s, g):
+            w, z, s, g = fit(w, z, s, g)
+        return truth.matmul(x, w, z, s, g, b)
+
+    return wrong
 
 
 def curing_product(cure: Function, when: When) -> Function:
@@ -227,19 +233,19 @@ TENSOR_FUNCTIONS = ("pack", "unpack", "dequantize", "quantize", "matmul", "searc
 def stateful() -> Iterator[Bred]:
     """State between calls."""
     for f in TENSOR_FUNCTIONS:
-        yield Bred(f, "a result kept", "under shapes", "", lambda f=f: keeping(f, same_shape))
-        yield Bred(f, "a result kept", "under addresses", "", lambda f=f: keeping(f, addresses))
-        yield Bred(f, "a result kept", "under sums", "", lambda f=f: keeping(f, sums))
-        yield Bred(f, "the last result again", "for the same shapes", "", lambda f=f: last_kept(f))
-        yield Bred(f, "one buffer for all results", "of a shape", "", lambda f=f: one_buffer(f))
-        yield Bred(f, "a wrong result", "every 200th call", "", lambda f=f: now_and_then(f, 200, False))
-        yield Bred(f, "a wrong result", "one in 50 calls", "", lambda f=f: now_and_then(f, 50, True))
-        yield Bred(f, "the last element of the call before", "", "", lambda f=f: remembered(f))
+        yield Bred(f, "a result kept", "under shapes", "", partial(keeping, f, same_shape))
+        yield Bred(f, "a result kept", "under addresses", "", partial(keeping, f, addresses))
+        yield Bred(f, "a result kept", "under sums", "", partial(keeping, f, sums))
+        yield Bred(f, "the last result again", "for the same shapes", "", partial(last_kept, f))
+        yield Bred(f, "one buffer for all results", "of a shape", "", partial(one_buffer, f))
+        yield Bred(f, "a wrong result", "every 200th call", "", partial(now_and_then, f, 200, False))
+        yield Bred(f, "a wrong result", "one in 50 calls", "", partial(now_and_then, f, 50, True))
+        yield Bred(f, "the last element of the call before", "", "", partial(remembered, f))
         for place in range({"pack": 1, "unpack": 1, "dequantize": 3, "quantize": 1, "matmul": 6}.get(f, 2)):
             if (f, place) != ("matmul", 4):
-                yield Bred(f, "an argument overwritten", f"number {place}", "", lambda f=f, p=place: overwriting(f, p))
-        yield bred(f, "a wider dtype", "", "", lambda *a, f=f: wider(CORRECT[f](*a)))
-        yield bred(f, "a result on no device", "", "", lambda *a, f=f: nowhere(CORRECT[f](*a)))
+                yield Bred(f, "an argument overwritten", f"number {place}", "", partial(overwriting, f, place))
+        yield bred(f, "a wider dtype", "", "", partial(wider_from, f))
+        yield bred(f, "a result on no device", "", "", partial(nowhere_from, f))
     yield Bred("load_checkpoint", "a result kept", "under the directory", "", lambda: keeping("load_checkpoint", str))
     yield Bred("load_checkpoint", "a wrong result", "every 200th call", "", lambda: now_and_then(
         "load_checkpoint", 200, False))  # fmt: skip
@@ -256,3 +262,11 @@ def wider(result: Any) -> Any:
 
 def nowhere(result: Any) -> Any:
     return tuple(nowhere(t) for t in result) if isinstance(result, tuple) else result.to("meta")
+
+
+def wider_from(function: str, *arguments: Any) -> Any:
+    return wider(CORRECT[function](*arguments))
+
+
+def nowhere_from(function: str, *arguments: Any) -> Any:
+    return nowhere(CORRECT[function](*arguments))

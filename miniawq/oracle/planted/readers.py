@@ -1,6 +1,7 @@
 """Faults of the grammar in readers of checkpoints and in searches, L4 and L5."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ def swapped(one: str, other: str) -> Callable[[dict[str, Tensor]], dict[str, Ten
         return t | {a: t[b] for a, b in names.items()} | {b: t[a] for a, b in names.items()}
 
     return change
+
+
+def without(part: str, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in t.items() if part not in name}
 
 
 def where(part: str, change: Callable[[Tensor], Tensor]) -> Function:
@@ -85,8 +90,7 @@ def files() -> Iterator[Bred]:
                  "embed_tokens", "lm_head", "bias"):  # fmt: skip
         yield bred("load_checkpoint", "zero", part, "", where(part, torch.zeros_like))
         yield bred("load_checkpoint", "one element off", part, "", where(part, off_in_one))
-        yield bred("load_checkpoint", "left out", part, "", loaded(
-            lambda t, p=part: {n: v for n, v in t.items() if p not in n}))  # fmt: skip
+        yield bred("load_checkpoint", "left out", part, "", loaded(partial(without, part)))
         yield bred("load_checkpoint", "float32 halved", part, "", where(
             part, lambda v: v.half() if v.dtype == torch.float32 and v.dim() else v)) \
             if part in ("input_layernorm", "model.norm", "lm_head", "mlp.up_proj", "layers.2.") else bred(
@@ -100,7 +104,7 @@ def files() -> Iterator[Bred]:
                   "dtype torch.int16", "layers.3", "00003"):  # fmt: skip
         yield bred("load_checkpoint", "let pass", words, "", forgiving("", words))
     for kind, may in (("above", lambda n: n.startswith("..")), ("absolute", lambda n: n.startswith("/"))):
-        yield bred("load_checkpoint", "a path followed", kind, "", lambda d, m=may: following(d, m))
+        yield bred("load_checkpoint", "a path followed", kind, "", partial(following, may=may))
 
 
 def off_in_one(v: Tensor) -> Tensor:

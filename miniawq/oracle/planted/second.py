@@ -11,7 +11,7 @@ from miniawq.oracle.planted import Fault
 from miniawq.oracle.planted.blind import split_sums
 from miniawq.oracle.planted.formats import STEPS, STORES, half_away, product, real, rounded_with
 from miniawq.oracle.planted.grammar import LAYER, MATRIX, PRODUCT, WEIGHTS, Function, only
-from miniawq.oracle.planted.habits import FITS, now_and_then, one_buffer
+from miniawq.oracle.planted.habits import FITS, fitting_product, now_and_then, one_buffer
 from miniawq.oracle.planted.readers import CLIP_KINDS, SCALE_KINDS, following, swapped
 
 
@@ -111,8 +111,8 @@ SECOND = [
     Fault("NaN of the bias read as 0", "L3.special-biases", step("NaN of the bias as 0")),
     Fault("a NaN scale read as 0", "L3.special-scales", {
         "matmul": lambda x, w, z, s, g, b=None: truth.matmul(x, w, z, s.nan_to_num(0, 1, 1), g, b)}),
-    Fault("scales made to fit", "L3.refuses-misfits", {"matmul": lambda x, w, z, s, g, b=None: truth.matmul(
-        x, *FITS["scales that do not fit"](w, z, s, g), b)}),
+    Fault("scales made to fit", "L3.refuses-misfits", {
+        "matmul": fitting_product(FITS["scales that do not fit"], LAYER[""])}),
     Fault("a bias too long cut", "L3.refuses-wrong-lengths", {"matmul": lambda x, w, z, s, g, b=None: truth.matmul(
         x, w, z, s, g, None if b is None else b[: s.shape[1]])}),
     Fault("words of 64 bits read as halves", "L3.wrong-dtypes", {"matmul": lambda x, w, z, s, g, b=None: truth.matmul(
