@@ -21,7 +21,7 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import LAYOUTS, groups_of, laid_out, random_weight
 from miniawq.oracle.check import rule
-from miniawq.oracle.combinations import group_sizes, inputs_of, seed_of, weights_in
+from miniawq.oracle.combinations import inputs_of, seed_of, sizes_taken, weights_in
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.rounding import expect_bound, expect_step, per_weight, quantize
@@ -36,7 +36,7 @@ def scales_for(random: Random, n: int) -> Tensor:
     return torch.tensor(bits, dtype=torch.int16).view(torch.float16).to(torch.float64)
 
 
-def filled(random: Random, lowest: Tensor, highest: Tensor, size: int) -> Tensor:
+def between_ends(random: Random, lowest: Tensor, highest: Tensor, size: int) -> Tensor:
     """Groups [size, n] with these ends, and between them halves of 1/15 of the range, on the ties and next to them."""
     step = (highest - lowest) / 15
     halves = cases.raw(random, (size, len(lowest)), torch.uint8).to(torch.float64) % 31
@@ -50,7 +50,7 @@ def filled(random: Random, lowest: Tensor, highest: Tensor, size: int) -> Tensor
 def double_ties(random: Random, n: int, size: int) -> Tensor:
     """Ranges of exactly 15 representable scales, both ends halfway between two codes."""
     scale, below = scales_for(random, n), torch.arange(n) % 15 + 0.5
-    return filled(random, -below * scale, (15 - below) * scale, size)
+    return between_ends(random, -below * scale, (15 - below) * scale, size)
 
 
 def just_above(random: Random, n: int, size: int) -> Tensor:
@@ -60,7 +60,7 @@ def just_above(random: Random, n: int, size: int) -> Tensor:
     gap = (bits + 1).view(torch.float16).to(torch.float64) - scale
     share = torch.tensor([random.choice((0.01, 0.25, 0.45, 0.49)) for _ in range(n)], dtype=torch.float64)
     step, below = scale + share * gap, torch.arange(n) % 15 + 0.5
-    return filled(random, -below * step, (15 - below) * step, size)
+    return between_ends(random, -below * step, (15 - below) * step, size)
 
 
 def sided(random: Random, n: int, size: int) -> Tensor:
@@ -121,7 +121,7 @@ def weights_over(kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> Callable[[L
             "dtype": dtypes,
             "outputs": tuple(limits.multiple_of_n * m for m in (1, 2, 9, 33, 129)),
             "groups": (1, 2, 3, 5, 9, 16, 112),
-            "group size": group_sizes(limits),
+            "group size": sizes_taken(limits),
             "layout": (*LAYOUTS, "repeated"),
         }
 

@@ -39,7 +39,7 @@ def outputs(limits: Limits) -> tuple[int, ...]:
     return tuple(dict.fromkeys(-(-n // step) * step for n in OUTPUTS))
 
 
-def group_sizes(limits: Limits) -> tuple[int, ...]:
+def sizes_taken(limits: Limits) -> tuple[int, ...]:
     """The target's group sizes, the smallest first, one group of all inputs last."""
     return tuple(sorted(limits.group_sizes, key=lambda size: 1 << 20 if size == -1 else size))
 
@@ -143,7 +143,7 @@ def layers_over(scales: tuple[str, ...]) -> Callable[[Limits], Factors]:
             "scales": scales,
             "groups": (*GROUPS, 17, 33),
             "outputs": outputs(limits),
-            "group size": group_sizes(limits),
+            "group size": sizes_taken(limits),
             "layout of qweight": LAYOUTS,
             "layout of qzeros": (*LAYOUTS, "repeated"),
             "layout of scales": (*LAYOUTS, "repeated"),
@@ -202,7 +202,7 @@ def scale_combinations(target: Subject, setting: Setting) -> None:
 @rule("L1.corners", "dequantize")
 def layer_corners(target: Subject) -> None:
     """More than 256 outputs and more than 4096 inputs together."""
-    size, step = group_sizes(target.limits)[-2:][0], target.limits.multiple_of_n
+    size, step = sizes_taken(target.limits)[-2:][0], target.limits.multiple_of_n
     k = inputs_of({"group size": size, "groups": 112 if size == -1 else 4224 // size}, target.limits)
     layer = cases.random_layer(38, k, -(-264 // step) * step, size)
     target.judge(expect_decoded, *layer.packed)
@@ -235,7 +235,7 @@ def products(limits: Limits) -> Factors:
         "dtype": limits.dtypes,
         "groups": GROUPS,
         "outputs": outputs(limits),
-        "group size": group_sizes(limits),
+        "group size": sizes_taken(limits),
         "x": (*LAYOUTS, "repeated"),
         "layout of qweight": LAYOUTS,
         "layout of scales": LAYOUTS,
@@ -348,7 +348,7 @@ def corners_of(limits: Limits) -> Factors:
 def product_corners(target: Subject, setting: Setting) -> None:
     """Many rows and many inputs, many outputs and many inputs, many rows and many outputs: exact products."""
     rows, n, groups = setting["corner"]
-    size = group_sizes(target.limits)[-1 if groups == 1 else -2 :][0]
+    size = sizes_taken(target.limits)[-1 if groups == 1 else -2 :][0]
     whole = {"rows": rows, "outputs": n, "groups": groups, "group size": size, "form": "[T, K]"}
     whole |= {"layout of qweight": "contiguous", "layout of scales": "contiguous"}
     target.judge(expect_product, *product_of(whole | setting, target.limits, dense=False))

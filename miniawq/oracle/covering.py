@@ -33,7 +33,7 @@ def covering(factors: Factors, allowed: Allowed = lambda setting: True, seed: in
     random, settings = Random(seed), []
     while open_pairs:
         start = min(open_pairs, key=str) if seed == 0 else random.choice(sorted(open_pairs, key=str))
-        tries = [filled(dict(start), factors, allowed, open_pairs, random) for _ in range(TRIES)]
+        tries = [completed(dict(start), factors, allowed, open_pairs, random) for _ in range(TRIES)]
         best = max(tries, key=lambda places: len(pairs_of(places) & open_pairs))
         open_pairs -= pairs_of(best)
         settings.append({name: factors[name][best[name]] for name in factors})
@@ -48,7 +48,7 @@ def pairs_of(places: dict[str, int]) -> set[Pair]:
     return set(combinations(places.items(), 2))
 
 
-def filled(chosen: dict[str, int], factors: Factors, allowed: Allowed, open_pairs: set[Pair], random: Random) -> Any:
+def completed(chosen: dict[str, int], factors: Factors, allowed: Allowed, open_pairs: set[Pair], random: Random) -> Any:
     """The levels chosen so far, and for each other factor the level that closes most pairs."""
     rest = [name for name in factors if name not in chosen]
     random.shuffle(rest)

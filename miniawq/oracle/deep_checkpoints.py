@@ -52,7 +52,7 @@ def deep(group_size: int = 32, layers: int = 3) -> Model:
     return model(hidden=96, inner=160, head=32, group_size=group_size, layers=layers)
 
 
-def sharded() -> Model:
+def deep_sharded() -> Model:
     """The same in three shards."""
     return in_three_shards(deep())
 
@@ -161,7 +161,7 @@ def outside(absolute: bool) -> Callable[[Path], None]:
 
 DEEP = [
     valid("layers", "three layers, no two dimensions equal", deep),
-    valid("layers-sharded", "three layers in three shards, the parts of a layer apart", sharded),
+    valid("layers-sharded", "three layers in three shards, the parts of a layer apart", deep_sharded),
     valid("eleven-layers", "layer 1 and layer 10 are different layers", eleven),
     valid("layers-group-all", "three layers with one group of all inputs each", lambda: deep(-1)),
     valid("layers-group-64", "two layers with groups of 64",
@@ -174,7 +174,7 @@ DEEP = [
         model(compressed, compressed_block(), hidden=96, inner=160, layers=3))),
     valid("layers-compressed-symmetric", "compressed-tensors without zeros, three layers", lambda: model(
         compressed_symmetric, compressed_block(symmetric=True), hidden=96, inner=160, layers=3, symmetric=True)),
-    either("stale-copies", "a norm lies in three shards with different values; the index names one", sharded,
+    either("stale-copies", "a norm lies in three shards with different values; the index names one", deep_sharded,
            stale_copies),
     invalid("group-size-first-layer", "one projection of the first layer has other groups than the config says",
             "group scales qzeros shape q_proj", changed(other_groups("model.layers.0.self_attn.q_proj"), deep)),
@@ -197,22 +197,23 @@ DEEP = [
         replace(f"{LAST}.mlp.up_proj.scales", lambda t: t.t()), deep)),
     invalid("norm-short", "a norm of the wrong length in the last layer", "norm shape", changed(
         replace(f"{LAST}.input_layernorm.weight", lambda t: t[:-8]), deep)),
-    invalid("third-shard-missing", "the third shard is not there", "00003", sharded, lambda d: (d / THIRD).unlink()),
-    invalid("third-shard-truncated", "the third shard stops early", "00003 truncated incomplete", sharded,
+    invalid("third-shard-missing", "the third shard is not there", "00003", deep_sharded,
+            lambda d: (d / THIRD).unlink()),
+    invalid("third-shard-truncated", "the third shard stops early", "00003 truncated incomplete", deep_sharded,
             lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes()[:-64])),
-    invalid("third-shard-lfs-pointer", "a git-lfs pointer instead of the third shard", "00003 lfs", sharded,
+    invalid("third-shard-lfs-pointer", "a git-lfs pointer instead of the third shard", "00003 lfs", deep_sharded,
             lambda d: lfs_pointer(d, THIRD)),
 ]  # fmt: skip
 
 OUTSIDE = [
     invalid("index-above", "the index names a file above the directory, which is there",
-            f"outside path .. {INDEX} name", sharded, outside(absolute=False)),
+            f"outside path .. {INDEX} name", deep_sharded, outside(absolute=False)),
     invalid("index-absolute", "the index names a file by its absolute path, which is there",
-            f"outside path absolute {INDEX} name", sharded, outside(absolute=True)),
+            f"outside path absolute {INDEX} name", deep_sharded, outside(absolute=True)),
 ]  # fmt: skip
 
 
-def words_for(name: str) -> tuple[str, ...]:
+def words_about(name: str) -> tuple[str, ...]:
     """Words of a message about a tensor: its layer, or what else says which it is."""
     linear = name.rpartition(".")[0].rpartition(".")[2]
     return (linear, "lm_head", "tie") if name == HEAD else (linear, "norm") if "norm" in name else (linear,)
@@ -224,7 +225,9 @@ def each_tensor_missing(target: Subject) -> None:
     base = qwen2()
     for name in base.tensors:
         tensors = {other: tensor for other, tensor in base.tensors.items() if other != name}
-        refuse(target, "each-tensor-missing", f"{name} is missing", with_tensors(base, tensors), words_for(name))
+        expect_refusal(
+            target, "each-tensor-missing", f"{name} is missing", with_tensors(base, tensors), words_about(name)
+        )
 
 
 @rule("L4.refuses.each-tensor-short", "load_checkpoint")
@@ -233,7 +236,7 @@ def each_tensor_short(target: Subject) -> None:
     base = qwen2()
     for name, tensor in base.tensors.items():
         made = with_tensors(base, base.tensors | {name: tensor[:-1]})
-        refuse(target, "each-tensor-short", f"{name} is short", made, words_for(name))
+        expect_refusal(target, "each-tensor-short", f"{name} is short", made, words_about(name))
 
 
 def with_tensors(base: Model, tensors: dict[str, Tensor]) -> Model:
@@ -241,7 +244,7 @@ def with_tensors(base: Model, tensors: dict[str, Tensor]) -> Model:
     return Model(base.config, tensors, base.expected, base.layers)
 
 
-def refuse(target: Subject, id: str, comment: str, made: Model, words: tuple[str, ...]) -> None:
+def expect_refusal(target: Subject, id: str, comment: str, made: Model, words: tuple[str, ...]) -> None:
     """Hold the target to the refusal of one model."""
     check_of(Case(id, "invalid", comment, lambda: made, words)).body(target)
 

@@ -33,14 +33,14 @@ class Cause:
 Wrong = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def spread(values: Tensor, codes: Tensor) -> Tensor:
+def by_row(values: Tensor, codes: Tensor) -> Tensor:
     """Values [G, N] for each row of the codes, float64."""
     return values.to(torch.float64).repeat_interleave(len(codes) // len(values), 0)
 
 
 def other_zeros(change: Callable[[Tensor], Tensor]) -> Wrong:
     """The weight with other zeros."""
-    return lambda q, z, s, g: (q.to(torch.float64) - change(spread(z, q))) * spread(s, q)
+    return lambda q, z, s, g: (q.to(torch.float64) - change(by_row(z, q))) * by_row(s, q)
 
 
 def in_order(codes: Tensor) -> Tensor:
@@ -62,27 +62,27 @@ WRONG_WEIGHTS: dict[str, tuple[str, Wrong]] = {
     ),
     "the sign of the weight is lost or turned": (
         "weight = (code - zero) * scale, with code and zero as signed numbers before they are subtracted",
-        lambda q, z, s, g: (spread(z, q) - q.to(torch.float64)) * spread(s, q),
+        lambda q, z, s, g: (by_row(z, q) - q.to(torch.float64)) * by_row(s, q),
     ),
     "scales are inverted": (
         "the weight is multiplied by the scale; it is the search's activations that are divided",
-        lambda q, z, s, g: (q.to(torch.float64) - spread(z, q)) / spread(s, q),
+        lambda q, z, s, g: (q.to(torch.float64) - by_row(z, q)) / by_row(s, q),
     ),
     "codes are scaled before the zero is subtracted": (
         "the zero counts in codes: (code - zero) * scale, not code * scale - zero",
-        lambda q, z, s, g: q.to(torch.float64) * spread(s, q) - spread(z, q),
+        lambda q, z, s, g: q.to(torch.float64) * by_row(s, q) - by_row(z, q),
     ),
     "codes are unpacked in the order 0..7": (
         "nibble i of an AutoAWQ word holds column (0, 2, 4, 6, 1, 3, 5, 7)[i]",
-        lambda q, z, s, g: (in_order(q).to(torch.float64) - spread(z, q)) * spread(s, q),
+        lambda q, z, s, g: (in_order(q).to(torch.float64) - by_row(z, q)) * by_row(s, q),
     ),
     "zeros are unpacked in the order 0..7": (
         "zeros are packed in the order of the codes: (0, 2, 4, 6, 1, 3, 5, 7)",
-        lambda q, z, s, g: (q.to(torch.float64) - spread(in_order(z), q)) * spread(s, q),
+        lambda q, z, s, g: (q.to(torch.float64) - by_row(in_order(z), q)) * by_row(s, q),
     ),
     "codes and zeros are unpacked in the order 0..7": (
         "nibble i of an AutoAWQ word holds column (0, 2, 4, 6, 1, 3, 5, 7)[i]",
-        lambda q, z, s, g: (in_order(q).to(torch.float64) - spread(in_order(z), q)) * spread(s, q),
+        lambda q, z, s, g: (in_order(q).to(torch.float64) - by_row(in_order(z), q)) * by_row(s, q),
     ),
     "the first group's scale and zero are used for all": (
         "row k belongs to group k // group_size",
@@ -178,15 +178,15 @@ def rounding_seen(target: Subject) -> Iterator[tuple[str, str, str]]:
     step = (groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)) / 15
     if torch.allclose(scales.to(torch.float64) * step, torch.ones_like(step), 1e-2):
         yield "scales are inverted", "the scale is range / 15: what a code is multiplied by", "quantize"
-    quotient = weight.t().to(torch.float64) / spread(scales, codes)
+    quotient = weight.t().to(torch.float64) / by_row(scales, codes)
     for name, change in (("cut off", torch.trunc), ("rounded down", torch.floor), ("rounded up", torch.ceil)):
-        other = (change(quotient) + spread(zeros, codes)).clamp(0, 15)
-        nearest = (quotient.round() + spread(zeros, codes)).clamp(0, 15)
+        other = (change(quotient) + by_row(zeros, codes)).clamp(0, 15)
+        nearest = (quotient.round() + by_row(zeros, codes)).clamp(0, 15)
         if torch.equal(other, codes.to(torch.float64)) and not torch.equal(other, nearest):
             yield f"codes are {name} instead of rounded to nearest", "code = round(weight / scale) + zero", "quantize"
     exact_zero = -groups.amin(1).clamp(max=0) / scales.to(torch.float64)
-    together = (quotient + spread(exact_zero, codes)).round().clamp(0, 15)
-    nearest = (quotient.round() + spread(zeros, codes)).clamp(0, 15)
+    together = (quotient + by_row(exact_zero, codes)).round().clamp(0, 15)
+    nearest = (quotient.round() + by_row(zeros, codes)).clamp(0, 15)
     if torch.equal(together, codes.to(torch.float64)) and not torch.equal(together, nearest):
         hint = "code = round(weight / scale) + zero, with the zero rounded before it is added"
         yield "the zero is added before it is rounded", hint, "quantize"

@@ -27,7 +27,7 @@ from miniawq.oracle.check import PROFILES, Check, Profile, Result, run_check
 from miniawq.oracle.contract import FUNCTIONS, Limits
 from miniawq.oracle.diagnosis import diagnose
 from miniawq.oracle.report import ConformanceReport, failure_lines, judge
-from miniawq.oracle.shrink import shrunk
+from miniawq.oracle.shrink import made_small
 from miniawq.oracle.subject import Subject
 
 
@@ -105,7 +105,7 @@ def conformance(
     report.causes = diagnose(subject, [result for result in report.results if result.status == "failed"])
     for first in (cause.failures[0] for cause in report.causes if profile.shrink):
         assert first.broken is not None
-        first.broken = shrunk(subject, first.broken)
+        first.broken = made_small(subject, first.broken)
     report.seconds = time.perf_counter() - started
     return report
 

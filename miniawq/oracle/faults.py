@@ -22,6 +22,8 @@ from miniawq.oracle.contract import LEVELS
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
 from miniawq.oracle.planted.blind import BLIND
+from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
+from miniawq.oracle.planted.blind_readers import BLIND_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
@@ -47,7 +49,7 @@ def killed(fault: Fault, profile: Profile = UNSHRUNK) -> bool:
     return run_check(check, Subject(fault.target()), profile).status == "failed"
 
 
-SETS: dict[str, list[Any]] = {"grammar": grammar(), "blind": BLIND}
+SETS: dict[str, list[Any]] = {"grammar": grammar(), "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS]}
 
 
 def killer_of(place: tuple[str, int]) -> str:
@@ -98,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.set != "named":
-        return score(arguments.set, arguments.level, arguments.only)
+        return score_set(arguments.set, arguments.level, arguments.only)
     text = table([fault for fault in FAULTS if fault.killer.startswith(arguments.level)])
     if arguments.into:
         before, _, rest = arguments.into.read_text().partition(BEGIN)
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if "SURVIVED" in text else 0
 
 
-def score(name: str, level: str, only: str) -> int:
+def score_set(name: str, level: str, only: str) -> int:
     """Plant a set, print its survivors and its score."""
     places = [i for i, f in enumerate(SETS[name]) if f.level.startswith(level) and only in f.name]
     faults = [SETS[name][place] for place in places]

@@ -113,7 +113,7 @@ def long_exact_sums(target: Subject) -> None:
         in_every_form(target, (signs * 2.0 - 1).to(dtype), *layer.packed)
 
 
-def one_hot(values: list[float], k: int, dtype: torch.dtype) -> Tensor:
+def single_values(values: list[float], k: int, dtype: torch.dtype) -> Tensor:
     """One row for each value, with that value at one place."""
     x = torch.zeros(len(values), k, dtype=dtype)
     for row, value in enumerate(values):
@@ -132,7 +132,7 @@ def ranges(target: Subject) -> None:
     for dtype in dtypes_taken(target):
         exponents = EXPONENTS[str(dtype).removeprefix("torch.")]
         for exponent in exponents:  # each alone: a kernel may choose its format by the largest number
-            in_every_form(target, one_hot([1.5 * 2.0**exponent, -(2.0**exponent)], k, dtype), *layer.packed)
+            in_every_form(target, single_values([1.5 * 2.0**exponent, -(2.0**exponent)], k, dtype), *layer.packed)
         values = [sign * 1.5 * 2.0**exponent for exponent in exponents for sign in (1, -1)]
         bias = torch.tensor(values, dtype=dtype).repeat(n)[:n]
         for nothing in (0.0, -0.0):
@@ -149,7 +149,7 @@ def float32_bits(target: Subject) -> None:
     codes = torch.tensor([1, 2, 4, 8], dtype=torch.uint8).repeat(k * n)[: k * n].reshape(k, n)
     layer = PackedCase(codes, zeros, torch.ones(zeros.shape, dtype=torch.float16), group_size)
     values = [1 + 2.0**-23, 1 + 2.0**-12, 2.0**23 + 1, -(2.0**12) - 1, 1 / 3]
-    in_every_form(target, one_hot(values, k, torch.float32), *layer.packed)
+    in_every_form(target, single_values(values, k, torch.float32), *layer.packed)
     bias = torch.tensor(values, dtype=torch.float32).repeat(n)[:n]
     in_every_form(target, torch.zeros(1, k), *layer.packed, bias)
 
@@ -166,7 +166,7 @@ def subnormal_factors(target: Subject) -> None:
             (17 * step, [1.0, -64.0]),
         ):
             layer = layer_with(target, scale, 32)
-            x = one_hot(values, layer.codes.shape[0], dtype)
+            x = single_values(values, layer.codes.shape[0], dtype)
             in_every_form(target, x, *layer.packed)
 
 

@@ -13,7 +13,7 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import LAYOUTS, PackedCase, groups_of, laid_out, random_layer, random_weight, smallest
 from miniawq.oracle.check import rule
-from miniawq.oracle.combinations import codes_of, group_sizes, inputs_of, seed_of
+from miniawq.oracle.combinations import codes_of, inputs_of, seed_of, sizes_taken
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.multiplication import dtypes_taken, product
@@ -85,7 +85,7 @@ def misfits(limits: Limits) -> Factors:
     """Parts of a layer that do not fit together, in layers of several sizes."""
     return {
         "misfit": tuple(MISFITS),
-        "group size": group_sizes(limits),
+        "group size": sizes_taken(limits),
         "groups": (2, 1, 3, 9),
         "words": tuple(limits.multiple_of_n // 8 * m for m in (2, 3, 17, 65)),
     }
@@ -129,7 +129,7 @@ def wrong_vectors(limits: Limits) -> Factors:
         "more": (-1, 1, -8, 8, 1000),
         "shape": ((2,), (), (1,), (65,), (2, 3)),
         "dtype": limits.dtypes,
-        "group size": group_sizes(limits),
+        "group size": sizes_taken(limits),
         "groups": (2, 1, 5),
     }
 
@@ -155,7 +155,7 @@ def broken_weights(limits: Limits) -> Factors:
         "dtype": ("float32", "float16", "bfloat16", "float64"),
         "outputs": tuple(limits.multiple_of_n * m for m in (1, 3, 33)),
         "groups": (1, 2, 9),
-        "group size": group_sizes(limits),
+        "group size": sizes_taken(limits),
         "layout": LAYOUTS,
     }
 
@@ -174,7 +174,7 @@ def broken_groups(limits: Limits) -> Factors:
     """Numbers of inputs that do not divide into groups."""
     return {
         "share": (0.5, 1.5, 1.25, 0.25, 4.5, 16.75),
-        "group size": tuple(size for size in group_sizes(limits) if size != -1),
+        "group size": tuple(size for size in sizes_taken(limits) if size != -1),
         "outputs": tuple(limits.multiple_of_n * m for m in (1, 9)),
         "dtype": ("float32", "float16", "bfloat16", "float64"),
     }
@@ -195,7 +195,7 @@ def too_large(limits: Limits) -> Factors:
         "range": (1.001 * 65520 * 15, 2e6, 1e20),
         "group": (0, 1, 2),
         "output": (0.0, 0.5, 1.0),
-        "group size": group_sizes(limits),
+        "group size": sizes_taken(limits),
     }
 
 

@@ -17,7 +17,7 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import LAYOUTS, groups_of, laid_out, random_weight
 from miniawq.oracle.check import rule
-from miniawq.oracle.combinations import group_sizes, inputs_of, seed_of
+from miniawq.oracle.combinations import inputs_of, seed_of, sizes_taken
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.ranges import place
@@ -55,7 +55,7 @@ def searches(kinds: tuple[str, ...]) -> Callable[[Limits], Factors]:
             "tokens": (12, 1, 2, 65, 129, 300),
             "outputs": tuple(limits.multiple_of_n * m for m in (1, 3, 9, 17)),
             "groups": (1, 3, 5, 9),
-            "group size": group_sizes(limits),
+            "group size": sizes_taken(limits),
             "dtype": ("float32", "float16", "bfloat16"),
             "layout of weight": LAYOUTS,
             "layout of x": LAYOUTS,
@@ -195,7 +195,7 @@ def corners(kinds: tuple[str, ...]) -> Callable[[Limits], Factors]:
             "groups": (5,),
             "dtype": ("float32",),
         }
-        sizes["group size"] = tuple(dict.fromkeys((group_sizes(limits)[0], group_sizes(limits)[-1])))
+        sizes["group size"] = tuple(dict.fromkeys((sizes_taken(limits)[0], sizes_taken(limits)[-1])))
         return {"kind": kinds, **sizes, "layout of weight": LAYOUTS[:2], "layout of x": LAYOUTS[:2]}
 
     return over
@@ -218,7 +218,7 @@ def clip_corners(target: Subject, setting: Setting) -> None:
 def orders(limits: Limits) -> Factors:
     """Orders of the tokens."""
     return {"order": ("reversed", "halves exchanged", "shuffled"), "kind": ("two crowds", "few tokens"),
-            "tokens": (12, 129), "group size": group_sizes(limits)}  # fmt: skip
+            "tokens": (12, 129), "group size": sizes_taken(limits)}  # fmt: skip
 
 
 def ordered(setting: Setting, limits: Limits, kind: str) -> tuple[Problem, Problem]:

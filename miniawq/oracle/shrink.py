@@ -104,6 +104,6 @@ def breaks(subject: Subject, rule: Callable[..., None], arguments: tuple[Any, ..
     return None
 
 
-def shrunk(subject: Subject, broken: Broken) -> Broken:
+def made_small(subject: Subject, broken: Broken) -> Broken:
     """The same failure with a smaller example, where the check has said how to judge one."""
     return Shrinker(subject, broken).run() if broken.again else broken

@@ -8,7 +8,7 @@ import torch
 import miniawq.oracle.loader as loader
 import miniawq.oracle.truth as truth
 from miniawq.oracle.planted import Fault
-from miniawq.oracle.planted.blind import split_sums
+from miniawq.oracle.planted.blind_products import split_sums
 from miniawq.oracle.planted.formats import STEPS, STORES, half_away, product, real, rounded_with
 from miniawq.oracle.planted.grammar import LAYER, MATRIX, PRODUCT, WEIGHTS, Function, only
 from miniawq.oracle.planted.habits import FITS, fitting_product, now_and_then, one_buffer
