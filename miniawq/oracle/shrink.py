@@ -16,8 +16,8 @@ from miniawq.oracle.subject import Broken, Crash, Lacking, Subject, memory, twin
 
 EIGHTS = -2004318072  # a word of eight codes of 8
 PLAIN = {"codes": 8, "zeros": 8, "words": EIGHTS, "qweight": EIGHTS, "qzeros": EIGHTS, "scales": 1}  # others: 0
-RUNS = 150  # of the target, for one example
-ELEMENTS = 3_000_000  # of all runs together: a large example is given fewer
+RUNS = 400  # of the target, for one example
+ELEMENTS = 10_000_000  # of all runs together: a large example is given fewer
 
 
 class Shrinker:
@@ -57,7 +57,7 @@ class Shrinker:
         best, length = tensor, memory(tensor).numel()
         size = length
         while size and self.runs < self.most:
-            for start in range(0, length, size):
+            for start in range(0, min(length, size * self.most), size):
                 best = self.tried(best, partial(fill, start, size, plain), put)
             size //= 2
         if tensor.is_floating_point():
@@ -68,11 +68,13 @@ class Shrinker:
         self, best: Tensor, change: Callable[[Tensor], object], put: Callable[[Tensor], tuple[Any, ...]]
     ) -> Tensor:
         """The changed tensor if it still breaks the rule, else the one before."""
-        other = twin(best)
-        change(memory(other))
-        if self.runs >= self.most or torch.equal(memory(other).nan_to_num(), memory(best).nan_to_num()):
+        if self.runs >= self.most:
             return best
         self.runs += 1
+        other = twin(best)
+        change(memory(other))
+        if torch.equal(memory(other).nan_to_num(), memory(best).nan_to_num()):
+            return best
         arguments = put(other)
         broken = breaks(self.subject, self.rule, arguments)
         if broken is None:
