@@ -4,10 +4,12 @@ import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import miniawq.oracle.adversarial as adversarial
 import miniawq.oracle.checkpoints as checkpoints
@@ -103,11 +105,23 @@ def conformance(
         told(result)
         report.results.append(result)
     report.causes = diagnose(subject, [result for result in report.results if result.status == "failed"])
-    for first in (cause.failures[0] for cause in report.causes if profile.shrink):
+    for cause in report.causes if profile.shrink else ():
+        cause.failures.sort(key=partial(large, cause.failures[0].check.level))
+        first = cause.failures[0]
         assert first.broken is not None
         first.broken = made_small(subject, first.broken)
     report.seconds = time.perf_counter() - started
     return report
+
+
+LARGE = 1000  # elements: such an example takes long to shrink, and may not print then
+
+
+def large(level: str, result: Result) -> bool:
+    """Whether a failure should not be the first that is shown: its example is large, or its level a higher one."""
+    call = result.broken.call if result.broken else None
+    sizes = [value.numel() for value in (call.arguments if call else {}).values() if isinstance(value, Tensor)]
+    return sum(sizes) > LARGE or result.check.level != level
 
 
 def run_conformance(
