@@ -10,7 +10,6 @@ from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.paste import snippet
 from miniawq.oracle.planted.formats import STEPS, product
 from miniawq.oracle.planted.grammar import PRODUCT, only
-from miniawq.oracle.planted.numbers import rounding
 from miniawq.oracle.planted.readers import CLIP_KINDS, SCALE_KINDS
 from miniawq.oracle.planted.storage import both, decoding
 from tests.helpers.checks import SHORT
@@ -24,7 +23,6 @@ CAUSES = {
         "pack": truth.pack,
         "unpack": lambda w: truth.unpack(w).clamp(max=14),
     },
-    "codes are rounded down instead of rounded to nearest": {"quantize": rounding(round=torch.floor)},
     "search_clip does not depend on x": {"search_clip": CLIP_KINDS["by the weight's error"]},
     "search_scales does not depend on x": {"search_scales": SCALE_KINDS["x ignored"]},
     "factors are inverted": INVERTED,
@@ -34,7 +32,7 @@ CAUSES = {
 @pytest.mark.parametrize("title", CAUSES)
 def test_a_cause_is_named_and_its_first_example_prints(title):
     target = SimpleNamespace(**CAUSES[title])
-    levels = {"pack": "L0", "dequantize": "L1", "quantize": "L2"}
+    levels = {"pack": "L0", "dequantize": "L1"}
     level = levels.get(next(iter(CAUSES[title])), "L5")
     report = conformance(target, [check for check in SHORT if check.level == level])
     assert [cause.title for cause in report.causes if cause.title == title] == [title]
