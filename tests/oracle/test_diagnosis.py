@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from miniawq.oracle import truth
 from miniawq.oracle.door import CHECKS, conformance
