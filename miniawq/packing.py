@@ -176,7 +176,8 @@ def words_of(codes_RC: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def unpack(words_RW: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
     """int32 words [R, W] as uint8 codes [R, 8 W]: the inverse of `pack`, on every bit pattern."""
-    bytes_RW4 = words_RW.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    # One word is contiguous whatever its stride, but only with stride 1 can it be viewed as bytes: hence a copy.
+    bytes_RW4 = words_RW.clone(memory_format=torch.contiguous_format).view(torch.uint8).unflatten(-1, (-1, 4))
     codes_RW8 = torch.empty(*words_RW.shape, CODES_PER_WORD, dtype=torch.uint8, device=words_RW.device)
     for byte, (low, high) in enumerate(zip(order[::2], order[1::2], strict=True)):
         codes_RW8[..., low] = bytes_RW4[..., byte] & TOP_CODE

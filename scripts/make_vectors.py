@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniawq.oracle import cases, checkpoints, storage, truth
+from miniawq.oracle import cases, checkpoints, combinations, ranges, storage, truth
+from miniawq.oracle.adversarial import double_ties, just_above
 from miniawq.oracle.cases import PackedCase, exact_rows, exact_scales, half_scales, normal, random_layer, random_weight
 from miniawq.oracle.contract import CONTRACT, FLAGS
+from miniawq.oracle.deep_checkpoints import DEEP
 from miniawq.oracle.dequantization import counting_codes
 from miniawq.oracle.multiplication import error_bound, product
 from miniawq.oracle.rounding import BOUND_IN_SCALES, BOUND_SUBNORMAL
@@ -93,6 +95,9 @@ def storage_vectors() -> Vectors:
         ("every-slot", "each code in each column, alone", one_hot),
         ("random", "16 rows of 8 words", cases.codes(Random(1), 16, 64)),
         ("wide", "one row of 5120 columns", cases.codes(Random(2), 1, 5120)),
+        ("combinations", "65 rows of 3 words", cases.codes(Random(3), 65, 24)),
+        ("combinations", "1000 rows of one word", cases.codes(Random(4), 1000, 8)),
+        ("combinations", "3 rows of 321 words", cases.codes(Random(5), 3, 2568)),
     ):
         words = truth.pack(codes)
         made.add(f"L0.pack.{name}", "pack", comment, {"codes": codes}, {"words": words})
@@ -104,6 +109,17 @@ def storage_vectors() -> Vectors:
             "L0.pack.refuses-large-codes",
             "pack",
             f"code {code} in column {column}",
+            {"codes": codes},
+            result="invalid",
+            flags=("NoRangeCheck",),
+        )
+    for code, row, column in ((16, 33, 12), (128, 64, 23)):
+        codes = cases.codes(Random(code), 65, 24)
+        codes[row, column] = code
+        made.add(
+            "L0.pack.refuses-large-codes-anywhere",
+            "pack",
+            f"code {code} in row {row} of 65",
             {"codes": codes},
             result="invalid",
             flags=("NoRangeCheck",),
@@ -160,7 +176,21 @@ def dequantization_vectors() -> Vectors:
         add_layer(made, "L1.group-boundaries", f"all scales differ, groups of {group_size}", layer)
         add_layer(made, "L1.random", f"groups of {group_size}", random_layer(group_size, k, 24, group_size))
     add_layer(made, "L1.random-scales", "any scales", random_layer(9, 96, 24, 32, half_scales), ("TwoRoundings",))
+    for groups, n in ((5, 72), (9, 264), (16, 8)):
+        comment = f"{groups} groups of 32 and {n} outputs"
+        add_layer(made, "L1.combinations", comment, random_layer(groups, 32 * groups, n, 32, exact_scales))
+        add_layer(
+            made, "L1.combinations-of-scales", comment, random_layer(groups, 32 * groups, n, 32), ("TwoRoundings",)
+        )
     qweight, qzeros, scales, _ = random_layer(7, 64, 16, 32, count=2).packed
+    for comment, z, s in (
+        ("a group of zeros too many", torch.cat([qzeros, qzeros[:1]]), scales),
+        ("zeros too wide", torch.cat([qzeros, qzeros[:, :1]], 1), scales),
+        ("scales too wide", qzeros, torch.cat([scales, scales[:, :8]], 1)),
+    ):
+        inputs = {"qweight": qweight, "qzeros": z, "scales": s}
+        made.add("L1.refuses-misfits", "dequantize", comment, inputs, result="invalid", flags=("NoShapeCheck",),
+                 group_size=32)  # fmt: skip
     for comment, z, s in (
         ("a group of scales missing", qzeros, scales[:1]),
         ("a group of zeros missing", qzeros[:1], scales),
@@ -178,24 +208,29 @@ def dequantization_vectors() -> Vectors:
     return made
 
 
+def group_steps(weight: Tensor, group_size: int) -> Tensor:
+    """(M - m) / 15 of every group, float64 [G, N]."""
+    groups = weight.double().t().reshape(cases.groups_of(weight.shape[1], group_size), -1, weight.shape[0])
+    return (groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)) / 15
+
+
 def rounding_vectors() -> Vectors:
     """L2."""
     made = Vectors(
         "L2",
         "Plain rounding of weight [N, K]. Codes are not compared: for your codes, zeros and scales, every weight must "
         f"keep |weight[n, k] - (code - zero) * scale| <= {BOUND_IN_SCALES!r} * scale + {BOUND_SUBNORMAL!r}, and every "
-        "scale must be `step` within 2**-10 of it (2**-24 at least). The derivation is in miniawq/oracle/rounding.py.",
+        "scale must be `step` within 2**-10 of it (2**-24 at least). The derivation is in miniawq/oracle/rounding.py. "
+        "`half scale`: |weight[n, k] - (code - zero) * scale| <= (0.5 + 2**-19) * scale (adversarial.py beside it).",
     )
 
     def add(check: str, comment: str, weight: Tensor, group_size: int, *flags: str, result: str = "valid") -> None:
-        groups = weight.double().t().reshape(cases.groups_of(weight.shape[1], group_size), -1, weight.shape[0])
-        step = (groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)) / 15
         made.add(
             check,
             "quantize",
             comment,
             {"weight": weight},
-            {"step": step},
+            {"step": group_steps(weight, group_size)},
             compare="rounding bound",
             result=result,
             flags=flags,
@@ -206,6 +241,10 @@ def rounding_vectors() -> Vectors:
         for group_size in GROUP_SIZES:
             k = 128 if group_size == -1 else 2 * group_size
             add("L2.bound", f"{kind}, groups of {group_size}", random_weight(seed, 8, k, kind), group_size)
+    for kind, build in (("both ends between two codes", double_ties), ("just above 15 scales", just_above)):
+        weight = build(Random(6), 16, 32).t().float().contiguous()
+        made.add("L2.half-scale", "quantize", kind, {"weight": weight}, {"step": group_steps(weight, 32)},
+                 compare="half scale", result="acceptable", flags=("ScaleToNearest",), group_size=32)  # fmt: skip
     plain = random_weight(5, 8, 64)
     for spread in (-17, -23, -30):
         add("L2.tiny", f"weights times 2**{spread}", plain * 2.0**spread, 32, "ScaleFloor")
@@ -263,7 +302,9 @@ def multiplication_vectors() -> Vectors:
         "gives these bits. `within`: |y - expected| <= bound, elementwise (miniawq/oracle/multiplication.py).",
     )
 
-    def add(check: str, comment: str, x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> None:
+    def add(
+        check: str, comment: str, x: Tensor, layer: PackedCase, bias: Tensor | None = None, flags: tuple[str, ...] = ()
+    ) -> None:
         qweight, qzeros, scales, group_size = layer.packed
         inputs = {"x": x, "qweight": qweight, "qzeros": qzeros, "scales": scales}
         inputs |= {} if bias is None else {"bias": bias}
@@ -281,7 +322,8 @@ def multiplication_vectors() -> Vectors:
                 group_size=group_size,
             )
         else:
-            made.add(check, "matmul", comment, inputs, {"y": y.to(x.dtype)}, group_size=group_size)
+            made.add(check, "matmul", comment, inputs, {"y": y.to(x.dtype)}, flags=flags, group_size=group_size,
+                     result="acceptable" if flags else "valid")  # fmt: skip
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -303,6 +345,24 @@ def multiplication_vectors() -> Vectors:
             random_layer(6, 64, 16, 32, exact_scales),
             ((torch.arange(16) % 13 - 6) / 64).to(dtype),
         )
+        layer = PackedCase(layer.codes, layer.zeros, torch.ones_like(layer.scales), 32)
+        x = torch.zeros(4, 96, dtype=torch.float64)
+        x[:, ::16] = ranges.integers(Random(8), 127, 4, 6)
+        whole = ranges.integers(Random(9), 255, 16).to(dtype)
+        flags = ("HalfAccumulation", "TwoRoundings")
+        add("L3.result-rounding", f"{name}: product and bias are added, then rounded", x.to(dtype), layer, whole, flags)
+        layer = random_layer(11, 160, 72, 32, exact_scales)
+        x = combinations.exact_activations(Random(11), 65, 160, 32, dtype)
+        add(
+            "L3.combinations",
+            f"{name}: 65 rows, 5 groups and a bias",
+            x,
+            layer,
+            combinations.bias_of("plain", 72, dtype),
+        )
+    layer = random_layer(12, 4224, 8, 128, exact_scales)
+    x = combinations.exact_activations(Random(12), 65, 4224, 128, torch.float16)
+    add("L3.corners", "65 rows and 4224 inputs", x, layer)
     half = torch.float16
     add(
         "L3.rows",
@@ -329,7 +389,7 @@ def checkpoint_vectors(directory: Path) -> Vectors:
     made = Vectors("L4", "Directories in L4.tar.xz, by id. `expected` has every tensor of the model, by its name.")
     known: dict[bytes, str] = {}
     with tarfile.open(directory / "L4.tar.xz", "w:xz") as archive, tempfile.TemporaryDirectory() as folder:
-        for case in checkpoints.CASES:
+        for case in (*checkpoints.CASES, *DEEP):
             place = Path(folder) / case.id
             model = case.write(place)
             for path in sorted(place.iterdir()):

@@ -82,6 +82,8 @@ static Tensor tensor(const char *line, const char *name) {
     return t;
 }
 
+static int is(Tensor t, const char *dtype) { return !strcmp(t.dtype, dtype); }
+
 static void answer(long seq, const char *out, const char *dtype, const char *shape, const void *data, size_t bytes) {
     char path[600];
     snprintf(path, sizeof path, "%s.0", out);
@@ -105,6 +107,7 @@ static int code_at(const int32_t *words, long words_in_row, long row, long colum
 static void run_pack(long seq, const char *out, Tensor codes) {
     char shape[64];
     const uint8_t *c = codes.data;
+    if (!is(codes, "uint8")) return say(seq, "refused", "codes are uint8");
     if (codes.columns % 8) return say(seq, "refused", "the columns do not fill whole words");
     for (long i = 0; i < codes.rows * codes.columns; i++)
         if (c[i] > 15) return say(seq, "refused", "a code above 15");
@@ -119,6 +122,7 @@ static void run_pack(long seq, const char *out, Tensor codes) {
 
 static void run_unpack(long seq, const char *out, Tensor words) {
     char shape[64];
+    if (!is(words, "int32")) return say(seq, "refused", "words are int32");
     uint8_t *codes = malloc(words.rows * words.columns * 8 + 1);
     for (long r = 0; r < words.rows; r++)
         for (long c = 0; c < words.columns * 8; c++)
@@ -128,9 +132,10 @@ static void run_unpack(long seq, const char *out, Tensor words) {
     free(codes);
 }
 
-/* The weight [K, N], or NULL when the shapes do not fit. */
+/* The weight [K, N], or NULL when the shapes or the dtypes do not fit. */
 static uint16_t *decode(Tensor qweight, Tensor qzeros, Tensor scales, long group_size) {
     long k = qweight.rows, n = qweight.columns * 8, size = group_size == -1 ? k : group_size;
+    if (!is(qweight, "int32") || !is(qzeros, "int32") || !is(scales, "float16")) return NULL;
     if (k % size || scales.rows != k / size || scales.columns != n) return NULL;
     if (qzeros.rows != scales.rows || qzeros.columns != qweight.columns) return NULL;
     uint16_t *weight = malloc(k * n * 2);
@@ -144,9 +149,10 @@ static uint16_t *decode(Tensor qweight, Tensor qzeros, Tensor scales, long group
 }
 
 static void run_matmul(long seq, const char *out, Tensor x, const uint16_t *weight, Tensor bias, long k, long n) {
-    int half = !strcmp(x.dtype, "float16");
-    if (!half && strcmp(x.dtype, "float32")) return say(seq, "skipped", "x of float16 and float32 only");
+    int half = is(x, "float16");
+    if (!half && !is(x, "float32")) return say(seq, "skipped", "x of float16 and float32 only");
     if (x.columns != k) return say(seq, "refused", "x has another number of features");
+    if (bias.data && (bias.columns != n || !is(bias, x.dtype))) return say(seq, "refused", "bias is no [N] of x's dtype");
     long rows = x.leading * x.rows;
     uint16_t *y16 = malloc(rows * n * 2 + 1);
     float *y32 = malloc(rows * n * 4 + 1);
@@ -177,7 +183,7 @@ static void run(const char *line) {
     if (!strcmp(function, "unpack")) return run_unpack(seq, out, tensor(line, "words"));
     Tensor qweight = tensor(line, "qweight"), scales = tensor(line, "scales");
     uint16_t *weight = decode(qweight, tensor(line, "qzeros"), scales, strtol(find(line, "group_size"), NULL, 10));
-    if (!weight) return say(seq, "refused", "the shapes of qweight, qzeros and scales do not fit together");
+    if (!weight) return say(seq, "refused", "the shapes or dtypes of qweight, qzeros and scales do not fit");
     long k = qweight.rows, n = qweight.columns * 8;
     if (!strcmp(function, "matmul")) return run_matmul(seq, out, tensor(line, "x"), weight, tensor(line, "bias"), k, n);
     snprintf(shape, sizeof shape, "%ld,%ld", k, n);

@@ -35,8 +35,14 @@ def dequantize(qweight, qzeros, scales, group_size):
     if zeros.shape != scales.shape or scales.shape != (len(codes) // size, codes.shape[1]):
         raise ValueError(f"codes {codes.shape}, zeros {zeros.shape}, scales {scales.shape}")
     steps = codes.astype(np.float32) - zeros.astype(np.float32).repeat(size, axis=0)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return (steps * scales.astype(np.float32).repeat(size, axis=0)).astype(np.float16)
+
+
+def round_up(values):
+    nearest = values.astype(np.float16)
+    higher = (nearest.view(np.int16) + 1).view(np.float16)
+    return np.maximum(np.where(nearest.astype(np.float64) < values, higher, nearest), np.float16(2.0**-24))
 
 
 def quantize(weight, group_size):
@@ -50,10 +56,9 @@ def quantize(weight, group_size):
     groups = weight.T.reshape(inputs // size, size, outputs)
     low, high = np.minimum(groups.min(1), 0), np.maximum(groups.max(1), 0)
     with np.errstate(over="ignore"):
-        scales = ((high - low) / 15).astype(np.float16)
+        scales = round_up((high - low) / 15)
     if np.isinf(scales).any():
         raise ValueError("a scale does not fit in float16")
-    scales = np.maximum(scales, np.float16(2.0**-24))
     zeros = np.clip(np.rint(-low / scales.astype(np.float64)), 0, 15)
     codes = np.clip(np.rint(groups / scales.astype(np.float64)[:, None]) + zeros[:, None], 0, 15)
     return codes.reshape(inputs, outputs).astype(np.uint8), zeros.astype(np.uint8), scales

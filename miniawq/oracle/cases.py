@@ -84,6 +84,28 @@ class PackedCase:
         return truth.real_weight(self.codes, self.zeros, self.scales, self.group_size)
 
 
+LAYOUTS = ("contiguous", "transposed", "every second row", "every second column", "inside a wider one",
+           "after an offset")  # fmt: skip
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values, lying in memory in another way; the gaps hold others. "repeated" repeats the first row."""
+    gap = tensor + 1 if tensor.is_floating_point() else tensor ^ 5
+    if layout == "repeated" and tensor.dim() > 1:
+        return tensor[:1].expand_as(tensor)
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "every second row" and tensor.dim() > 1:
+        return torch.stack([tensor, gap], -2).flatten(-3, -2)[..., ::2, :]
+    if layout in ("every second row", "every second column", "transposed"):
+        return torch.stack([tensor, gap], -1)[..., 0]
+    if layout == "inside a wider one":
+        return torch.cat([gap, tensor, gap[..., :1]], -1)[..., tensor.shape[-1] : 2 * tensor.shape[-1]]
+    if layout == "after an offset":
+        return torch.cat([gap.reshape(-1)[:1], tensor.reshape(-1)])[1:].view(tensor.shape)
+    return tensor.contiguous()
+
+
 def groups_of(k: int, group_size: int) -> int:
     """How many groups k input features make."""
     return 1 if group_size == -1 else k // group_size

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 import miniawq.oracle.cases as cases
-from miniawq.oracle.check import Broken, Check, Crash, Subject, expect_equal, expect_tensor, rule
+from miniawq.oracle.check import Check, rule
 from miniawq.oracle.directories import (
     ATTENTION,
     AWQ_BLOCK,
@@ -33,6 +33,7 @@ from miniawq.oracle.directories import (
     in_two_shards,
     model,
 )
+from miniawq.oracle.subject import Broken, Crash, Subject, expect_equal, expect_tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Q, K_PROJ = f"{ATTENTION}.q_proj", f"{ATTENTION}.k_proj"
@@ -102,8 +103,8 @@ def qwen3() -> Model:
     """Qwen3: heads wider than hidden_size / heads, and norms of queries and keys."""
     made = model(head=64)
     made.config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False}
-    for name in ("q_norm", "k_norm"):
-        made.tensors[f"{ATTENTION}.{name}.weight"] = torch.linspace(0.5, 1.5, 64).half()
+    for name, first in (("q_norm", 0.5), ("k_norm", 1.0)):
+        made.tensors[f"{ATTENTION}.{name}.weight"] = torch.linspace(first, 1.5, 64).half()
         made.expected[f"{ATTENTION}.{name}.weight"] = made.tensors[f"{ATTENTION}.{name}.weight"]
     return made
 
@@ -168,10 +169,10 @@ def cut_short(directory: Path) -> None:
     (directory / WEIGHTS).write_bytes(data[: len(data) * 2 // 3])
 
 
-def lfs_pointer(directory: Path) -> None:
+def lfs_pointer(directory: Path, file: str = WEIGHTS) -> None:
     """git without git-lfs leaves this instead of the weights."""
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4120334\n"
-    (directory / WEIGHTS).write_text(text)
+    (directory / file).write_text(text)
 
 
 def pickle_only(directory: Path) -> None:

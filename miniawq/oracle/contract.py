@@ -7,7 +7,8 @@ passed.
 Shapes: K input features, N output features, G groups along K (K / group_size), W int32 words (N / 8), T tokens. The
 orientation is that of the files: [K, N], the transpose of `nn.Linear.weight`. Tensors arrive on the device the suite
 was started with; results may lie on any device and may be anything that `torch.as_tensor` takes, a NumPy array
-included. No function may change the tensors it is given.
+included. No function may change the tensors it is given, or a result that it has given. Arguments may be views with any
+strides and offsets, unless a function says otherwise. What is refused for its dtype may also be taken rightly.
 """
 
 from collections.abc import Mapping
@@ -43,6 +44,10 @@ FLAGS = {
     "NoRangeCheck": "Codes above 15 or weights that are not finite are not refused. On legal input results are right.",
     "TwoRoundings": "The product is rounded more than once (to bfloat16 on the way, or as code * scale - zero * "
     "scale). Weights are off by up to one unit in the last place of the rougher format.",
+    "TensorFloat32": "A float32 x is multiplied as TF32 or float16, with 11 bits, as tensor cores do by default.",
+    "ScaleToNearest": "Scales are rounded to nearest instead of up, or codes are computed from the scale before it is "
+    "rounded. The file is valid; a weight at the end of its group's range is off by up to 0.508 scales, not 0.5.",
+    "NoTypeCheck": "Arguments of a wrong dtype are taken as they lie in memory, or cut to the right one.",
     "FlushedSubnormals": "Scales or weights below 2**-14 become zero. Real checkpoints do hold such scales.",
 }
 
@@ -55,7 +60,7 @@ class Limits:
     multiple_of_k: int = 1
     multiple_of_n: int = 8
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
-    max_rows: int = 64
+    max_rows: int = 1 << 30
 
     @classmethod
     def of(cls, target: Any) -> "Limits":
@@ -88,8 +93,9 @@ class Target(Protocol):
         """Codes uint8 [K, N], zeros uint8 [G, N] and scales float16 [G, N] of a weight [N, K] of any float dtype.
 
         Plain rounding to nearest, no search. With m = min(w, 0) and M = max(w, 0) of a group, the scale is (M - m) / 15
-        within a rounding to float16, positive and finite, and no weight is off by more than half a scale plus what that
-        rounding costs. ValueError on NaN, on infinity, on a scale beyond float16, or when group_size does not divide K.
+        rounded up to float16, positive and finite, and no weight is off by more than half a scale. A scale rounded to
+        nearest costs up to 0.508 scales and has a name, `ScaleToNearest`. ValueError on NaN, on infinity, on a scale
+        beyond float16, or when group_size does not divide K.
         """
 
     def matmul(

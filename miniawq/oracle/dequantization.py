@@ -12,7 +12,8 @@ from torch import Tensor
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import PackedCase, groups_of, shape, smallest
-from miniawq.oracle.check import Broken, Subject, expect_equal, rule
+from miniawq.oracle.check import rule
+from miniawq.oracle.subject import Broken, Subject, expect_equal
 
 
 def dequantize(target: Subject, layer: PackedCase) -> Tensor:
@@ -44,7 +45,7 @@ def all_pairs(target: Subject) -> None:
     for first_zero in range(0, 16, n):
         zeros = ((torch.arange(n) + first_zero) % 16).to(torch.uint8).expand(groups, n).contiguous()
         scales = torch.ones(groups, n, dtype=torch.float16)
-        expect_exact_weight(target, PackedCase(counting_codes(k, n), zeros, scales, group_size))
+        target.judge(expect_exact_weight, PackedCase(counting_codes(k, n), zeros, scales, group_size))
 
 
 @rule("L1.all-scales", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"))
@@ -56,8 +57,9 @@ def all_scales(target: Subject) -> None:
     k, _, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     zeros = cases.codes(Random(3), groups, n)
-    expect_exact_weight(
-        target, PackedCase(counting_codes(k, n), zeros, bits.view(torch.float16).repeat(groups, 1), group_size)
+    target.judge(
+        expect_exact_weight,
+        PackedCase(counting_codes(k, n), zeros, bits.view(torch.float16).repeat(groups, 1), group_size),
     )
 
 
@@ -69,7 +71,7 @@ def subnormals(target: Subject) -> None:
     for bits in (1, 2, 3, 0x200, 0x3FF, 0x400):
         scales = torch.full((groups, n), bits, dtype=torch.int16).view(torch.float16)
         zeros = torch.full((groups, n), 3, dtype=torch.uint8)
-        expect_exact_weight(target, PackedCase(counting_codes(k, n), zeros, scales, group_size))
+        target.judge(expect_exact_weight, PackedCase(counting_codes(k, n), zeros, scales, group_size))
 
 
 @rule("L1.overflow", "dequantize")
@@ -78,8 +80,9 @@ def overflow(target: Subject) -> None:
     k, n, group_size = smallest(target.limits)
     groups = groups_of(k, group_size)
     scales = torch.full((groups, n), 60000.0, dtype=torch.float16)
-    expect_exact_weight(
-        target, PackedCase(counting_codes(k, n), torch.ones(groups, n, dtype=torch.uint8), scales, group_size)
+    target.judge(
+        expect_exact_weight,
+        PackedCase(counting_codes(k, n), torch.ones(groups, n, dtype=torch.uint8), scales, group_size),
     )
 
 
@@ -94,14 +97,16 @@ def group_boundaries(target: Subject) -> None:
         groups = groups_of(k, group_size)
         scales = torch.arange(1, groups * n + 1).reshape(groups, n).to(torch.float16)
         zeros = (torch.arange(groups)[:, None] + torch.arange(n)).to(torch.uint8) % 15
-        expect_exact_weight(target, PackedCase(torch.full((k, n), 15, dtype=torch.uint8), zeros, scales, group_size))
+        target.judge(
+            expect_exact_weight, PackedCase(torch.full((k, n), 15, dtype=torch.uint8), zeros, scales, group_size)
+        )
 
 
 @rule("L1.one-group", "dequantize")
 def one_group_of_words(target: Subject) -> None:
     """A group_size of -1 is one group of all K inputs."""
     target.must_take(-1)
-    expect_exact_weight(target, cases.random_layer(4, *shape(-1, 6, 2, target.limits)))
+    target.judge(expect_exact_weight, cases.random_layer(4, *shape(-1, 6, 2, target.limits)))
 
 
 @rule("L1.every-column", "dequantize")
@@ -109,20 +114,20 @@ def every_column(target: Subject) -> None:
     """Words, zeros and scales of each column meet: a layer with N of 8, 24 and 136, columns all different."""
     k, n, group_size = smallest(target.limits, groups=2)
     for columns in (1, 3, 17):
-        expect_exact_weight(target, cases.random_layer(columns, k, n * columns, group_size))
+        target.judge(expect_exact_weight, cases.random_layer(columns, k, n * columns, group_size))
 
 
 @rule("L1.random", "dequantize", flags=("TwoRoundings",), layer=cases.layers(cases.usual_scales))
 def random_case(target: Subject, layer: PackedCase) -> None:
     """Any layer with scales as real checkpoints hold them."""
-    expect_exact_weight(target, layer)
+    target.judge(expect_exact_weight, layer)
 
 
 @rule("L1.random-scales", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"),
        layer=cases.layers(cases.half_scales))  # fmt: skip
 def random_scales(target: Subject, layer: PackedCase) -> None:
     """Any layer with scales from the whole range of float16."""
-    expect_exact_weight(target, layer)
+    target.judge(expect_exact_weight, layer)
 
 
 @rule("L1.strides", "dequantize")

@@ -1,7 +1,7 @@
 """Tiny checkpoints for L4, built on the spot: valid ones with the tensors they stand for, and ones to be refused.
 
-All are one-layer models of the Llama family with 64 inputs and groups of 32, written with safetensors and `truth`.
-`model` makes one; the cases below change a key, a tensor or a file of it.
+All are small models of the Llama family, of one layer with 64 inputs and groups of 32 unless told otherwise, written
+with safetensors and `truth`. `model` makes one; the cases of `checkpoints` change a key, a tensor or a file of it.
 """
 
 import json
@@ -19,8 +19,9 @@ import miniawq.oracle.cases as cases
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
-LINEARS = [f"{ATTENTION}.{x}_proj" for x in "qkvo"] + [f"{MLP}.{x}_proj" for x in ("gate", "up", "down")]
+ATTENTION = "model.layers.0.self_attn"
+PROJECTIONS = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
+LINEARS = [f"model.layers.0.{name}" for name in PROJECTIONS]
 VOCABULARY = 16
 
 
@@ -123,11 +124,11 @@ def compressed_block(**weights: Any) -> dict[str, Any]:
     }
 
 
-def linear_shape(name: str, hidden: int, head: int) -> tuple[int, int]:
-    """K and N of a linear layer: two query heads, one key and value head, as many hidden units as inputs."""
+def linear_shape(name: str, hidden: int, inner: int, head: int) -> tuple[int, int]:
+    """K and N of a linear layer: two query heads, one key and value head."""
     last = name.rsplit(".", 1)[1]
-    outputs = {"q_proj": 2 * head, "k_proj": head, "v_proj": head}.get(last, hidden)
-    return (2 * head if last == "o_proj" else hidden), outputs
+    outputs = {"q_proj": 2 * head, "k_proj": head, "v_proj": head, "gate_proj": inner, "up_proj": inner}
+    return {"o_proj": 2 * head, "down_proj": inner}.get(last, hidden), outputs.get(last, hidden)
 
 
 def model(
@@ -139,26 +140,27 @@ def model(
     scale_dtype: torch.dtype = torch.float16,
     dense: tuple[str, ...] = (),
     symmetric: bool = False,
+    layers: int = 1,
+    inner: int | None = None,
 ) -> Model:
-    """A one-layer Llama whose linear layers, but for those named in `dense`, are packed by `encode`."""
-    random = Random(hidden + group_size)
-    tensors = {
-        "model.embed_tokens.weight": cases.normal(random, VOCABULARY, hidden).half(),
-        "model.layers.0.input_layernorm.weight": cases.normal(random, hidden).half(),
-        "model.layers.0.post_attention_layernorm.weight": cases.normal(random, hidden).half(),
-        "model.norm.weight": cases.normal(random, hidden).half(),
-        "lm_head.weight": cases.normal(random, VOCABULARY, hidden).half(),
-    }
-    expected, layers = dict(tensors), {}
-    for seed, name in enumerate(LINEARS):
-        layer = cases.random_layer(seed, *linear_shape(name, hidden, head), group_size)
+    """A Llama whose linear layers, but for those named in `dense`, are packed by `encode`."""
+    random, inner = Random(hidden + group_size), inner or hidden
+    tensors = {"model.embed_tokens.weight": cases.normal(random, VOCABULARY, hidden).half()}
+    for i in range(layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{norm}.weight"] = cases.normal(random, hidden).half()
+    tensors["model.norm.weight"] = cases.normal(random, hidden).half()
+    tensors["lm_head.weight"] = cases.normal(random, VOCABULARY, hidden).half()
+    expected, packed = dict(tensors), {}
+    for seed, name in enumerate(f"model.layers.{i}.{name}" for i in range(layers) for name in PROJECTIONS):
+        layer = cases.random_layer(seed, *linear_shape(name, hidden, inner, head), group_size)
         if symmetric:
             layer.zeros.fill_(8)
         if scale_dtype != torch.float16:
             layer = cases.PackedCase(layer.codes, layer.zeros, layer.scales.to(scale_dtype), group_size)
         weight = layer.weight.t().to(torch.float32).to(scale_dtype)
         expected[f"{name}.weight"] = weight.contiguous()
-        layers[name] = layer
+        packed[name] = layer
         if name in dense:
             tensors[f"{name}.weight"] = expected[f"{name}.weight"]
         else:
@@ -167,8 +169,8 @@ def model(
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "intermediate_size": hidden,
-        "num_hidden_layers": 1,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": head,
@@ -182,7 +184,7 @@ def model(
     }
     if block is None:
         block = AWQ_BLOCK | {"group_size": group_size, "modules_to_not_convert": list(dense) or None}
-    return Model(config | ({"quantization_config": block} if block else {}), tensors, expected, layers)
+    return Model(config | ({"quantization_config": block} if block else {}), tensors, expected, packed)
 
 
 def in_two_shards(made: Model) -> Model:
@@ -191,4 +193,11 @@ def in_two_shards(made: Model) -> Model:
     middle = len(names) // 2
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     made.shards = {first: names[:middle], second: names[middle:]}
+    return made
+
+
+def in_three_shards(made: Model) -> Model:
+    """The same tensors in three files with an index, the parts of one layer in different ones."""
+    names = list(made.tensors)
+    made.shards = {f"model-{i + 1:05}-of-00003.safetensors": names[i::3] for i in range(3)}
     return made

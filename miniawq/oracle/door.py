@@ -4,21 +4,33 @@ import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+import miniawq.oracle.adversarial as adversarial
 import miniawq.oracle.checkpoints as checkpoints
+import miniawq.oracle.combinations as combinations
+import miniawq.oracle.deep_checkpoints as deep_checkpoints
 import miniawq.oracle.dequantization as dequantization
 import miniawq.oracle.multiplication as multiplication
+import miniawq.oracle.ranges as ranges
+import miniawq.oracle.refusals as refusals
 import miniawq.oracle.rounding as rounding
 import miniawq.oracle.search as search
+import miniawq.oracle.searches as searches
+import miniawq.oracle.state as state
 import miniawq.oracle.storage as storage
 from miniawq.errors import UsageError
-from miniawq.oracle.check import PROFILES, Check, Profile, Result, Subject, run_check
+from miniawq.oracle.check import PROFILES, Check, Profile, Result, run_check
 from miniawq.oracle.contract import FUNCTIONS, Limits
+from miniawq.oracle.diagnosis import diagnose
 from miniawq.oracle.report import ConformanceReport, failure_lines, judge
+from miniawq.oracle.shrink import made_small
+from miniawq.oracle.subject import Subject
 
 
 def checks_in(module: ModuleType) -> list[Check]:
@@ -26,11 +38,21 @@ def checks_in(module: ModuleType) -> list[Check]:
     return [value for value in vars(module).values() if isinstance(value, Check)]
 
 
-CHECKS: list[Check] = [
-    *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
-    *checkpoints.CHECKS,
-    *checks_in(search),
-]
+CHECKS: list[Check] = sorted(
+    [
+        *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
+        *checkpoints.CHECKS,
+        *deep_checkpoints.CHECKS,
+        *checks_in(search),
+        *checks_in(combinations),
+        *checks_in(adversarial),
+        *checks_in(searches),
+        *checks_in(ranges),
+        *state.CHECKS,
+        *checks_in(refusals),
+    ],
+    key=lambda check: check.level,
+)
 
 
 def chosen(levels: Sequence[str] = (), only: str = "") -> list[Check]:
@@ -82,8 +104,24 @@ def conformance(
         result = judge([run_check(check, subject, profile)], dict(expected or {}))[0]
         told(result)
         report.results.append(result)
+    report.causes = diagnose(subject, [result for result in report.results if result.status == "failed"])
+    for cause in report.causes if profile.shrink else ():
+        cause.failures.sort(key=partial(large, cause.failures[0].check.level))
+        first = cause.failures[0]
+        assert first.broken is not None
+        first.broken = made_small(subject, first.broken)
     report.seconds = time.perf_counter() - started
     return report
+
+
+LARGE = 1000  # elements: such an example takes long to shrink, and may not print then
+
+
+def large(level: str, result: Result) -> bool:
+    """Whether a failure should not be the first that is shown: its example is large, or its level a higher one."""
+    call = result.broken.call if result.broken else None
+    sizes = [value.numel() for value in (call.arguments if call else {}).values() if isinstance(value, Tensor)]
+    return sum(sizes) > LARGE or result.check.level != level
 
 
 def run_conformance(

@@ -64,7 +64,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise Refused(f"the index names {file}, a path outside the directory")
-        stored |= read_file(directory / file)
+        held = read_file(directory / file)
+        stored |= {name: tensor for name, tensor in held.items() if weight_map.get(name) == file}
     absent = sorted(set(weight_map) - set(stored))
     if absent:
         raise Refused(f"the index names {absent[0]}, which no file holds")
@@ -105,9 +106,19 @@ def dense_shapes(config: dict[str, Any], linears: dict[str, tuple[int, int]]) ->
     shapes |= {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{layer}.{norm}.weight": (hidden,) for norm in NORMS}
+    biased = set(attention_with_bias(config))
+    biased |= {"gate_proj", "up_proj", "down_proj"} if config.get("mlp_bias") else set()
+    shapes |= {f"{name}.bias": (n,) for name, (_, n) in linears.items() if name.rpartition(".")[2] in biased}
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (vocabulary, hidden)
     return shapes
+
+
+def attention_with_bias(config: dict[str, Any]) -> tuple[str, ...]:
+    """The projections of attention that have a bias: Qwen2 has three without saying so."""
+    if config.get("model_type") == "qwen2":
+        return ("q_proj", "k_proj", "v_proj")
+    return ("q_proj", "k_proj", "v_proj", "o_proj") if config.get("attention_bias") else ()
 
 
 def check_shapes(result: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> None:
@@ -176,3 +187,5 @@ def check_parts(linear: str, parts: dict[str, Tensor], wanted: Mapping[str, tupl
             raise Refused(f"{linear}.{part} has the shape {tuple(parts[part].shape)}, not {shape} ({told})")
         if part in ("qweight", "qzeros", "weight_packed", "weight_zero_point") and parts[part].dtype != torch.int32:
             raise Refused(f"{linear}.{part} has the dtype {parts[part].dtype}, not int32")
+        if "scale" in part and not parts[part].is_floating_point():
+            raise Refused(f"{linear}.{part} has the dtype {parts[part].dtype}")

@@ -27,8 +27,9 @@ from torch import Tensor
 
 import miniawq.oracle.cases as cases
 from miniawq.oracle.cases import EVERYWHERE, PackedCase, groups_of, shape, smallest
-from miniawq.oracle.check import Broken, Lacking, Subject, expect_equal, expect_within, name_of, rule
+from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
+from miniawq.oracle.subject import Broken, Lacking, Subject, expect_equal, expect_within, name_of
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 WEIGHT_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 + 2.0**-11 + 2.0**-19, torch.float32: 2.0**-11}
@@ -52,9 +53,9 @@ def expect_exact_product(target: Subject, x: Tensor, layer: PackedCase, bias: Te
     expect_equal(product_of_target(target, x, layer, bias), product(x, layer, bias).to(x.dtype), "y")
 
 
-def error_bound(x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> Tensor:
-    """The bound of this module's docstring, float64, for every output."""
-    u, u_w, operations = UNIT[x.dtype], WEIGHT_UNIT[x.dtype], (x.shape[-1] + 8) * 2.0**-24
+def error_bound(x: Tensor, layer: PackedCase, bias: Tensor | None = None, rounded: bool = True) -> Tensor:
+    """The bound of this module's docstring, float64, for every output; without u_w where no weight needs rounding."""
+    u, u_w, operations = UNIT[x.dtype], WEIGHT_UNIT[x.dtype] * rounded, (x.shape[-1] + 8) * 2.0**-24
     grown = operations / (1 - operations)
     size = x.to(torch.float64).abs()
     repeats = len(layer.codes) // len(layer.zeros)
@@ -118,7 +119,7 @@ def shape_and_dtype_of_product(target: Subject) -> None:
 @rule("L3.exact", "matmul", drawn=exact_products)
 def exact(target: Subject, drawn: tuple[Tensor, PackedCase]) -> None:
     """Where every partial sum is representable the product is exact, in every dtype and for every group size."""
-    expect_exact_product(target, *drawn)
+    target.judge(expect_exact_product, *drawn)
 
 
 @rule("L3.one-hot", "matmul")
@@ -129,7 +130,7 @@ def one_hot(target: Subject) -> None:
     for dtype in dtypes_taken(target):
         for start in range(0, k, min(target.limits.max_rows, 64)):
             rows = torch.eye(k, dtype=dtype)[start : start + min(target.limits.max_rows, 64)]
-            expect_exact_product(target, rows, layer)
+            target.judge(expect_exact_product, rows, layer)
 
 
 @rule("L3.group-sizes", "matmul")
@@ -140,7 +141,7 @@ def group_sizes(target: Subject) -> None:
         k = layer.codes.shape[0]
         x = torch.zeros(3, k, dtype=first_dtype(target))
         x[0, :4], x[1, k // 2 : k // 2 + 4], x[2, -4:] = 1, -1, 1
-        expect_exact_product(target, x, layer)
+        target.judge(expect_exact_product, x, layer)
 
 
 @rule("L3.rows", "matmul")
@@ -149,8 +150,10 @@ def rows(target: Subject) -> None:
     layer = exact_layer(target, 4)
     for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64):
         if count <= target.limits.max_rows:
-            expect_exact_product(
-                target, cases.exact_rows(Random(count), count, layer.codes.shape[0], first_dtype(target)), layer
+            target.judge(
+                expect_exact_product,
+                cases.exact_rows(Random(count), count, layer.codes.shape[0], first_dtype(target)),
+                layer,
             )
 
 
@@ -166,7 +169,9 @@ def past_tiles(target: Subject) -> None:
     """Output and input features that no power-of-two tile divides: N of 136 and 264, K of 160 and 416."""
     for groups, columns in ((5, 17), (13, 33), (1, 1)):
         layer = exact_layer(target, groups, groups=groups, columns=columns)
-        expect_exact_product(target, cases.exact_rows(Random(6), 5, layer.codes.shape[0], first_dtype(target)), layer)
+        target.judge(
+            expect_exact_product, cases.exact_rows(Random(6), 5, layer.codes.shape[0], first_dtype(target)), layer
+        )
 
 
 @rule("L3.leading-dimensions", "matmul")
@@ -176,7 +181,7 @@ def leading_dimensions(target: Subject) -> None:
     k = layer.codes.shape[0]
     x = cases.exact_rows(Random(7), 6, k, first_dtype(target))
     for view in (x[0], x[:1], x.reshape(2, 3, k), x.reshape(1, 6, 1, k), x.reshape(3, 1, 2, k)):
-        expect_exact_product(target, view, layer)
+        target.judge(expect_exact_product, view, layer)
 
 
 @rule("L3.strides", "matmul")
@@ -191,7 +196,7 @@ def strides_of_factors(target: Subject) -> None:
         torch.cat([x, x + 1])[::2],
         torch.cat([x + 1, x], 1)[:, x.shape[1] :],
     ):
-        expect_exact_product(target, view, layer)
+        target.judge(expect_exact_product, view, layer)
     qweight, qzeros, scales, group_size = layer.packed
     views = [t.t().contiguous().t() for t in (qweight, qzeros, scales)]
     got = target.tensor("matmul", (x, *views, group_size), x.dtype, (6, scales.shape[1]))
@@ -207,7 +212,7 @@ def bias(target: Subject) -> None:
         values = ((torch.arange(n) % 13 - 6) / 64).to(dtype)
         x = torch.zeros(3, k, dtype=dtype)
         x[1, 0], x[2, -1] = 1, -1
-        expect_exact_product(target, x, layer, values)
+        target.judge(expect_exact_product, x, layer, values)
 
 
 @rule("L3.inputs-unchanged", "matmul")
@@ -255,7 +260,7 @@ def accumulator_range(target: Subject) -> None:
     x = torch.zeros(1, k, dtype=torch.float16)
     x[0, : k // 2], x[0, k // 2 :] = 32768.0, -32768.0
     x[0, 0] = 32768.0 + 32
-    expect_exact_product(target, x, layer)
+    target.judge(expect_exact_product, x, layer)
 
 
 def random_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, PackedCase, Tensor | None]]:

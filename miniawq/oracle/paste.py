@@ -6,7 +6,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniawq.oracle.check import Broken, Call, name_of
+from miniawq.oracle.subject import Broken, Call, memory, name_of
 
 LONGEST_LITERAL = 300  # elements: what still fits on a screen
 MOST_EXCEPTIONS = 12  # elements set one by one after a constant: more would be longer than the literal
@@ -23,7 +23,8 @@ def short(value: Any) -> str:
         return f"the directory {value.name}"
     if isinstance(value, Tensor):
         strides = "" if value.is_contiguous() else f" strides {list(value.stride())}"
-        return f"{name_of(value.dtype)}{list(value.shape)}{strides}"
+        offset = f" offset {value.storage_offset()}" if value.storage_offset() else ""
+        return f"{name_of(value.dtype)}{list(value.shape)}{strides}{offset}"
     return repr(value)
 
 
@@ -32,15 +33,26 @@ def snippet(import_line: str, call: Call, broken: Broken) -> str:
     paths = any(isinstance(value, Path) for value in call.arguments.values())
     lines = ["import miniawq.oracle.checkpoints" if paths else "import torch", import_line]
     for name, value in call.arguments.items():
-        lines.append(f"{name} = {literal(value)}")
-        if isinstance(value, Tensor):
-            lines.extend(f"{name}{place} = {number}" for place, number in exceptions(value))
-            if not value.is_contiguous():
-                strided = f"torch.empty_strided({tuple(value.shape)}, {value.stride()}, dtype={value.dtype})"
-                lines.append(f"{name} = {strided}.copy_({name})")
+        lines.extend(tensor_lines(name, value) if isinstance(value, Tensor) else [f"{name} = {literal(value)}"])
     lines.append(f"got = target.{call.function}({', '.join(call.arguments)})")
     lines.append(f"# expected {broken.expected}; got {broken.got}")
     return "\n".join(lines)
+
+
+def tensor_lines(name: str, value: Tensor) -> list[str]:
+    """Lines that make a tensor with its strides, its offset and its repeats."""
+    repeats = any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+    once = value
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        once = once.narrow(dim, 0, 1) if size > 1 and stride == 0 else once
+    lines = [f"{name} = {literal(once)}", *(f"{name}{place} = {number}" for place, number in exceptions(once))]
+    offset = once.storage_offset()
+    if once.numel() and (offset or not once.is_contiguous()) and not repeats:
+        room = f"torch.zeros({offset + len(memory(once))}, dtype={once.dtype})"
+        lines.append(f"{name} = {room}.as_strided({tuple(once.shape)}, {once.stride()}, {offset}).copy_({name})")
+    if repeats:
+        lines.append(f"{name} = {name}.expand({tuple(value.shape)})")
+    return lines
 
 
 def literal(value: Any) -> str:

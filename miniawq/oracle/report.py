@@ -5,6 +5,7 @@ import platform
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ import torch
 from miniawq.errors import UsageError
 from miniawq.oracle.check import Check, Result
 from miniawq.oracle.contract import CONTRACT, FLAGS, FUNCTIONS, LEVELS
+from miniawq.oracle.diagnosis import Cause
 from miniawq.oracle.paste import describe_call, snippet
 
 STATUSES = ("passed", "failed", "skipped", "xfailed", "xpassed")
@@ -29,6 +31,7 @@ class ConformanceReport:
     implements: list[str]
     limits: dict[str, Any]
     results: list[Result] = field(default_factory=list)
+    causes: list[Cause] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -114,12 +117,12 @@ def as_text(report: ConformanceReport, verbose: bool = False) -> str:
     """The report for people."""
     lines = [*header_lines(report), ""]
     lines += [f"{level} {LEVELS[level]:16} {tally(report.counts(level))}" for level in report.levels()]
+    for number, cause in enumerate(report.causes, 1):
+        lines += ["", *cause_lines(report, number, cause, verbose)]
     for result in report.results:
-        if result.status == "failed":
-            lines += ["", *failure_lines(report, result)]
-        elif result.status in ("xpassed", "xfailed") or (verbose and result.status == "skipped"):
+        if result.status in ("xpassed", "xfailed") or (verbose and result.status == "skipped"):
             lines.append(f"{result.status.upper():7} {result.check.id}: {result.reason}")
-        elif verbose:
+        elif verbose and result.status == "passed":
             lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
     reasons = Counter(r.reason for r in report.results if r.status == "skipped")
     lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
@@ -147,6 +150,21 @@ def tally(counts: Counter) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
 
 
+def cause_lines(report: ConformanceReport, number: int, cause: Cause, verbose: bool) -> list[str]:
+    """A probable cause, its first failure in full, and the names of the others."""
+    many = len(cause.failures)
+    lines = [f"{number}. {cause.title} ({many} check{'s' * (many > 1)})"]
+    if cause.hint:
+        lines.append(f"   usually: {cause.hint}")
+    shown = cause.failures if verbose else cause.failures[:1]
+    for result in shown:
+        lines += ["", *failure_lines(report, result)]
+    others = ", ".join(result.check.id for result in cause.failures[len(shown) :])
+    if others:
+        lines += ["", *wrap(f"and so {others}", 110, initial_indent="  ", subsequent_indent="    ")]
+    return lines
+
+
 def failure_lines(report: ConformanceReport, result: Result) -> list[str]:
     """A failure: the rule, the call, both sides, what it may mean, and lines to paste."""
     broken = result.broken
@@ -155,7 +173,10 @@ def failure_lines(report: ConformanceReport, result: Result) -> list[str]:
     if broken.call:
         lines.append(f"  call      {describe_call(broken.call)}")
     lines += [f"  expected  {broken.expected}", f"  got       {broken.got}"]
-    lines += [f"  may be    {flag}: {FLAGS[flag]}" for flag in result.check.flags]
+    if broken.setting:
+        lines.append(f"  with      {', '.join(f'{name} {level}' for name, level in broken.setting.items())}")
+    if result.check.flags:
+        lines.append(f"  legal if  it is {' or '.join(result.check.flags)} (--flags)")
     if broken.call:
         lines += [
             "  example",
@@ -182,6 +203,9 @@ def as_json(report: ConformanceReport) -> str:
             "badge": badge(report),
             "seconds": round(report.seconds, 3),
             "levels": {level: {s: report.counts(level)[s] for s in STATUSES} for level in report.levels()},
+            "causes": [
+                {"title": c.title, "hint": c.hint, "checks": [r.check.id for r in c.failures]} for c in report.causes
+            ],
             "results": [{"id": r.check.id, "status": r.status, "reason": r.reason} for r in report.results],
             "failures": [failure_record(report, result) for result in failures],
         },

@@ -1,12 +1,15 @@
 """L5, search: what AWQ's searches of factors (`search_scales`) and ranges must keep to, whatever their candidates are.
 
-Losses are computed here, in float64, from what the target returns. Rounding is the target's own `quantize` where it
-has one, so its grid is not judged again. A target that sums its losses in float32 may take two nearly equal
+Losses are computed here, in float64, from what the target returns, with the oracle's own rounding: a fault of the
+target's `quantize` is not one of its search. A search that measured with another correct rounding, with scales to
+nearest or with the target's own `quantize`, may be ahead under that one by less than the roundings differ; so a search
+that is no worse under one of the three passes. A target that sums its losses in float32 may take two nearly equal
 candidates for each other: its output differs from the exact one by about 2**-24 |y|, the rounding error it measures
 is above |y| / 100, so 1e-3 of the loss is ample, and a real fault (no identity in the grid, a wrong sign of the
 exponent) costs far more.
 """
 
+from collections.abc import Callable, Iterator
 from random import Random
 
 import torch
@@ -16,10 +19,12 @@ from torch import Tensor
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, smallest
-from miniawq.oracle.check import Broken, Subject, expect_equal, expect_within, rule
+from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
+from miniawq.oracle.subject import Broken, Subject, expect_equal, expect_within
 
 SUMMING = 1e-3  # relative; what float32 sums of losses may cost (above)
+NOTHING = 1e-9  # of the output's own size: what counts as no loss where plain rounding has none
 TOKENS = 48  # of activations: more than one group has inputs, and quick
 
 Problem = tuple[Tensor, Tensor, int]
@@ -47,19 +52,54 @@ def problems(limits: Limits) -> st.SearchStrategy[Problem]:
     )
 
 
-def quantized(target: Subject, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's plain rounding of a weight, or the definition's where it has none."""
-    if not target.has("quantize"):
-        return truth.quantize(weight, group_size)
+Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def roundings(target: Subject) -> Iterator[Rounding]:
+    """The oracle's rounding, the same with scales to nearest, and the target's own."""
+    yield truth.quantize
+    yield to_nearest
+    if target.has("quantize"):
+        yield lambda weight, group_size: own_quantize(target, weight, group_size)
+
+
+def to_nearest(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain rounding under scales that are rounded to nearest."""
+    _, _, scales = truth.quantize(weight, group_size)
+    groups = weight.to(torch.float64).t().reshape(scales.shape[0], -1, weight.shape[0])
+    lowest, highest = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+    nearest = ((highest - lowest) / 15).to(torch.float16).clamp(min=truth.SMALLEST_HALF)
+    zeros = (-lowest / nearest.to(torch.float64)).round().clamp(0, 15)
+    codes = ((groups / nearest.to(torch.float64)[:, None]).round() + zeros[:, None]).clamp(0, 15).flatten(0, 1)
+    return codes.to(torch.uint8), zeros.to(torch.uint8), nearest
+
+
+def own_quantize(target: Subject, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's plain rounding; a failure is about the search, not about this call."""
     last = target.last
     codes, zeros, scales = target.call("quantize", weight.to(torch.float32), group_size)
-    target.last = last  # a failure is about the search, not about this call
+    target.last = last
     return codes, zeros, scales
 
 
-def rounded(target: Subject, weight: Tensor, group_size: int) -> Tensor:
+def under_one(target: Subject, judge: Callable[[Rounding], Broken | None]) -> None:
+    """Raise the failure under the oracle's rounding, unless there is none under another one."""
+    first = None
+    for rounding in roundings(target):
+        try:
+            broken = judge(rounding)
+        except (Broken, ValueError, TypeError, RuntimeError):
+            continue  # the target's own quantize fails, which L2 tells
+        if broken is None:
+            return
+        first = first or broken
+    if first is not None:
+        raise first
+
+
+def rounded(rounding: Rounding, weight: Tensor, group_size: int) -> Tensor:
     """The weight [N, K] after plain rounding, float64."""
-    return truth.real_weight(*quantized(target, weight, group_size), group_size).t()
+    return truth.real_weight(*rounding(weight, group_size), group_size).t()
 
 
 def factors_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
@@ -70,18 +110,25 @@ def factors_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> T
     return factors
 
 
-def loss_with(target: Subject, weight: Tensor, x: Tensor, factors: Tensor, group_size: int) -> float:
+def loss_with(weight: Tensor, x: Tensor, factors: Tensor, group_size: int, rounding: Rounding) -> float:
     """The squared change of the output when `weight * factors` is rounded."""
     exact = factors.to(torch.float64)
-    return truth.output_loss(weight, rounded(target, weight.to(torch.float64) * exact, group_size) / exact, x)
+    return truth.output_loss(weight, rounded(rounding, weight.to(torch.float64) * exact, group_size) / exact, x)
 
 
 def expect_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int, share: float = 1 + SUMMING) -> None:
     """The loss with the target's factors is at most `share` of the loss of plain rounding."""
-    plain = loss_with(target, weight, x, torch.ones(weight.shape[1]), group_size)
-    found = loss_with(target, weight, x, factors_of(target, weight, x, group_size), group_size)
-    if not found <= plain * share:
-        raise Broken(f"a loss of at most {plain * share:.6g} ({share:.4g} of plain rounding)", f"a loss of {found:.6g}")
+    factors = factors_of(target, weight, x, group_size)
+
+    def judge(rounding: Rounding) -> Broken | None:
+        plain = loss_with(weight, x, torch.ones(weight.shape[1]), group_size, rounding)
+        found = loss_with(weight, x, factors, group_size, rounding)
+        if found <= plain * share + NOTHING * truth.output_loss(weight, torch.zeros_like(weight), x):
+            return None
+        told = f"a loss of at most {plain * share:.6g} ({share:.4g} of plain rounding, in the oracle's own rounding)"
+        return Broken(told, f"a loss of {found:.6g}")
+
+    under_one(target, judge)
 
 
 @rule("L5.scales.positive", "search_scales")
@@ -93,13 +140,13 @@ def scales_positive(target: Subject) -> None:
 @rule("L5.scales.never-worse", "search_scales", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
 def scales_never_worse(target: Subject, drawn: Problem) -> None:
     """On the given activations the factors are never worse than all ones."""
-    expect_no_worse(target, *drawn)
+    target.judge(expect_no_worse, *drawn)
 
 
 @rule("L5.scales.helps", "search_scales")
 def scales_help(target: Subject) -> None:
     """With two loud input channels the search takes at least a fifth off the loss of plain rounding."""
-    expect_no_worse(target, *problem(target.limits, 2), share=0.8)
+    target.judge(expect_no_worse, *problem(target.limits, 2), 0.8)
 
 
 @rule("L5.scales.folding-is-exact", "search_scales")
@@ -117,8 +164,8 @@ def silent_channels(target: Subject) -> None:
     """Channels that are always 0, and activations that are all 0, give no zero, infinite or NaN scale."""
     weight, x, group_size = problem(target.limits, 4)
     x[:, ::3] = 0
-    expect_no_worse(target, weight, x, group_size)
-    expect_no_worse(target, weight, torch.zeros_like(x), group_size)
+    target.judge(expect_no_worse, weight, x, group_size)
+    target.judge(expect_no_worse, weight, torch.zeros_like(x), group_size)
 
 
 @rule("L5.scales.extreme-activations", "search_scales")
@@ -126,14 +173,14 @@ def extreme_activations(target: Subject) -> None:
     """Activations of 1e-6 and of 1e5, whose squares do not fit in float16, are searched like any other."""
     weight, x, group_size = problem(target.limits, 5)
     for size in (1e-6, 1e5):
-        expect_no_worse(target, weight, x * size, group_size)
+        target.judge(expect_no_worse, weight, x * size, group_size)
 
 
 @rule("L5.scales.few-tokens", "search_scales")
 def few_tokens(target: Subject) -> None:
     """One token is enough to search with."""
     weight, x, group_size = problem(target.limits, 6, groups=1)
-    expect_no_worse(target, weight, x[:1], group_size)
+    target.judge(expect_no_worse, weight, x[:1], group_size)
 
 
 @rule("L5.scales.same-twice", "search_scales")
@@ -149,7 +196,7 @@ def token_order(target: Subject) -> None:
     losses = []
     for rows in (x, x.flip(0)):
         factors = factors_of(target, weight, rows, group_size)
-        losses.append(loss_with(target, weight, x, factors, group_size))
+        losses.append(loss_with(weight, x, factors, group_size, truth.quantize))
     if abs(losses[0] - losses[1]) > SUMMING * losses[0]:
         raise Broken(f"a loss of {losses[0]:.6g} in any order", f"a loss of {losses[1]:.6g} with the tokens reversed")
 
@@ -167,33 +214,42 @@ def bounds_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Te
     return bounds
 
 
-def clip_losses(target: Subject, weight: Tensor, x: Tensor, bounds: Tensor | None, group_size: int) -> Tensor:
+def clip_losses(weight: Tensor, x: Tensor, bounds: Tensor | None, group_size: int, rounding: Rounding) -> Tensor:
     """The loss of every output channel and group, float64 [N, G], with the weight clamped to `bounds` or not.
 
     An implementation may round the clamped weight, or the weight itself on the clamped one's grid, which differs in a
-    code at the ends of the range; the smaller loss counts.
+    code at the ends of the range, and it may clamp in the dtype of the weight; the smallest loss counts.
     """
     if bounds is None:
-        return truth.group_losses(weight, rounded(target, weight, group_size), x, group_size)
-    codes, zeros, scales = quantized(target, truth.clamped(weight, bounds), group_size)
-    size = len(codes) // len(scales)
-    zero = zeros.repeat_interleave(size, 0)
-    steps = (weight.t().to(torch.float64) / scales.to(torch.float64).repeat_interleave(size, 0)).round()
-    losses = [
-        truth.group_losses(weight, truth.real_weight(some, zeros, scales, group_size).t(), x, group_size)
-        for some in (codes, (steps + zero).clamp(0, 15))
-    ]
-    return torch.minimum(*losses)
+        return truth.group_losses(weight, rounded(rounding, weight, group_size), x, group_size)
+    losses = []
+    for limits in {torch.float32, weight.dtype} - {torch.float64}:
+        codes, zeros, scales = rounding(truth.clamped(weight, bounds.to(limits)), group_size)
+        size = len(codes) // len(scales)
+        zero = zeros.repeat_interleave(size, 0)
+        steps = (weight.t().to(torch.float64) / scales.to(torch.float64).repeat_interleave(size, 0)).round()
+        for some in (codes, (steps + zero).clamp(0, 15)):
+            replacement = truth.real_weight(some, zeros, scales, group_size).t()
+            losses.append(truth.group_losses(weight, replacement, x, group_size))
+    return torch.stack(losses).amin(0)
 
 
 def expect_clip_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
     """No output channel and group has a larger loss with the target's bounds."""
-    plain = clip_losses(target, weight, x, None, group_size)
-    found = clip_losses(target, weight, x, bounds_of(target, weight, x, group_size), group_size)
-    worse = found > plain * (1 + SUMMING) + 1e-12
-    if bool(worse.any()):
+    bounds = bounds_of(target, weight, x, group_size)
+    whole = truth.group_losses(weight, torch.zeros_like(weight), x, group_size)
+
+    def judge(rounding: Rounding) -> Broken | None:
+        plain = clip_losses(weight, x, None, group_size, rounding)
+        found = clip_losses(weight, x, bounds, group_size, rounding)
+        worse = found > plain * (1 + SUMMING) + NOTHING * whole
+        if not bool(worse.any()):
+            return None
         at = tuple(int(i) for i in worse.nonzero()[0])
-        raise Broken(f"a loss{list(at)} of at most {float(plain[at]):.6g}", f"{float(found[at]):.6g} after clipping")
+        told = f"a loss{list(at)} of at most {float(plain[at]):.6g}, in the oracle's own rounding"
+        return Broken(told, f"{float(found[at]):.6g} after clipping")
+
+    under_one(target, judge)
 
 
 @rule("L5.clip.in-range", "search_clip")
@@ -205,7 +261,7 @@ def clip_in_range(target: Subject) -> None:
 @rule("L5.clip.never-worse", "search_clip", flags=("HalfArithmetic",), effort=0.3, drawn=problems)
 def clip_never_worse(target: Subject, drawn: Problem) -> None:
     """No output channel and group is worse on the given activations after clipping."""
-    expect_clip_no_worse(target, *drawn)
+    target.judge(expect_clip_no_worse, *drawn)
 
 
 @rule("L5.clip.helps", "search_clip")
@@ -215,10 +271,15 @@ def clip_helps(target: Subject) -> None:
     weight[:, 5] = 2.0 * weight.abs().amax()
     x[:, 5] /= 1024
     bounds = bounds_of(target, weight, x, group_size)
-    found = float(clip_losses(target, weight, x, bounds, group_size)[:, 0].sum())
-    plain = float(clip_losses(target, weight, x, None, group_size)[:, 0].sum())
-    if not found <= 0.8 * plain:
-        raise Broken(f"a loss of at most {0.8 * plain:.6g} (0.8 of no clipping)", f"{found:.6g}")
+
+    def judge(rounding: Rounding) -> Broken | None:
+        found = float(clip_losses(weight, x, bounds, group_size, rounding)[:, 0].sum())
+        plain = float(clip_losses(weight, x, None, group_size, rounding)[:, 0].sum())
+        if found <= 0.8 * plain:
+            return None
+        return Broken(f"a loss of at most {0.8 * plain:.6g} (0.8 of no clipping)", f"{found:.6g}")
+
+    under_one(target, judge)
 
 
 @rule("L5.clip.silent-channels", "search_clip")
@@ -227,8 +288,8 @@ def clip_silent_channels(target: Subject) -> None:
     weight, x, group_size = problem(target.limits, 13)
     weight[0] = 0
     x[:, ::2] = 0
-    expect_clip_no_worse(target, weight, x, group_size)
-    expect_clip_no_worse(target, weight, torch.zeros_like(x), group_size)
+    target.judge(expect_clip_no_worse, weight, x, group_size)
+    target.judge(expect_clip_no_worse, weight, torch.zeros_like(x), group_size)
 
 
 @rule("L5.clip.rows-independent", "search_clip")

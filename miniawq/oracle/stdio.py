@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from miniawq.errors import UsageError
-from miniawq.oracle.check import PARAMETERS, Crash, as_tensors, name_of
 from miniawq.oracle.contract import CONTRACT, FUNCTIONS, Limits
 from miniawq.oracle.door import load_target
+from miniawq.oracle.subject import PARAMETERS, Crash, as_tensors, name_of
 
 
 class Program:

@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
-from miniawq.oracle.check import Broken, Subject, expect_equal, rule
+from miniawq.oracle.check import rule
+from miniawq.oracle.subject import Broken, Subject, expect_equal, expect_tensor
 
 KNOWN_WORDS = {
     0x75316420: (0, 1, 2, 3, 4, 5, 6, 7),
@@ -38,6 +39,18 @@ def pack(target: Subject, codes: Tensor) -> Tensor:
 def unpack(target: Subject, words: Tensor) -> Tensor:
     """The target's codes, of the right dtype and shape."""
     return target.tensor("unpack", (words,), torch.uint8, (words.shape[0], words.shape[1] * 8))
+
+
+def expect_packed(target: Subject, codes: Tensor) -> None:
+    """The words of the definition, from codes that stay as they are."""
+    got = expect_tensor(target.pure("pack", codes), torch.int32, (codes.shape[0], codes.shape[1] // 8))
+    expect_equal(got, truth.pack(codes), "word")
+
+
+def expect_unpacked(target: Subject, words: Tensor) -> None:
+    """The codes of the definition, from words that stay as they are."""
+    got = expect_tensor(target.pure("unpack", words), torch.uint8, (words.shape[0], words.shape[1] * 8))
+    expect_equal(got, truth.unpack(words), "code")
 
 
 @rule("L0.pack.known-words", "pack")
@@ -77,13 +90,13 @@ def unpack_every_slot(target: Subject) -> None:
 @rule("L0.pack.random", "pack", codes=cases.code_matrices)
 def pack_random(target: Subject, codes: Tensor) -> None:
     """Any codes in any number of rows and words are packed like the definition."""
-    expect_equal(pack(target, codes), truth.pack(codes), "word")
+    target.judge(expect_packed, codes)
 
 
 @rule("L0.unpack.random", "unpack", words=cases.word_matrices)
 def unpack_random(target: Subject, words: Tensor) -> None:
     """Any 32 bits are unpacked like the definition."""
-    expect_equal(unpack(target, words), truth.unpack(words), "code")
+    target.judge(expect_unpacked, words)
 
 
 @rule("L0.round-trip.codes", "pack", "unpack", codes=cases.code_matrices)
@@ -103,8 +116,8 @@ def wide(target: Subject) -> None:
     """Real widths (one row of 5120 columns, 300 rows of 136) are packed and unpacked whole."""
     for rows, columns in ((1, 5120), (300, 136)):
         codes = widened(target, cases.codes(Random(rows), rows, columns))
-        expect_equal(pack(target, codes), truth.pack(codes), "word")
-        expect_equal(unpack(target, truth.pack(codes)), codes, "code")
+        target.judge(expect_packed, codes)
+        target.judge(expect_unpacked, truth.pack(codes))
 
 
 @rule("L0.strides", "pack", "unpack")
@@ -113,10 +126,10 @@ def strides_of_codes(target: Subject) -> None:
     n = target.limits.multiple_of_n
     codes = cases.codes(Random(1), 2 * n, 3 * n)
     for view in (codes.t()[:, :n], codes[::2], codes[:, 4 : n + 4]):
-        expect_equal(pack(target, view), truth.pack(view), "word")
+        target.judge(expect_packed, view)
     words = truth.pack(codes)
     for view in (words.t(), words[::3], words[:, 1:]):
-        expect_equal(unpack(target, view), truth.unpack(view), "code")
+        target.judge(expect_unpacked, view)
 
 
 @rule("L0.inputs-unchanged", "pack", "unpack")

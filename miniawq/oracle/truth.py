@@ -130,8 +130,8 @@ def group_losses(weight: Tensor, replacement: Tensor, x: Tensor, group_size: int
 
 def clamped(weight: Tensor, bounds: Tensor) -> Tensor:
     """The weight [N, K] with each group clamped to plus or minus its bound [N, G]."""
-    limit = bounds.to(weight.dtype).repeat_interleave(weight.shape[1] // bounds.shape[1], dim=1)
-    return weight.clamp(-limit, limit)
+    limit = bounds.to(torch.float64).repeat_interleave(weight.shape[1] // bounds.shape[1], dim=1)
+    return weight.to(torch.float64).clamp(-limit, limit)
 
 
 def search_clip(weight: Tensor, x: Tensor, group_size: int, steps: int = 10) -> Tensor:

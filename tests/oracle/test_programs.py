@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 
-from miniawq.oracle import run_conformance
-from miniawq.oracle.check import PROFILES, Broken, Subject, run_check
+from miniawq.oracle.check import PROFILES, run_check
 from miniawq.oracle.door import CHECKS, conformance
+from miniawq.oracle.report import as_text
 from miniawq.oracle.stdio import Program
+from miniawq.oracle.subject import Broken, Subject
 from tests.helpers import ROOT
+from tests.helpers.checks import SHORT
 
 EXAMPLES = ROOT / "examples" / "oracle"
 
@@ -37,20 +39,29 @@ def program(path, body):
     return f"{sys.executable} {path}"
 
 
-def test_numpy_example_conforms(monkeypatch):
+ALL_OR_SHORT = pytest.mark.parametrize(
+    "checks", [SHORT, pytest.param(CHECKS, marks=pytest.mark.thorough)], ids=["short", "all"]
+)
+
+
+@ALL_OR_SHORT
+def test_numpy_example_conforms(monkeypatch, checks):
     pytest.importorskip("numpy")
     monkeypatch.syspath_prepend(EXAMPLES)
-    report = run_conformance(importlib.import_module("numpy_adapter"))
+    report = conformance(importlib.import_module("numpy_adapter"), checks)
+    assert report.ok, as_text(report)
     assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul"]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-def test_c_example_conforms(tmp_path):
+@ALL_OR_SHORT
+def test_c_example_conforms(tmp_path, checks):
     binary = tmp_path / "adapter"
     command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", binary, EXAMPLES / "adapter.c", "-lm"]
     subprocess.run(command, check=True)
     with Program(str(binary)) as target:
-        report = run_conformance(target)
+        report = conformance(target, checks)
+    assert report.ok, as_text(report)
     assert report.implements == ["pack", "unpack", "dequantize", "matmul"]
     assert report.target == "C example"
     assert report.counts()["passed"] >= 42
@@ -67,7 +78,7 @@ def test_triton_example_conforms(device):
 
 def test_a_python_target_can_be_a_program():
     with Program(f"{sys.executable} -m miniawq.oracle.stdio miniawq.oracle.truth") as target:
-        report = run_conformance(target, ["L0", "L1"])
+        report = conformance(target, [check for check in SHORT if check.level in ("L0", "L1")])
         assert report.target == "miniawq.oracle.truth"
         assert report.counts()["passed"] == len(report.results)
 

@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from miniawq.oracle import loader, truth
+from miniawq.oracle.adversarial import expect_half_scale
+from miniawq.oracle.checkpoints import CASES
+from miniawq.oracle.deep_checkpoints import DEEP
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.rounding import BOUND_IN_SCALES, BOUND_SUBNORMAL
+from miniawq.oracle.subject import Subject
 from tests.helpers import ROOT
 
 VECTORS = ROOT / "miniawq" / "oracle" / "vectors"
@@ -91,14 +95,14 @@ def test_vectors_name_checks_of_the_suite():
     known = {check.id for check in CHECKS}
     for level in LEVELS[:4]:
         assert {case["check"] for case in read(level)["cases"]} <= known | {"L0.unpack.wide"}
-    directories = {check.id.split(".", 2)[2] for check in CHECKS if check.level == "L4"}
+    directories = {case.id for case in (*CASES, *DEEP)}
     assert {case["parameters"]["directory"] for case in read("L4")["cases"]} == directories
 
 
 def test_vectors_hold_valid_invalid_and_acceptable_cases_and_stay_small():
     results = {case["result"] for level in LEVELS for case in read(level)["cases"]}
     assert results == {"valid", "invalid", "acceptable"}
-    assert sum(path.stat().st_size for path in VECTORS.iterdir()) < 2_000_000
+    assert sum(path.stat().st_size for path in VECTORS.iterdir()) < 5_000_000
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -147,6 +151,8 @@ def test_the_definition_passes(level, case, tensors, directories):
         size = rounded.shape[1] // len(result[2])
         bound = BOUND_IN_SCALES * result[2].double().t().repeat_interleave(size, 1) + BOUND_SUBNORMAL
         assert ((rounded - arguments["weight"]).abs() <= bound).all()
+    elif case["compare"] == "half scale":
+        expect_half_scale(Subject(truth), arguments["weight"], arguments["group_size"])
     elif case["compare"] == "within":
         assert ((result.double() - expected["y"]).abs() <= expected["bound"]).all()
     else:

@@ -10,6 +10,7 @@ from tests.planted import (
     generate,
     kernel,
     model,
+    oracle,
     packing,
     quantize,
     text,
@@ -18,7 +19,20 @@ from tests.planted.fault import Fault
 
 ROOMS: dict[str, list[Fault]] = {
     module.__name__.rpartition(".")[2]: module.FAULTS
-    for module in (packing, awq, kernel, model, compiled, checkpoint, text, engine, quantize, commands, generate)
+    for module in (
+        packing,
+        awq,
+        kernel,
+        model,
+        compiled,
+        checkpoint,
+        text,
+        engine,
+        quantize,
+        commands,
+        generate,
+        oracle,
+    )
 }
 
 
