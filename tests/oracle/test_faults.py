@@ -21,7 +21,7 @@ def test_fault_is_killed(fault):
 def test_faults_are_at_least_forty_over_all_levels():
     assert len(FAULTS) >= 40
     assert {fault.killer[:2] for fault in FAULTS} == set(LEVELS)
-    assert len({(fault.killer[:2], fault.name) for fault in FAULTS}) == len(FAULTS)
+    assert len({(fault.killer, fault.name) for fault in FAULTS}) == len(FAULTS)
 
 
 def test_the_table_in_the_guide_has_every_fault_and_no_survivor():
@@ -43,6 +43,7 @@ def test_the_grammar_is_large_and_its_names_are_its_own():
     assert set(ARGUED) & set(names)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SETS)
 def test_a_sample_of_each_set_is_found(name):
     places = range(5, len(SETS[name]), len(SETS[name]) // 5)

@@ -289,7 +289,10 @@ def test_the_guide_lists_every_function_flag_and_limit():
     [
         {"group_sizes": (-1,)},
         {"group_sizes": (-1,), "multiple_of_k": 64, "multiple_of_n": 16},
-        {"group_sizes": (128,), "multiple_of_k": 128, "multiple_of_n": 64, "dtypes": ("bfloat16",), "max_rows": 8},
+        pytest.param(
+            {"group_sizes": (128,), "multiple_of_k": 128, "multiple_of_n": 64, "dtypes": ("bfloat16",), "max_rows": 8},
+            marks=pytest.mark.thorough,
+        ),
         {"dtypes": ("float32",)},
     ],
 )
