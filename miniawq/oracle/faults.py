@@ -69,8 +69,9 @@ def killers(name: str, places: Sequence[int]) -> Iterator[str]:
 
 def scores(name: str, killed_by: Sequence[str], faults: Sequence[Any]) -> list[str]:
     """Rows of a table: how many faults of each level were found, of how many."""
-    found = Counter(fault.level for fault, killer in zip(faults, killed_by, strict=True) if killer)
-    argued = Counter(fault.level for fault in faults if fault.name in ARGUED)
+    pairs = list(zip(faults, killed_by, strict=True))
+    found = Counter(fault.level for fault, killer in pairs if killer)
+    argued = Counter(fault.level for fault, killer in pairs if not killer and fault.name in ARGUED)
     planted = Counter(fault.level for fault in faults)
     cells = [f"{found[level]} of {planted[level] - argued[level]}" for level in LEVELS]
     total = f"{sum(found.values())} of {sum(planted.values()) - sum(argued.values())}"
