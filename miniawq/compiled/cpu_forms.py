@@ -39,15 +39,18 @@ def reduce_dense(weight_OI: Tensor, x_CRI: Tensor) -> Tensor:
 
 
 def prescale_words(x_TI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Activations as `reduce_words` wants them: x_CGPRN float32, nibbles divided by 256^(nibble // 2); means_CGR.
+    """Activations as `reduce_words` wants them: x_CGPRN float32, nibbles divided by 256^(nibble // 2); shares_CGPR.
 
-    What one step of the loop reads lies together. A mean is the sum of a group's activations, divided by its words:
-    what one word's zeros take away.
+    What one step of the loop reads lies together. A share is the sum of activations that one word's zeros take away:
+    the mean of all words of a group, one number for all, or where that would be rounded (words are no power of two)
+    the word's own.
     """
     x_CRGPN = in_tiles(x_TI).unflatten(-1, (groups, -1, CODES_PER_WORD))
     powers_N = torch.tensor([256.0 ** -(nibble // 2) for nibble in range(CODES_PER_WORD)], device=x_TI.device)
-    means_CGR = (x_CRGPN.sum(-1) / x_CRGPN.shape[3]).sum(-1).transpose(1, 2).contiguous()
-    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), means_CGR
+    shares_CRGP, words = x_CRGPN.sum(-1), x_CRGPN.shape[3]
+    if words.bit_count() == 1:
+        shares_CRGP = (shares_CRGP / words).sum(-1, keepdim=True)
+    return (x_CRGPN * powers_N).permute(0, 2, 3, 1, 4).contiguous(), shares_CRGP.permute(0, 2, 3, 1).contiguous()
 
 
 def as_loaded(words_KGPW: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ def as_loaded(words_KGPW: Tensor) -> Tensor:
     return words_KGPW.view(torch.float32) if words_KGPW.shape[3] == LANES_OF_AVX2 else words_KGPW
 
 
-def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_CGR: Tensor) -> Tensor:
+def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, shares_CGPR: Tensor) -> Tensor:
     """y [(C, R), O] in float32: like `gpu_forms.reduce_planes`, with conversions, which a CPU does fast, instead of
     subnormals.
 
@@ -78,8 +81,8 @@ def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, means_C
     parts = gcd(len(words_KGPW), PARTS_FOR_ROWS[rows])
     words_VY1GPW = words_KGPW.view(torch.int32).unsqueeze(1).unflatten(0, (parts, -1))
     scales_VY1G1W, zeros_VY1G1W = grid_KG2W.unsqueeze(1).unsqueeze(4).unflatten(0, (parts, -1)).unbind(4)
-    means_RCG11 = means_CGR[..., None, None].movedim(2, 0)
-    terms = [zeros_Y1G1W * -means_CG11 for zeros_Y1G1W in zeros_VY1G1W for means_CG11 in means_RCG11]
+    shares_RCGP1 = shares_CGPR[..., None].movedim(3, 0)
+    terms = [zeros_Y1G1W * -shares_CGP1 for zeros_Y1G1W in zeros_VY1G1W for shares_CGP1 in shares_RCGP1]
     for nibble in EVEN_THEN_ODD:
         x_RCGP1 = x_CGPRN[..., nibble, None].movedim(3, 0)
         for words_Y1GPW in words_VY1GPW:

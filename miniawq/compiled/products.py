@@ -203,8 +203,8 @@ def prepare_words(
     x_TI: Tensor, _dtype: torch.dtype, _words_KGPW: Tensor, grid_KG2W: Tensor, _bias_O: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`cpu_forms.prescale_words`."""
-    x_CGPRN, means_CGR = cpu_forms.prescale_words(x_TI, grid_KG2W.shape[1])
-    return written(x_CGPRN), written(means_CGR)
+    x_CGPRN, shares_CGPR = cpu_forms.prescale_words(x_TI, grid_KG2W.shape[1])
+    return written(x_CGPRN), written(shares_CGPR)
 
 
 def multiply_words(

@@ -26,6 +26,8 @@ class OneProduct:
 
     def matmul(self, x, qweight, qzeros, scales, group_size, bias=None):
         x_TI = x.reshape(-1, x.shape[-1])
+        if not len(x_TI):  # a step always has a row
+            return x.new_zeros(*x.shape[:-1], scales.shape[1])
         weight = prepack_awq(qweight, qzeros, scales)
         products = (int4_product(weight, bias, len(x_TI), x.dtype, lambda form: True),)
 

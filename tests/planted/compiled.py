@@ -29,9 +29,10 @@ FAULTS = [
     # Forms of a CPU.
     Fault("compiled/cpu_forms.py", r">> 4 if nibble % 2", ">> 4 if nibble < 7 and nibble % 2", FORMS),
     Fault("compiled/cpu_forms.py", r"(256\.0 \*\* -\(nibble // 2)\)", r"\1 % 3)", FORMS),
-    Fault("compiled/cpu_forms.py", r"\((x_\w+\.sum\(-1\)) / x_\w+\.shape\[3\]\)", r"\1", FORMS),
+    Fault("compiled/cpu_forms.py", r"\(shares_CRGP / words\)", "shares_CRGP", FORMS),
+    Fault("compiled/cpu_forms.py", r"words\.bit_count\(\) == 1", "True", "oracle/test_forms"),
     Fault("compiled/cpu_forms.py", r"permute\(3, 1, 0, 2, 4\)", "permute(1, 3, 0, 2, 4)", FORMS),
-    Fault("compiled/cpu_forms.py", r"zeros_\w+ \* (-means_\w+ for)", r"\1", FORMS),
+    Fault("compiled/cpu_forms.py", r"zeros_\w+ \* (-shares_\w+ for)", r"\1", FORMS),
     Fault(
         "compiled/cpu_forms.py",
         r"\(parts, rows\)\)(\.permute\(3, 1, 0, 2, 4\))",
