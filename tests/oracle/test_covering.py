@@ -33,3 +33,11 @@ def test_a_failing_setting_keeps_only_what_it_takes_to_fail():
     worst = {"rows": 1000, "bias": False, "dtype": "float32", "x": "view"}
     found = simplified(worst, FACTORS, small, lambda s: s["rows"] > 1 and s["x"] == "view")
     assert found == {"rows": 65, "bias": False, "dtype": "float16", "x": "view"}
+
+
+def test_a_setting_that_may_not_be_asked_for_is_never_tried():
+    def allowed(setting):
+        return setting["rows"] != 65 or setting["x"] == "plain"
+
+    worst = {"rows": 1000, "bias": False, "dtype": "float16", "x": "view"}
+    assert simplified(worst, FACTORS, allowed, lambda s: s["rows"] > 1 and s["x"] == "view") == worst

@@ -2,13 +2,13 @@
 
 from tests.planted.fault import Fault
 
-FAULTS_FIND, COVERING = "oracle/test_faults", "oracle/test_covering"
+FAULTS_FIND, COVERING, RULES = "oracle/test_faults", "oracle/test_covering", "oracle/test_rules"
 FAULTS = [
     Fault("oracle/covering.py", r"range\(len\(factors\[other\]\)\)", "range(1)", COVERING),
     Fault("oracle/covering.py", r"if allowed\(setting \| \{name: level\}\)", "if True", COVERING),
-    Fault("oracle/adversarial.py", r"\(0\.5 \+ ARITHMETIC\)", "(0.51 + ARITHMETIC)", FAULTS_FIND),
+    Fault("oracle/adversarial.py", r"\(0\.5 \+ ARITHMETIC\)", "(0.51 + ARITHMETIC)", RULES),
     Fault("oracle/adversarial.py", r"gap \* \(1 - 2\.0\*\*-12\)", "gap * 2", FAULTS_FIND),
-    Fault("oracle/subject.py", r"old is not None and not same_bits\(old, memory\(new\)\)", "False", FAULTS_FIND),
+    Fault("oracle/subject.py", r"old is not None and not same_bits\(old, memory\(new\)\)", "False", RULES),
     Fault("oracle/state.py", r"^CALLS = 420", "CALLS = 42", FAULTS_FIND),
     Fault(
         "oracle/ranges.py", r"may_be_nan = flat\.isinf\(\)\.any\(1, keepdim=True\)", "may_be_nan = True", FAULTS_FIND
