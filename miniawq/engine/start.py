@@ -155,8 +155,7 @@ class Decoders:
     ) -> None:
         self.sampling, self.limit, self.streams, self.converses = sampling, limit, streams, converses
         self.compiles = (device.type == "cuda" if wanted is None else wanted) and WORKSHOP.knows_torch
-        self.current: EagerStart | None = None
-        self.plain: PlainStep | None = None
+        self.step: PlainStep | None = None
         self.cached: CachedText | None = None
 
     def use(self, model: Llama) -> None:
@@ -167,7 +166,7 @@ class Decoders:
     def sample(self, sampling: Sampling) -> None:
         """Choose tokens so from now on."""
         self.wait()
-        self.sampling, self.current, self.plain = sampling, None, None
+        self.sampling, self.step = sampling, None
 
     def room(self, positions: int) -> int:
         """Positions of the cache that a text of so many gets."""
@@ -175,18 +174,22 @@ class Decoders:
 
     def for_text(self, positions: int) -> Step:
         """A step for a text of so many positions, prompt and answer together."""
-        step = self.current if self.compiles else self.plain
-        if step is not None and positions <= step.cache.max_seq_len:
-            return step
-        self.wait()
-        self.current = self.plain = None  # its memory is needed for the next
-        self.cached = CachedText() if self.converses else None
-        room = self.room(positions)
+        if self.step is None or self.step.cache.max_seq_len < positions:
+            self.wait()
+            self.step = None  # its memory is needed for the next
+            self.cached = CachedText() if self.converses else None
+            self.step = self._made(self.room(positions))
+        return self.step
+
+    def _made(self, room: int) -> PlainStep:
         if not self.compiles:
-            self.plain = PlainStep(self.model, 1, room, self.sampling)
-            return self.plain
-        self.current = EagerStart(self.model, DecodeStep(self.model, 1, room, self.sampling), self.streams)
-        return self.current
+            return PlainStep(self.model, 1, room, self.sampling)
+        return EagerStart(self.model, DecodeStep(self.model, 1, room, self.sampling), self.streams)
+
+    @property
+    def current(self) -> EagerStart | None:
+        """The step, if it is one that is compiled."""
+        return self.step if isinstance(self.step, EagerStart) else None
 
     def wait(self) -> None:
         """Let the compiler finish what it has begun, so that the next process finds it."""

@@ -1,5 +1,8 @@
 """A text that begins like the last one: the same text, and no position that both share is computed twice."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -9,19 +12,13 @@ from miniawq.compiled import WORKSHOP
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.sampling import Sampling
 from miniawq.engine.start import Decoders, PlainStep
-from miniawq.engine.step import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.generate import generate
 from miniawq.model import Llama
 from tests.helpers import MODELS
+from tests.helpers.early_steps import EarlyStep
 
 ROOM, NEW = 64, 5
-
-
-class EarlyStep(DecodeStep):
-    """Used as if a token took one launch, on a CPU too: its cache may hold one position more than was read."""
-
-    returns_early = True
 
 
 def plain(model: Llama, rows: int) -> PlainStep:
@@ -106,13 +103,25 @@ def test_nothing_is_kept_after_a_number_that_is_none(model, device):
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_a_cache_is_kept_for_texts_that_fit_and_another_one_holds_nothing(model, compiles, device):
+def test_a_cache_is_kept_for_texts_that_fit_and_freed_before_another_one_is_made(model, compiles, device, monkeypatch):
+    make = Decoders._made
     decoders = Decoders(Sampling(), 4096, device, wanted=compiles, streams=True, converses=True)
     decoders.use(model)
     first, cached = decoders.for_text(10), decoders.cached
     assert decoders.for_text(decoders.room(10)) is first
     assert decoders.cached is cached
-    assert decoders.for_text(decoders.room(10) + 1) is not first
+    WORKSHOP.reserve(None)  # as when it has compiled
+    left = weakref.ref(first.cache.keys_NBMJE)
+    freed, first = [], None
+
+    def making(self, room):
+        gc.collect()  # a thread that was never started holds its step in a circle
+        freed.append(left() is None)
+        return make(self, room)
+
+    monkeypatch.setattr(Decoders, "_made", making)
+    decoders.for_text(decoders.room(10) + 1)
+    assert freed == [True]
     assert decoders.cached is not cached
     WORKSHOP.reserve(None)
 

@@ -16,6 +16,7 @@ from miniawq.errors import MiniawqError
 from miniawq.generate import generate
 from miniawq.model import Llama
 from tests.helpers import MODELS
+from tests.helpers.early_steps import EarlyStep
 
 PROMPT, NEW = 9, 12
 
@@ -34,12 +35,6 @@ class Counting:
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return ids_B + 1
-
-
-class EarlyStep(DecodeStep):
-    """Used as if a token took one launch, on a CPU too."""
-
-    returns_early = True
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -15,6 +15,7 @@ FAULTS = [
     Fault("engine/cached_text.py", r"len\(before\) == len\(self\.rows\)", "bool(before)", CACHED),
     Fault("engine/cached_text.py", r"pair\[0\] == pair\[1\]", "True", CACHED),
     Fault("engine/cached_text.py", r"self\.rows = \[\]$", "pass", CACHED),
+    Fault("engine/start.py", r"self\.step = None  # its memory.*$", "pass", CACHED),
     Fault("engine/start.py", r"(self\.cached = )(CachedText\(\) if)", r"\1self.cached or \2", CACHED),
     # Ids.
     Fault("engine/delivery.py", r"if left and step\.returns_early", "if step.returns_early", DELIVERY),
