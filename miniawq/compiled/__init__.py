@@ -24,7 +24,7 @@ blocks of W outputs (CPU), Y of them in a part; U outputs of a part; C tiles of 
 from miniawq.compiled.artifacts import are_here, directory_of, identity, kept
 from miniawq.compiled.compiler import Compiled, Kept, any_length
 from miniawq.compiled.eager import CODES_PER_EXPANDED_SLICE, multiply_prepacked
-from miniawq.compiled.gpu_forms import written
+from miniawq.compiled.gpu_forms import with_rows, written
 from miniawq.compiled.prepacked import (
     Prepacked,
     can_prepack,
@@ -47,7 +47,6 @@ from miniawq.compiled.products import (
     multiply,
     prepare,
     prepare_normed,
-    with_rows,
 )
 from miniawq.compiled.proof import check
 from miniawq.compiled.workshop import WORKSHOP, first_line

@@ -92,7 +92,12 @@ def whole_rows(rows: int) -> int:
 
 def in_whole_tiles(x_TI: Tensor) -> Tensor:
     """With rows of zeros, as many as `dot_planes` takes."""
-    return pad(x_TI, (0, 0, 0, whole_rows(len(x_TI)) - len(x_TI)))
+    return with_rows(x_TI, whole_rows(len(x_TI)))
+
+
+def with_rows(x_TI: Tensor, rows: int) -> Tensor:
+    """x with so many rows; those it does not have are zeros."""
+    return x_TI if len(x_TI) == rows else pad(x_TI, (0, 0, 0, rows - len(x_TI)))
 
 
 def spread(x_TI: Tensor, groups: int) -> Tensor:

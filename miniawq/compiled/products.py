@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import linear, rms_norm
 
 import miniawq.compiled.cpu_forms as cpu_forms
 import miniawq.compiled.gpu_forms as gpu_forms
 import miniawq.compiled.launch as launch
 from miniawq.compiled.compiler import Arguments, Compiled
 from miniawq.compiled.eager import EXPAND_IN_TILES, expand, multiply_prepacked
-from miniawq.compiled.gpu_forms import with_bias, written
+from miniawq.compiled.gpu_forms import with_bias, with_rows, written
 from miniawq.compiled.operations import sum_of_products
 from miniawq.compiled.prepacked import Prepacked
 from miniawq.packing import CODES_PER_WORD
@@ -108,11 +108,6 @@ def in_whole_rows(products: Sequence[Product], x_TI: Tensor) -> Tensor:
     Whoever keeps them from product to product computes with tensors of one size, which fit into one kernel.
     """
     return with_rows(x_TI, max(form.whole_rows(len(x_TI)) for form, _ in products))
-
-
-def with_rows(x_TI: Tensor, rows: int) -> Tensor:
-    """x with so many rows; those it does not have are zeros."""
-    return x_TI if len(x_TI) == rows else pad(x_TI, (0, 0, 0, rows - len(x_TI)))
 
 
 def mean_squares(h_TI: Tensor, pieces: int, eps: float) -> Tensor:
