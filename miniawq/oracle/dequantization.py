@@ -13,6 +13,7 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import PackedCase, groups_of, shape, smallest
 from miniawq.oracle.check import rule
+from miniawq.oracle.refused import expect_refused_words
 from miniawq.oracle.subject import Broken, Subject, expect_equal
 
 
@@ -166,4 +167,4 @@ def refuses_wrong_shapes(target: Subject) -> None:
         "columns of scales missing": (qweight, qzeros, scales[:, :8], group_size),
         "columns of zeros missing": (qweight, qzeros[:, :1], scales, group_size),
     }.items():
-        target.refuses("dequantize", arguments, why, Exception)
+        target.judge(expect_refused_words, *arguments, why)

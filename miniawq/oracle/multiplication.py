@@ -29,6 +29,7 @@ import miniawq.oracle.cases as cases
 from miniawq.oracle.cases import EVERYWHERE, PackedCase, groups_of, shape, smallest
 from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
+from miniawq.oracle.refused import expect_refused_factors
 from miniawq.oracle.subject import Broken, Lacking, Subject, expect_equal, expect_within, name_of
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -318,4 +319,4 @@ def refuses_short_input(target: Subject) -> None:
         "a group of scales missing": (x, qweight, qzeros, scales[: groups - 1], group_size),
         "a group of zeros missing": (x, qweight, qzeros[: groups - 1], scales, group_size),
     }.items():
-        target.refuses("matmul", arguments, why, Exception)
+        target.judge(expect_refused_factors, *arguments, None, why)

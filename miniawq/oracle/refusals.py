@@ -18,6 +18,12 @@ from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.multiplication import dtypes_taken, product
 from miniawq.oracle.ranges import expect_refused_or_decoded, place
+from miniawq.oracle.refused import (
+    expect_refused_codes,
+    expect_refused_factors,
+    expect_refused_weight,
+    expect_refused_words,
+)
 from miniawq.oracle.rounding import expect_bound
 from miniawq.oracle.subject import Broken, Subject, expect_equal
 
@@ -41,7 +47,7 @@ def refuses_large_codes_anywhere(target: Subject, setting: Setting) -> None:
     """One code above 15 anywhere in a matrix of any size, a view included, is a ValueError."""
     codes = codes_of(setting | {"layout": "contiguous"})
     codes.view(-1)[place(setting["place"], codes.numel())] = setting["code"]
-    target.refuses("pack", (laid_out(codes, setting["layout"]),), f"a code of {setting['code']}")
+    target.judge(expect_refused_codes, laid_out(codes, setting["layout"]), f"a code of {setting['code']}")
 
 
 @rule("L0.pack.refuses-part-words-anywhere", "pack", flags=("NoShapeCheck",))
@@ -49,7 +55,8 @@ def refuses_part_words_anywhere(target: Subject) -> None:
     """No number of columns but a multiple of 8 is taken, in one row or many."""
     for rows in (1, 65, 300):
         for columns in (2, 4, 6, 15, 20, 68, 129, 1001, 4100):
-            target.refuses("pack", (torch.zeros(rows, columns, dtype=torch.uint8),), f"{columns} columns")
+            codes = torch.zeros(rows, columns, dtype=torch.uint8)
+            target.judge(expect_refused_codes, codes, f"{columns} columns")
 
 
 def taller(tensor: Tensor, rows: int = 1) -> Tensor:
@@ -111,7 +118,7 @@ def misfitting(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, Tensor
 @rule("L1.refuses-misfits", "dequantize", flags=("NoShapeCheck",), over=misfits, allowed=misfit, arrays=2)
 def refuses_misfits(target: Subject, setting: Setting) -> None:
     """Words, zeros and scales of which one is too short, too long, too narrow or too wide raise, for any group size."""
-    target.refuses("dequantize", misfitting(setting, target.limits), setting["misfit"], Exception)
+    target.judge(expect_refused_words, *misfitting(setting, target.limits), setting["misfit"])
 
 
 @rule("L3.refuses-misfits", "matmul", flags=("NoShapeCheck",), over=misfits, allowed=misfit, arrays=2)
@@ -119,7 +126,7 @@ def refuses_misfits_of_factors(target: Subject, setting: Setting) -> None:
     """The same in a product, whose x fits the words."""
     words = misfitting(setting, target.limits)
     x = torch.zeros(2, words[0].shape[0], dtype=dtypes_taken(target)[0])
-    target.refuses("matmul", (x, *words), setting["misfit"], Exception)
+    target.judge(expect_refused_factors, x, *words, None, setting["misfit"])
 
 
 def wrong_vectors(limits: Limits) -> Factors:
@@ -143,8 +150,8 @@ def refuses_wrong_lengths(target: Subject, setting: Setting) -> None:
     lengths[setting["what"]] = max(2, lengths[setting["what"]] + setting["more"])
     dtype = getattr(torch, setting["dtype"])
     x, bias = torch.zeros(*setting["shape"], lengths["x"], dtype=dtype), torch.zeros(lengths["bias"], dtype=dtype)
-    arguments = (x, *layer.packed) if setting["what"] == "x" else (x, *layer.packed, bias)
-    target.refuses("matmul", arguments, f"{setting['what']} of length {lengths[setting['what']]}", Exception)
+    why = f"{setting['what']} of length {lengths[setting['what']]}"
+    target.judge(expect_refused_factors, x, *layer.packed, None if setting["what"] == "x" else bias, why)
 
 
 def broken_weights(limits: Limits) -> Factors:
@@ -166,8 +173,8 @@ def refuses_nan_anywhere(target: Subject, setting: Setting) -> None:
     weight = random_weight(42, setting["outputs"], inputs_of(setting, target.limits))
     weight = weight.to(getattr(torch, setting["dtype"]))
     weight.view(-1)[place(setting["place"], weight.numel())] = setting["value"]
-    arguments = (laid_out(weight, setting["layout"]), setting["group size"])
-    target.refuses("quantize", arguments, f"a weight that is {setting['value']}")
+    why = f"a weight that is {setting['value']}"
+    target.judge(expect_refused_weight, laid_out(weight, setting["layout"]), setting["group size"], why)
 
 
 def broken_groups(limits: Limits) -> Factors:
@@ -185,7 +192,8 @@ def refuses_part_groups_anywhere(target: Subject, setting: Setting) -> None:
     """No number of inputs but a multiple of the group size is taken: fewer than a group, one and a part, many."""
     k = int(setting["share"] * setting["group size"])
     weight = random_weight(43, setting["outputs"], k).to(getattr(torch, setting["dtype"]))
-    target.refuses("quantize", (weight, setting["group size"]), f"{k} inputs in groups of {setting['group size']}")
+    why = f"{k} inputs in groups of {setting['group size']}"
+    target.judge(expect_refused_weight, weight, setting["group size"], why)
 
 
 def too_large(limits: Limits) -> Factors:
@@ -203,7 +211,7 @@ def too_large(limits: Limits) -> Factors:
 def refuses_large_weights_anywhere(target: Subject, setting: Setting) -> None:
     """One group whose range is above 15 times 65520, of either sign or of both, is a ValueError."""
     weight, group_size = wide_range(setting, setting["range"], target.limits)
-    target.refuses("quantize", (weight, group_size), f"a scale of {setting['range'] / 15:.6g}")
+    target.judge(expect_refused_weight, weight, group_size, f"a scale of {setting['range'] / 15:.6g}")
 
 
 @rule("L2.takes-large-weights", "quantize", flags=("HalfArithmetic",), over=too_large)

@@ -22,6 +22,7 @@ import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, shape, smallest
 from miniawq.oracle.check import rule
+from miniawq.oracle.refused import expect_refused_weight
 from miniawq.oracle.subject import Broken, Lacking, Subject, expect_equal, expect_tensor, expect_within
 
 HALF_ULP = 2.0**-11  # relative; the rounding of a float16
@@ -276,7 +277,7 @@ def refuses_nan(target: Subject) -> None:
         for place in ((0, 0), (-1, -1)):
             weight, group_size = plain(target)
             weight[place] = value
-            target.refuses("quantize", (weight, group_size), f"a weight that is {value}")
+            target.judge(expect_refused_weight, weight, group_size, f"a weight that is {value}")
 
 
 @rule("L2.refuses-part-groups", "quantize", flags=("NoShapeCheck",))
@@ -287,11 +288,12 @@ def refuses_part_groups(target: Subject) -> None:
         raise Lacking("the target takes no group_size but -1")
     for group_size in sizes:
         weight = random_weight(20, target.limits.multiple_of_n, group_size + group_size // 2)
-        target.refuses("quantize", (weight, group_size), f"{weight.shape[1]} inputs in groups of {group_size}")
+        why = f"{weight.shape[1]} inputs in groups of {group_size}"
+        target.judge(expect_refused_weight, weight, group_size, why)
 
 
 @rule("L2.refuses-large-weights", "quantize", flags=("NoRangeCheck",))
 def refuses_large_weights(target: Subject) -> None:
     """Weights whose scale would be beyond 65504 are a ValueError, not an infinite or saturated scale."""
     weight, group_size = plain(target)
-    target.refuses("quantize", (weight * 1e7, group_size), "a scale above 65504")
+    target.judge(expect_refused_weight, weight * 1e7, group_size, "a scale above 65504")

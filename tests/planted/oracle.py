@@ -15,5 +15,5 @@ FAULTS = [
     ),
     Fault("oracle/searches.py", r"^CLEAR = 0\.8", "CLEAR = 0.0", FAULTS_FIND),
     Fault("oracle/loader.py", r"if weight_map\.get\(name\) == file", "if True", "oracle/test_oracle"),
-    Fault("oracle/diagnosis.py", r"layer\.zeros\.clamp_\(1, 14\)", "layer.zeros.clamp_(8, 8)", "oracle/test_diagnosis"),
+    Fault("oracle/probes.py", r"layer\.zeros\.clamp_\(1, 14\)", "layer.zeros.clamp_(8, 8)", "oracle/test_diagnosis"),
 ]
