@@ -61,8 +61,11 @@ def matmul(
 ) -> Tensor:
     """x [..., I] to y [..., O] in the dtype of x, for any number of rows.
 
-    Each weight is rounded once to the dtype of x; the library's matmul sums in float32.
+    Each weight is rounded once to the dtype of x; the library's matmul sums in float32. InvalidInput where x is no
+    float: its weights would be rounded to whole numbers.
     """
+    if not x.is_floating_point():
+        raise InvalidInput(f"x is {x.dtype}", "the weights would be rounded to whole numbers", "give x as floats")
     inputs, outputs = qweight_IW.shape[0], scales_GO.shape[1]
     x_TI = x.reshape(-1, inputs)
     y_TO = x.new_empty(x_TI.shape[0], outputs)

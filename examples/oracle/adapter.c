@@ -150,7 +150,8 @@ static uint16_t *decode(Tensor qweight, Tensor qzeros, Tensor scales, long group
 
 static void run_matmul(long seq, const char *out, Tensor x, const uint16_t *weight, Tensor bias, long k, long n) {
     int half = is(x, "float16");
-    if (!half && !is(x, "float32")) return say(seq, "skipped", "x of float16 and float32 only");
+    if (is(x, "bfloat16")) return say(seq, "skipped", "no bfloat16 here");
+    if (!half && !is(x, "float32")) return say(seq, "refused", "x of float16 and float32 only");
     if (x.columns != k) return say(seq, "refused", "x has another number of features");
     if (bias.data && (bias.columns != n || !is(bias, x.dtype))) return say(seq, "refused", "bias is no [N] of x's dtype");
     long rows = x.leading * x.rows;

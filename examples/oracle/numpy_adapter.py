@@ -13,6 +13,8 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 def pack(codes):
     codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"codes are integers, not {codes.dtype}")
     if codes.shape[1] % 8:
         raise ValueError(f"{codes.shape[1]} columns")
     if (codes > 15).any():
@@ -68,6 +70,8 @@ def matmul(x, qweight, qzeros, scales, group_size, bias=None):
     if getattr(x, "dtype", None) is not None and "bfloat16" in str(x.dtype):
         raise NotImplementedError("NumPy has no bfloat16")
     x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"x holds floats, not {x.dtype}")
     weight = dequantize(qweight, qzeros, scales, group_size).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         y = x.astype(np.float32) @ weight

@@ -91,7 +91,8 @@ def circumstances(result: Result, broad: bool) -> tuple[str, str]:
         return f"{functions}: something is taken that must be refused", "check shapes, dtypes and ranges of all of it"
     assert result.broken is not None
     if kind == "exceptions":
-        return f"{functions} raises {result.broken.got[:100]}", "the call is legal: it must be answered, or lies outside of a limit that the adapter can declare"
+        hint = "the call is legal; what an adapter does not take it can declare as a limit (docs/oracle.md)"
+        return f"{functions} raises {result.broken.got[:100]}", hint
     if kind == "state":
         if "as they were" in result.broken.expected:
             return f"{functions}: an argument is written into", "work on a copy, or write to an output of your own"

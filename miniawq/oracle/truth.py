@@ -17,6 +17,8 @@ LARGEST_HALF = 65504.0  # the largest finite float16
 
 def pack(codes: Tensor) -> Tensor:
     """Codes uint8 [R, C] to words int32 [R, C / 8]."""
+    if codes.is_floating_point():
+        raise ValueError(f"codes are whole numbers, not {codes.dtype}")
     if codes.shape[1] % 8:
         raise ValueError(f"{codes.shape[1]} columns do not fill whole words of 8 codes")
     if codes.numel() and int(codes.max()) > 15:
@@ -84,6 +86,8 @@ def matmul(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
     """`x @ weight + bias` in float64, the result in the dtype of x."""
+    if not x.is_floating_point():
+        raise ValueError(f"x holds floats, not {x.dtype}: the result has its dtype")
     weight = dequantize(qweight, qzeros, scales, group_size)
     y = x.to(torch.float64) @ weight.to(torch.float64)
     return (y if bias is None else y + bias.to(torch.float64)).to(x.dtype)
