@@ -24,6 +24,7 @@ from miniawq.oracle.planted import Fault, files, numbers, storage
 from miniawq.oracle.planted.blind import BLIND
 from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
 from miniawq.oracle.planted.blind_readers import BLIND_READERS
+from miniawq.oracle.planted.blind_second import BLIND_SECOND
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
@@ -49,7 +50,11 @@ def killed(fault: Fault, profile: Profile = UNSHRUNK) -> bool:
     return run_check(check, Subject(fault.target()), profile).status == "failed"
 
 
-SETS: dict[str, list[Any]] = {"grammar": grammar(), "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS]}
+SETS: dict[str, list[Any]] = {
+    "grammar": grammar(),
+    "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS],
+    "second-blind": BLIND_SECOND,
+}
 
 
 def killer_of(place: tuple[str, int]) -> str:
