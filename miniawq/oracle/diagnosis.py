@@ -67,6 +67,7 @@ def found_by_probes(target: Subject, failed: list[Result]) -> Iterator[tuple[str
     target.last = last
 
 
+VIEWS = {*cases.LAYOUTS, "repeated"} - {"contiguous"}
 STATE = ("as they were", "first call", "to stay as it was")
 
 
@@ -99,13 +100,13 @@ def circumstances(result: Result, broad: bool) -> tuple[str, str]:
         return f"{functions}: the result depends on other calls", "a buffer or a cache that outlives the call"
     if result.check.id.endswith(".state"):
         return f"{functions}: the result depends on other calls", "a buffer or a cache that outlives the call"
+    setting = result.broken.setting
+    # What is left of a setting is needed to fail.
+    if any(level in VIEWS for level in setting.values()) or (result.check.id.endswith(".strides") and not broad):
+        return f"{functions}: views are read wrongly", "strides and offsets count; or call contiguous() first"
     for part, hint in HINTS.items():
         if part in result.check.id and not broad:
             return f"{functions}: {part.strip('.')}", hint
-    setting = result.broken.setting if result.broken else {}
-    views = [name for name, level in setting.items() if level in (*cases.LAYOUTS, "repeated")]
-    if views and len(views) == len(setting):
-        return f"{functions}: views are read wrongly", "strides and offsets count; or call contiguous() first"
     if setting:
         where = ", ".join(f"{name} {level}" for name, level in setting.items())
         return f"{functions}: wrong with {where}", "everything else at its simplest passes: look at what this changes"
@@ -114,7 +115,6 @@ def circumstances(result: Result, broad: bool) -> tuple[str, str]:
 
 HINTS = {
     ".wrong-dtypes": "an argument of another dtype is read as if it had the right one: refuse it, or convert it",
-    ".strides": "strides and offsets count; or call contiguous() first",
     ".half-scale": "round the scale up to float16, not to nearest, and code with the stored scale",
     ".one-signed": "the range of a group includes zero: min(w, 0) to max(w, 0)",
     ".constant": "the range of a group includes zero: min(w, 0) to max(w, 0)",
