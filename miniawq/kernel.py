@@ -66,6 +66,8 @@ def matmul(
     """
     if not x.is_floating_point():
         raise InvalidInput(f"x is {x.dtype}", "the weights would be rounded to whole numbers", "give x as floats")
+    if bias_O is not None and bias_O.shape != scales_GO.shape[1:]:
+        raise InvalidInput(f"the bias has shape {tuple(bias_O.shape)}", f"there are {scales_GO.shape[1]} outputs")
     inputs, outputs = qweight_IW.shape[0], scales_GO.shape[1]
     x_TI = x.reshape(-1, inputs)
     y_TO = x.new_empty(x_TI.shape[0], outputs)

@@ -72,6 +72,8 @@ def matmul(x, qweight, qzeros, scales, group_size, bias=None):
     x = np.asarray(x)
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"x holds floats, not {x.dtype}")
+    if bias is not None and np.shape(bias) != np.shape(scales)[1:]:
+        raise ValueError(f"a bias of shape {np.shape(bias)}")
     weight = dequantize(qweight, qzeros, scales, group_size).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         y = x.astype(np.float32) @ weight

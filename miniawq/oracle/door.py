@@ -17,6 +17,7 @@ import miniawq.oracle.combinations as combinations
 import miniawq.oracle.deep_checkpoints as deep_checkpoints
 import miniawq.oracle.dequantization as dequantization
 import miniawq.oracle.dtypes as dtypes
+import miniawq.oracle.edges as edges
 import miniawq.oracle.multiplication as multiplication
 import miniawq.oracle.ranges as ranges
 import miniawq.oracle.refusals as refusals
@@ -52,6 +53,7 @@ CHECKS: list[Check] = sorted(
         *state.CHECKS,
         *checks_in(refusals),
         *checks_in(dtypes),
+        *checks_in(edges),
     ],
     key=lambda check: check.level,
 )

@@ -27,6 +27,7 @@ from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
 from miniawq.oracle.planted.blind_readers import BLIND_READERS
 from miniawq.oracle.planted.blind_second import BLIND_SECOND
 from miniawq.oracle.planted.bred import grammar
+from miniawq.oracle.planted.edges import EDGES
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
 from miniawq.oracle.subject import Subject
@@ -39,6 +40,7 @@ FAULTS: list[Fault] = [
     *files.CHECKPOINTS,
     *files.SEARCH,
     *SECOND,
+    *EDGES,
 ]
 
 UNSHRUNK = Profile(shrink=False)

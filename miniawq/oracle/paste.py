@@ -76,10 +76,10 @@ def literal(value: Any) -> str:
         return f"torch.full({tuple(value.shape)}, {number(common)}, dtype={value.dtype})"
     if value.numel() > LONGEST_LITERAL:
         return f"...  # {short(value)}: too long to print; rerun with --only and --examples DIR to have it as a file"
-    return in_full(value)
+    return spelled_out(value)
 
 
-def in_full(value: Tensor) -> str:
+def spelled_out(value: Tensor) -> str:
     """Every element."""
     text = f"torch.tensor({value.tolist()}, dtype={value.dtype})"
     finite = not value.is_floating_point() or bool(value.isfinite().all())
@@ -113,7 +113,7 @@ def exceptions(value: Tensor) -> list[tuple[str, str]]:
     if common is None or value.numel() == 0:
         return []
     parts = [(place, value[place]) for place in places_of(value, common)]
-    return [(str(list(place)), in_full(part) if part.dim() else number(part)) for place, part in parts]
+    return [(str(list(place)), spelled_out(part) if part.dim() else number(part)) for place, part in parts]
 
 
 def number(value: Tensor) -> str:

@@ -121,7 +121,7 @@ SECOND = [
         x, w if w.dtype == torch.int32 else 0 * w.int(), z, s, g, b)}),
     Fault("weights rounded to the integers of x", "L3.integer-inputs", {
         "matmul": lambda x, w, z, s, g, b=None: truth.matmul(
-            x, w, z, s if x.is_floating_point() else s.round(), g, b)}),
+            x, w, z, s, g, b) if x.is_floating_point() else truth.matmul(x.float(), w, z, s, g, b).to(x.dtype)}),
     Fault("one output buffer", "L3.state", {"matmul": one_buffer("matmul")}),
     Fault("a file above the directory read", "L4.refuses.index-above", {
         "load_checkpoint": lambda d: following(d, lambda n: n.startswith(".."))}),
