@@ -14,10 +14,10 @@ from miniawq.oracle.cases import PackedCase, groups_of, random_layer, random_wei
 from miniawq.oracle.check import rule
 from miniawq.oracle.combinations import exact_activations, expect_decoded, expect_product, inputs_of, sizes_taken
 from miniawq.oracle.multiplication import dtypes_taken
-from miniawq.oracle.refused import expect_refusal, expect_refused_factors, expect_refused_words
+from miniawq.oracle.refused import expect_no_result, expect_refused_factors, expect_refused_words
 from miniawq.oracle.rounding import expect_bound, expect_same_codes
 from miniawq.oracle.search import expect_same_search, problem
-from miniawq.oracle.searches import expect_clip_gain, expect_gain
+from miniawq.oracle.searches import expect_clip_gain
 from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Subject
 
@@ -122,7 +122,7 @@ def refuses_group_sizes_of_weights(target: Subject) -> None:
 
 def expect_no_codes(target: Subject, weight: Tensor, group_size: int, why: str) -> None:
     """`quantize` raises, whatever: ZeroDivisionError is no silence."""
-    expect_refusal(target, "quantize", (weight, group_size), why, Exception)
+    expect_no_result(target, "quantize", (weight, group_size), why, Exception)
 
 
 @rule("L3.square", "matmul")
@@ -191,21 +191,13 @@ def many_tokens_to_clip(target: Subject) -> None:
 
 
 def square_problem(target: Subject, seed: int) -> tuple[Tensor, Tensor, int]:
-    """A search over a square weight with two loud channels and a silent one with a large weight."""
+    """A search over a square weight with a large weight on a silent channel."""
     group_size = sizes_taken(target.limits)[0]
     k = len(square_layer(target, group_size).codes)
     weight, x = random_weight(seed, k, k) / 16, cases.normal(Random(seed), 24, k) / 4
-    x[:, 3] *= 64
-    x[:, k // 2] *= 64
     weight[:, 5] = 2.0 * weight.abs().amax()
     x[:, 5] = 0
     return weight, x, group_size
-
-
-@rule("L5.scales.square", "search_scales", flags=("HalfArithmetic",))
-def square_search(target: Subject) -> None:
-    """As many inputs as outputs: half of the gain there is to have."""
-    target.judge(expect_gain, *square_problem(target, 87))
 
 
 @rule("L5.clip.square", "search_clip", flags=("HalfArithmetic",))

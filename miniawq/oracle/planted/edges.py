@@ -44,8 +44,6 @@ EDGES = [
         "search_scales": lambda w, x, g: truth.search_scales(*drawn_tokens(w, x), g)}),
     Fault("a hundred tokens drawn at random", "L5.clip.many-tokens", {
         "search_clip": lambda w, x, g: truth.search_clip(*drawn_tokens(w, x), g)}),
-    Fault("square weights transposed", "L5.scales.square", {
-        "search_scales": lambda w, x, g: truth.search_scales(square(w), x, g)}),
     Fault("square weights transposed", "L5.clip.square", {
         "search_clip": lambda w, x, g: truth.search_clip(square(w), x, g)}),
 ]  # fmt: skip
