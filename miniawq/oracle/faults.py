@@ -26,6 +26,7 @@ from miniawq.oracle.planted.blind import BLIND
 from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
 from miniawq.oracle.planted.blind_readers import BLIND_READERS
 from miniawq.oracle.planted.blind_second import BLIND_SECOND
+from miniawq.oracle.planted.blind_second_readers import BLIND_SECOND_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.edges import EDGES
 from miniawq.oracle.planted.second import SECOND
@@ -55,7 +56,7 @@ def killed(fault: Fault, profile: Profile = UNSHRUNK) -> bool:
 SETS: dict[str, list[Any]] = {
     "grammar": grammar(),
     "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS],
-    "second-blind": BLIND_SECOND,
+    "second-blind": [*BLIND_SECOND, *BLIND_SECOND_READERS],
 }
 
 

@@ -4,7 +4,8 @@ from torch import Tensor
 
 import miniawq.oracle.truth as truth
 from miniawq.oracle.planted import Fault
-from miniawq.oracle.planted.blind_second import cut, drawn_tokens, random_ties, signed_groups, square, square_product
+from miniawq.oracle.planted.blind_second import cut, random_ties, signed_groups, square, square_product
+from miniawq.oracle.planted.blind_second_readers import drawn_tokens
 
 
 def rows_past_1024(x: Tensor, *rest: Tensor | int | None) -> Tensor:
