@@ -126,6 +126,8 @@ HINTS = {
     ".ranges": "x, bias or result pass through a narrower format (float16 for bfloat16 or float32)",
     ".float32-bits": "float32 inputs are cut to TF32 or 16 bits: ask for full precision",
     ".special": "NaN and infinity: no nan_to_num, no skipping of zeros, no mixing of rows",
+    ".square": "as many inputs as outputs: something is transposed, and no shape tells",
+    ".long": "an index of 16 bits, or a grid that ends too early",
     ".silent-channels": "a channel that is always 0 gives 0 / 0 or a factor of 0: clamp the statistics from below",
     ".helps": "the search finds nothing: are the candidates compared by the output's error, with x in it?",
     ".never-worse": "plain rounding (all ones, nothing clipped) must be among the candidates",

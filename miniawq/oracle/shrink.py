@@ -59,7 +59,7 @@ class Shrinker:
         """Set columns, rows and then elements to the plain value, in ever smaller stretches; round what is left."""
         plain, length = PLAIN.get(name, 0), parts(tensor, FLAT).shape[0]
         best = self.tried(tensor, partial(fill, FLAT, 0, length, plain), put)
-        if best is tensor:
+        if best is tensor and not bool((tensor == plain).all()):
             best = self.tried(tensor, partial(fill, FLAT, 0, length, CONSTANT.get(name, 1)), put)
         self.until += self.share  # what the tensors before did not use is left to this one
         for dim in (*reversed(range(tensor.dim())), FLAT):
