@@ -17,8 +17,8 @@ def pack(codes):
         raise ValueError(f"codes are integers, not {codes.dtype}")
     if codes.shape[1] % 8:
         raise ValueError(f"{codes.shape[1]} columns")
-    if (codes > 15).any():
-        raise ValueError(f"code {codes.max()}")
+    if ((codes < 0) | (codes > 15)).any():
+        raise ValueError(f"codes from {codes.min()} to {codes.max()}")
     nibbles = codes.reshape(len(codes), -1, 8)[:, :, ORDER].astype(np.uint32)
     return np.bitwise_or.reduce(nibbles << np.arange(0, 32, 4, dtype=np.uint32), axis=2).view(np.int32)
 

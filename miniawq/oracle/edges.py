@@ -12,11 +12,19 @@ import miniawq.oracle.truth as truth
 from miniawq.oracle.adversarial import double_ties, expect_pure
 from miniawq.oracle.cases import PackedCase, groups_of, random_layer, random_weight, smallest
 from miniawq.oracle.check import rule
-from miniawq.oracle.combinations import exact_activations, expect_decoded, expect_product, inputs_of, sizes_taken
+from miniawq.oracle.combinations import (
+    exact_activations,
+    expect_decoded,
+    expect_near_product,
+    expect_product,
+    inputs_of,
+    sizes_taken,
+)
 from miniawq.oracle.multiplication import dtypes_taken
+from miniawq.oracle.ranges import expect_contained
 from miniawq.oracle.refused import expect_no_result, expect_refused_factors, expect_refused_words
 from miniawq.oracle.rounding import expect_bound, expect_same_codes
-from miniawq.oracle.search import expect_same_search, problem
+from miniawq.oracle.search import expect_help, expect_same_search, problem
 from miniawq.oracle.searches import expect_clip_gain
 from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Subject
@@ -24,6 +32,7 @@ from miniawq.oracle.subject import Subject
 ROWS = 4104  # of words: past 4096
 INPUTS = 28_672  # of the widest layers of 70B
 OUTPUTS = 33_024  # past 2**15
+FAR = {torch.int8: (-1, -16), torch.int16: (-1, 256), torch.int32: (-1, 2**16), torch.int64: (-1, 2**32, 2**40 + 3)}
 
 
 def square_layer(target: Subject, group_size: int) -> PackedCase:
@@ -43,8 +52,25 @@ def long_codes(target: Subject) -> None:
 
 @rule("L0.unpack.long", "unpack")
 def long_words(target: Subject) -> None:
-    """More than 4096 rows of words."""
-    target.judge(expect_unpacked, truth.pack(cases.codes(Random(72), ROWS, target.limits.multiple_of_n)))
+    """More than 4096 rows of words, and more than 2**15 words in a row."""
+    step = target.limits.multiple_of_n
+    for shape in ((ROWS, step), (1, -(-8 * 32_776 // step) * step)):
+        target.judge(expect_unpacked, truth.pack(cases.codes(Random(72), *shape)))
+
+
+@rule("L0.pack.far-codes", "pack", flags=("NoRangeCheck", "NoTypeCheck"))
+def far_codes(target: Subject) -> None:
+    """Negative codes, and codes whose low bits alone would fit, raise in every integer dtype."""
+    for dtype, wrong in FAR.items():
+        for code in wrong:
+            codes = cases.codes(Random(89), 2, target.limits.multiple_of_n).to(dtype)
+            codes[1, 3] = code
+            target.judge(expect_no_words, codes, f"a code of {code} in {dtype}")
+
+
+def expect_no_words(target: Subject, codes: Tensor, why: str) -> None:
+    """`pack` raises, whatever: another dtype may be a TypeError."""
+    expect_no_result(target, "pack", (codes,), why, Exception)
 
 
 @rule("L1.square", "dequantize")
@@ -148,6 +174,30 @@ def long_factors(target: Subject) -> None:
             target.judge(expect_product, x, *layer.packed)
 
 
+@rule("L3.more-rows", "matmul", flags=("HalfAccumulation", "TwoRoundings"))
+def more_rows(target: Subject) -> None:
+    """33, 48 and 63 rows, also in six dimensions, of weights that need no rounding: the bound for float32 sums."""
+    qweight, qzeros, scales, group_size = random_layer(90, *smallest(target.limits, 2, 2), cases.exact_scales).packed
+    for dtype in dtypes_taken(target):
+        for shape in ((33,), (48,), (63,), (1, 1, 3, 1, 11)):
+            if torch.Size(shape).numel() <= target.limits.max_rows:
+                x = cases.normal(Random(90), *shape, len(qweight)).to(dtype)
+                target.judge(expect_near_product, x, qweight, qzeros, scales, group_size)
+
+
+@rule("L3.extreme-rows", "matmul", flags=("HalfAccumulation",))
+def extreme_rows(target: Subject) -> None:
+    """A row that is all NaN, one infinite input among zeros, and a small input beside one 2**17 times as large."""
+    layer = random_layer(91, *smallest(target.limits, 2, 2), cases.exact_scales)
+    layer.codes[0], layer.zeros[0] = 8, 8  # the large input meets weights of 0
+    for dtype in dtypes_taken(target):
+        x = torch.zeros(4, len(layer.codes), dtype=dtype)
+        x[0], x[1, 3], x[2, 5] = float("nan"), float("inf"), float("-inf")
+        x[3, 0], x[3, 7] = 2.0**9, 2.0**-8
+        for rows in (x, *x.split(1)):
+            target.judge(expect_contained, rows, *layer.packed, None)
+
+
 @rule("L3.negative-scales", "matmul")
 def negative_scales(target: Subject) -> None:
     """Negative scales are refused, or turn the sign of their group's part."""
@@ -174,6 +224,13 @@ def refuses_broadcasting(target: Subject) -> None:
     for shape in ((1,), (3, n), (1, 1)):
         bias = torch.ones(shape, dtype=x.dtype)
         target.judge(expect_refused_factors, x, *layer.packed, bias, f"a bias of shape {list(shape)}")
+
+
+@rule("L5.scales.large-activations", "search_scales")
+def large_activations(target: Subject) -> None:
+    """Activations of up to 30,000 are no outliers to be cut: the search still takes a fifth off the loss."""
+    weight, x, group_size = problem(target.limits, 2)
+    target.judge(expect_help, weight, x * 1000, group_size)
 
 
 @rule("L5.scales.many-tokens", "search_scales")

@@ -21,8 +21,8 @@ def pack(codes: Tensor) -> Tensor:
         raise ValueError(f"codes are whole numbers, not {codes.dtype}")
     if codes.shape[1] % 8:
         raise ValueError(f"{codes.shape[1]} columns do not fill whole words of 8 codes")
-    if codes.numel() and int(codes.max()) > 15:
-        raise ValueError(f"code {int(codes.max())} does not fit in 4 bits")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
+        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit in 4 bits")
     words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64, device=codes.device)
     for nibble, column in enumerate(NIBBLE_HOLDS_COLUMN):
         words += codes[:, column::8].to(torch.int64) * 16**nibble
