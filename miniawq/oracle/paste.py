@@ -92,9 +92,11 @@ def most_common(value: Tensor) -> Tensor | None:
         return value.new_zeros(())
     flat = value.reshape(-1)
     flat = flat[~flat.isnan()]
-    if value.numel() <= MOST_LINES or not len(flat):
+    if value.numel() == 1 or not len(flat):
         return None
     common = flat.mode().values
+    if value.numel() <= MOST_LINES and bool((value != common).any()):
+        return None
     places = places_of(value, common)
     return common if len(places) <= MOST_LINES and sum(value[p].numel() for p in places) <= LONGEST_LITERAL else None
 

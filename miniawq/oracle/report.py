@@ -125,6 +125,8 @@ def as_text(report: ConformanceReport, verbose: bool = False) -> str:
             lines.append(f"{result.status.upper():7} {result.check.id}: {result.reason}")
         elif verbose and result.status == "passed":
             lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
+    if report.causes:
+        lines += ["", "Mend the first cause and run again: it may hide others."]
     reasons = Counter(r.reason for r in report.results if r.status == "skipped")
     lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
     lines += [badge(report), f"{tally(report.counts()) or 'nothing ran'} in {report.seconds:.1f} s"]
