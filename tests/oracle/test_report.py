@@ -140,6 +140,7 @@ EXPECTED = (
     "L0.strides",
     "L0.unpack.combinations",
     "L0.unpack.state",
+    "L0.unpack.long",
 )
 
 
