@@ -90,6 +90,8 @@ def matmul(
     """`x @ weight + bias` in float64, the result in the dtype of x."""
     if not x.is_floating_point():
         raise ValueError(f"x holds floats, not {x.dtype}: the result has its dtype")
+    if x.shape[-1] != qweight.shape[0]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight {qweight.shape[0]}")
     if bias is not None and bias.shape != scales.shape[1:]:
         raise ValueError(f"a bias of shape {tuple(bias.shape)} for {scales.shape[1]} outputs")
     weight = dequantize(qweight, qzeros, scales, group_size)
