@@ -61,8 +61,13 @@ def matmul(
 ) -> Tensor:
     """x [..., I] to y [..., O] in the dtype of x, for any number of rows.
 
-    Each weight is rounded once to the dtype of x; the library's matmul sums in float32.
+    Each weight is rounded once to the dtype of x; the library's matmul sums in float32. InvalidInput where x is no
+    float: its weights would be rounded to whole numbers.
     """
+    if not x.is_floating_point():
+        raise InvalidInput(f"x is {x.dtype}", "the weights would be rounded to whole numbers", "give x as floats")
+    if bias_O is not None and bias_O.shape != scales_GO.shape[1:]:
+        raise InvalidInput(f"the bias has shape {tuple(bias_O.shape)}", f"there are {scales_GO.shape[1]} outputs")
     inputs, outputs = qweight_IW.shape[0], scales_GO.shape[1]
     x_TI = x.reshape(-1, inputs)
     y_TO = x.new_empty(x_TI.shape[0], outputs)

@@ -151,8 +151,11 @@ def row_slices(matrix: Tensor) -> Iterator[slice]:
 def pack(codes_RC: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
     """Codes [R, C] as int32 words [R, C / 8]: nibble i of a word holds column `order[i]` of its eight.
 
-    InvalidInput on a code above 15, which would spill into its neighbour, and when C is not a multiple of 8.
+    InvalidInput on a code above 15, which would spill into its neighbour, on codes that are no integers, and when C is
+    not a multiple of 8.
     """
+    if codes_RC.is_floating_point():
+        raise InvalidInput(f"the codes are {codes_RC.dtype}", "1.5 would become 1", "give the codes as integers")
     if codes_RC.shape[-1] % CODES_PER_WORD:
         raise InvalidInput(
             f"{codes_RC.shape[-1]} codes do not fill whole words",

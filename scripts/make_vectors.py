@@ -133,6 +133,8 @@ def storage_vectors() -> Vectors:
             result="invalid",
             flags=("NoShapeCheck",),
         )
+    halves = {"codes": torch.full((2, 8), 1.5)}
+    made.add("L0.pack.fractions", "pack", "codes of 1.5", halves, result="invalid", flags=("NoTypeCheck",))
     return made
 
 
@@ -381,6 +383,18 @@ def multiplication_vectors() -> Vectors:
     layer = random_layer(10, 2048, 8, 128)
     layer.zeros.zero_()
     add("L3.long-sums", "2048 products of one sign", (normal(Random(10), 2, 2048).abs() / 16).half(), layer)
+    refused = {
+        ("L3.integer-inputs", "an x of int32", "NoTypeCheck"): {"x": torch.ones(2, 64, dtype=torch.int32)},
+        ("L3.refuses-wrong-lengths", "x of 56 features", "NoShapeCheck"): {"x": torch.ones(2, 56, dtype=half)},
+        ("L3.refuses-wrong-lengths", "a bias of length 1", "NoShapeCheck"): {
+            "x": torch.ones(2, 64, dtype=half),
+            "bias": torch.ones(1, dtype=half),
+        },
+    }
+    qweight, qzeros, scales, group_size = random_layer(13, 64, 16, 32, exact_scales).packed
+    words = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+    for (check, comment, flag), inputs in refused.items():
+        made.add(check, "matmul", comment, inputs | words, result="invalid", flags=(flag,), group_size=group_size)
     return made
 
 

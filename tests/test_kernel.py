@@ -75,6 +75,18 @@ def test_matmul_stays_within_its_bound(dtype, rows, with_bias, device):
         assert ((y_TO.double() - exact(x_TI, quantized, bias_O)).abs() <= allowed_TO).all()
 
 
+def test_matmul_refuses_an_x_of_integers(device):
+    quantized = random_quantized(8, 64, 64, device=device)
+    with pytest.raises(InvalidInput, match="rounded to whole numbers"):
+        matmul(torch.ones(1, 64, dtype=torch.int64, device=device), *awq_tensors(quantized), 64)
+
+
+def test_matmul_does_not_broadcast_a_bias(device):
+    quantized = random_quantized(8, 64, 64, device=device)
+    with pytest.raises(InvalidInput, match="there are 8 outputs"):
+        matmul(torch.ones(1, 64, device=device), *awq_tensors(quantized), 64, torch.ones(1, device=device))
+
+
 def test_the_bound_catches_one_wrong_code(device):
     quantized = random_quantized(40, 256, 64, device=device)
     x_TI = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).to(device)

@@ -93,7 +93,8 @@ def test_pack_takes_any_strides_and_leading_dimensions():
 
 
 @pytest.mark.parametrize(
-    "codes", [torch.full((1, 8), 16), torch.full((1, 8), -1), torch.zeros(1, 12, dtype=torch.uint8)]
+    "codes",
+    [torch.full((1, 8), 16), torch.full((1, 8), -1), torch.zeros(1, 12, dtype=torch.uint8), torch.full((1, 8), 1.5)],
 )
 def test_pack_refuses_what_would_not_come_back(codes):
     with pytest.raises(InvalidInput):

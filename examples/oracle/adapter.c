@@ -136,7 +136,7 @@ static void run_unpack(long seq, const char *out, Tensor words) {
 static uint16_t *decode(Tensor qweight, Tensor qzeros, Tensor scales, long group_size) {
     long k = qweight.rows, n = qweight.columns * 8, size = group_size == -1 ? k : group_size;
     if (!is(qweight, "int32") || !is(qzeros, "int32") || !is(scales, "float16")) return NULL;
-    if (k % size || scales.rows != k / size || scales.columns != n) return NULL;
+    if (size < 1 || k % size || scales.rows != k / size || scales.columns != n) return NULL;
     if (qzeros.rows != scales.rows || qzeros.columns != qweight.columns) return NULL;
     uint16_t *weight = malloc(k * n * 2);
     const uint16_t *s = scales.data;
@@ -150,9 +150,10 @@ static uint16_t *decode(Tensor qweight, Tensor qzeros, Tensor scales, long group
 
 static void run_matmul(long seq, const char *out, Tensor x, const uint16_t *weight, Tensor bias, long k, long n) {
     int half = is(x, "float16");
-    if (!half && !is(x, "float32")) return say(seq, "skipped", "x of float16 and float32 only");
+    if (is(x, "bfloat16")) return say(seq, "skipped", "no bfloat16 here");
+    if (!half && !is(x, "float32")) return say(seq, "refused", "x of float16 and float32 only");
     if (x.columns != k) return say(seq, "refused", "x has another number of features");
-    if (bias.data && (bias.columns != n || !is(bias, x.dtype))) return say(seq, "refused", "bias is no [N] of x's dtype");
+    if (bias.data && (bias.dimensions != 1 || bias.columns != n || !is(bias, x.dtype))) return say(seq, "refused", "bias is no [N] of x's dtype");
     long rows = x.leading * x.rows;
     uint16_t *y16 = malloc(rows * n * 2 + 1);
     float *y32 = malloc(rows * n * 4 + 1);

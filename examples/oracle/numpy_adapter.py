@@ -13,10 +13,12 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 def pack(codes):
     codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"codes are integers, not {codes.dtype}")
     if codes.shape[1] % 8:
         raise ValueError(f"{codes.shape[1]} columns")
-    if (codes > 15).any():
-        raise ValueError(f"code {codes.max()}")
+    if ((codes < 0) | (codes > 15)).any():
+        raise ValueError(f"codes from {codes.min()} to {codes.max()}")
     nibbles = codes.reshape(len(codes), -1, 8)[:, :, ORDER].astype(np.uint32)
     return np.bitwise_or.reduce(nibbles << np.arange(0, 32, 4, dtype=np.uint32), axis=2).view(np.int32)
 
@@ -68,6 +70,10 @@ def matmul(x, qweight, qzeros, scales, group_size, bias=None):
     if getattr(x, "dtype", None) is not None and "bfloat16" in str(x.dtype):
         raise NotImplementedError("NumPy has no bfloat16")
     x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"x holds floats, not {x.dtype}")
+    if bias is not None and np.shape(bias) != np.shape(scales)[1:]:
+        raise ValueError(f"a bias of shape {np.shape(bias)}")
     weight = dequantize(qweight, qzeros, scales, group_size).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         y = x.astype(np.float32) @ weight

@@ -74,6 +74,10 @@ def dequantize(qweight, qzeros, scales, group_size):
 
 def matmul(x, qweight, qzeros, scales, group_size, bias=None):
     words, zeros, scales, inputs, n, size = checked(qweight, qzeros, scales, group_size)
+    if not x.is_floating_point():
+        raise ValueError(f"x holds floats, not {x.dtype}")
+    if bias is not None and bias.shape != scales.shape[1:]:
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} for {n} outputs")
     if x.shape[-1] != inputs:
         raise ValueError(f"x has {x.shape[-1]} features, the weight {inputs}")
     flat = x.reshape(-1, inputs).contiguous()

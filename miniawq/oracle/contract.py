@@ -86,7 +86,7 @@ class Target(Protocol):
 
         weight[k, n] = (code[k, n] - zero[k // group_size, n]) * scale[k // group_size, n], the exact product rounded
         once to nearest even. Zeros are stored as they are, with no offset. A group_size of -1 means one group of K
-        inputs. Raises (anything) when the shapes do not fit together.
+        inputs; no other number below 1 is a size. Raises (anything) when the shapes do not fit together.
         """
 
     def quantize(self, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +104,8 @@ class Target(Protocol):
         """`x @ weight + bias`, x [..., K] of float16, bfloat16 or float32, the result [..., N] in the dtype of x.
 
         The weight is that of `dequantize`, rounded to the dtype of x or not rounded at all; sums are kept in float32 or
-        better. bias [N] has the dtype of x. Any number of leading dimensions, any strides, no rows included. Raises
-        (anything) when the shapes do not fit together.
+        better. bias [N] has the dtype of x; another shape is not broadcast. Any number of leading dimensions, any
+        strides, no rows included. Raises (anything) when the shapes do not fit together.
         """
 
     def load_checkpoint(self, directory: Path) -> Mapping[str, Tensor]:

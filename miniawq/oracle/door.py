@@ -16,6 +16,8 @@ import miniawq.oracle.checkpoints as checkpoints
 import miniawq.oracle.combinations as combinations
 import miniawq.oracle.deep_checkpoints as deep_checkpoints
 import miniawq.oracle.dequantization as dequantization
+import miniawq.oracle.dtypes as dtypes
+import miniawq.oracle.edges as edges
 import miniawq.oracle.multiplication as multiplication
 import miniawq.oracle.ranges as ranges
 import miniawq.oracle.refusals as refusals
@@ -50,6 +52,8 @@ CHECKS: list[Check] = sorted(
         *checks_in(ranges),
         *state.CHECKS,
         *checks_in(refusals),
+        *checks_in(dtypes),
+        *checks_in(edges),
     ],
     key=lambda check: check.level,
 )

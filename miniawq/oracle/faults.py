@@ -1,15 +1,16 @@
 """`python -m miniawq.oracle.faults`: plant wrong implementations, and tell which check finds each. Exit code 1 if one
 survives that no list argues for.
 
-Three sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; and
-`blind`, written after the checks were frozen.
+Sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; `blind` and
+`second-blind`, written after the checks were frozen.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
+import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from miniawq.oracle.planted import Fault, files, numbers, storage
 from miniawq.oracle.planted.blind import BLIND
 from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
 from miniawq.oracle.planted.blind_readers import BLIND_READERS
+from miniawq.oracle.planted.blind_second import BLIND_SECOND
+from miniawq.oracle.planted.blind_second_readers import BLIND_SECOND_READERS
 from miniawq.oracle.planted.bred import grammar
+from miniawq.oracle.planted.edges import EDGES
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
 from miniawq.oracle.subject import Subject
@@ -37,9 +41,9 @@ FAULTS: list[Fault] = [
     *files.CHECKPOINTS,
     *files.SEARCH,
     *SECOND,
+    *EDGES,
 ]
 
-BEGIN, END = "<!-- FAULTS -->", "<!-- END OF FAULTS -->"
 UNSHRUNK = Profile(shrink=False)
 
 
@@ -49,11 +53,17 @@ def killed(fault: Fault, profile: Profile = UNSHRUNK) -> bool:
     return run_check(check, Subject(fault.target()), profile).status == "failed"
 
 
-SETS: dict[str, list[Any]] = {"grammar": grammar(), "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS]}
+SETS: dict[str, list[Any]] = {
+    "grammar": grammar(),
+    "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS],
+    "second-blind": [*BLIND_SECOND, *BLIND_SECOND_READERS],
+}
 
 
 def killer_of(place: tuple[str, int]) -> str:
-    """The id of the first check that finds a fault of a set; empty if none does."""
+    """The id of the first check that finds a fault of a set, or of the one named with it; empty if none does."""
+    if place[0] == "named":
+        return FAULTS[place[1]].killer if killed(FAULTS[place[1]]) else ""
     fault = SETS[place[0]][place[1]]
     subject = Subject(fault.target())
     checks: Iterable[Check] = (check for check in CHECKS if fault.function in check.needs)
@@ -67,63 +77,97 @@ def killers(name: str, places: Sequence[int]) -> Iterator[str]:
         yield from tqdm(tried, name, len(places), disable=None)
 
 
-def scores(name: str, killed_by: Sequence[str], faults: Sequence[Any]) -> list[str]:
-    """Rows of a table: how many faults of each level were found, of how many."""
-    pairs = list(zip(faults, killed_by, strict=True))
-    found = Counter(fault.level for fault, killer in pairs if killer)
-    argued = Counter(fault.level for fault, killer in pairs if not killer and fault.name in ARGUED)
-    planted = Counter(fault.level for fault in faults)
-    cells = [f"{found[level]} of {planted[level] - argued[level]}" for level in LEVELS]
-    total = f"{sum(found.values())} of {sum(planted.values()) - sum(argued.values())}"
-    return [f"| {name} | {' | '.join(cells)} | {total} |"]
+# What kind of fault a name tells of: the first whose words stand in it.
+KINDS = {
+    "state": r"kept|buffer|once|every \d+th|each address|in place|overwritten|other call|remember|changed",
+    "refusals": r"taken(?! for| from)|negative group_size|group_size (?:of 0|beyond)|let pass|accepted"
+    r"|looked (?:at|for)|made to fit|refus|missing|padded|allowed|outside|above 15",
+    "formats and ranges": r"float|TF32|ties|round|NaN|infin|subnormal|overflow|satur|scaled? (?:to|through)"
+    r"|precision|clamp|flush|largest|sign|negative|unit|cut off",
+    "views": r"view|offset|stride|memory|repeated|transposed|as they lie|dimension|vector|broadcast",
+    "sizes": r"\d+ (?:rows|inputs|outputs|tokens|groups)|past|rows|columns|outputs|tile|group_size|square|groups",
+    "meaning": r"",
+}
 
 
-def table(faults: Sequence[Fault]) -> str:
-    """The Markdown table of docs/oracle.md."""
+def kind_of(name: str) -> str:
+    """The kind of a fault."""
+    return next(kind for kind, words in KINDS.items() if re.search(words, name))
+
+
+def score_table(results: dict[str, dict[str, str]]) -> str:
+    """The Markdown table of found faults by kind and level, for each set; `results` has the killer of each fault."""
+    lines = [f"| Set | Kind | {' | '.join(LEVELS)} | all |", f"|---|---|{'---|' * (len(LEVELS) + 1)}"]
+    for name, faults in {"named": FAULTS, **SETS}.items():
+        known = [(fault, results[name][key]) for fault in faults if (key := key_of(fault)) in results.get(name, {})]
+        known = [(fault, killer) for fault, killer in known if killer or fault.name not in ARGUED]
+        for kind in (*KINDS, "all"):
+            some = [pair for pair in known if kind in ("all", kind_of(pair[0].name))]
+            cells = [share([killer for fault, killer in some if fault.level in (level, "all")]) for level in LEVELS]
+            if some:
+                lines.append(f"| {name} | {kind} | {' | '.join(cells)} | {share([killer for _, killer in some])} |")
+    return "\n".join(lines)
+
+
+def key_of(fault: Any) -> str:
+    """A name that no other fault of its set has."""
+    return f"{fault.level} {fault.name}" + (f" {fault.killer}" if isinstance(fault, Fault) else "")
+
+
+def share(killed_by: Sequence[str]) -> str:
+    """How many were found, of how many."""
+    return f"{sum(map(bool, killed_by))} of {len(killed_by)}" if killed_by else ""
+
+
+def table(faults: Sequence[Fault], found: dict[str, str]) -> str:
+    """The Markdown table of named faults."""
     lines = ["| Level | Planted fault | Killed by |", "|---|---|---|"]
-    for fault in tqdm(faults, "named", disable=None):
-        killer = f"`{fault.killer}`" if killed(fault) else f"SURVIVED `{fault.killer}`"
-        lines.append(f"| {fault.killer[:2]} | {fault.name} | {killer} |")
+    for fault in faults:
+        killer = f"`{fault.killer}`" if found[key_of(fault)] else f"SURVIVED `{fault.killer}`"
+        lines.append(f"| {fault.level} | {fault.name} | {killer} |")
     return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miniawq.oracle.faults", description=__doc__)
-    parser.add_argument("set", nargs="?", default="grammar", choices=("named", *SETS), help="which faults (grammar)")
+    parser.add_argument("set", nargs="?", default="grammar", choices=("named", *SETS, "table"),
+                        help="which faults (grammar), or `table`: write what --results has")  # fmt: skip
     parser.add_argument("--level", default="", help="only the faults of one level")
     parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name contains this")
-    parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="named: replace the table between the FAULTS marks of a file"
-    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="add what is found to a JSON file")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="named, table: replace the table between the marks")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.set != "named":
-        return score_set(arguments.set, arguments.level, arguments.only)
-    text = table([fault for fault in FAULTS if fault.killer.startswith(arguments.level)])
-    if arguments.into:
-        before, _, rest = arguments.into.read_text().partition(BEGIN)
-        arguments.into.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
-    else:
-        print(text)
-    return 1 if "SURVIVED" in text else 0
-
-
-def score_set(name: str, level: str, only: str) -> int:
-    """Plant a set, print its survivors and its score."""
-    places = [i for i, f in enumerate(SETS[name]) if f.level.startswith(level) and only in f.name]
-    faults = [SETS[name][place] for place in places]
-    killed_by, survivors = [], 0
-    for fault, killer in zip(faults, killers(name, places), strict=True):
-        killed_by.append(killer)
-        if not killer and fault.name not in ARGUED:
-            survivors += 1
-            print(f"SURVIVED {fault.level} {fault.name}", flush=True)
-    print(f"| Set | {' | '.join(LEVELS)} | all |\n|---|{'---|' * (len(LEVELS) + 1)}")
-    print("\n".join(scores(name, killed_by, faults)))
+    results = json.loads(arguments.results.read_text()) if arguments.results and arguments.results.exists() else {}
+    if arguments.set == "table":
+        show(score_table(results), "SCORES", arguments.into)
+        return 0
+    faults: list[Any] = FAULTS if arguments.set == "named" else SETS[arguments.set]
+    places = [i for i, f in enumerate(faults) if f.level.startswith(arguments.level) and arguments.only in f.name]
+    found = dict(zip((key_of(faults[i]) for i in places), killers(arguments.set, places), strict=True))
+    if arguments.results:
+        results.setdefault(arguments.set, {}).update(found)
+        arguments.results.write_text(json.dumps(results, indent=0))
+    survivors = [faults[i] for i in places if not found[key_of(faults[i])] and faults[i].name not in ARGUED]
+    for fault in survivors:
+        print(f"SURVIVED {fault.level} {fault.name}")
+    if arguments.set == "named" and arguments.into:
+        show(table(faults, found), "FAULTS", arguments.into)
+    print(score_table({arguments.set: found}))
     return 1 if survivors else 0
+
+
+def show(text: str, mark: str, file: Path | None) -> None:
+    """Print a table, or put it between the marks of a file."""
+    if file is None:
+        print(text)
+        return
+    before, _, rest = file.read_text().partition(f"<!-- {mark} -->")
+    end = f"<!-- END OF {mark} -->"
+    file.write_text(f"{before}<!-- {mark} -->\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import miniawq.oracle.cases as cases
+import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import EVERYWHERE, PackedCase, groups_of, shape, smallest
 from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
+from miniawq.oracle.refused import expect_refused_factors
 from miniawq.oracle.subject import Broken, Lacking, Subject, expect_equal, expect_within, name_of
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -199,7 +201,16 @@ def strides_of_factors(target: Subject) -> None:
         target.judge(expect_exact_product, view, layer)
     qweight, qzeros, scales, group_size = layer.packed
     views = [t.t().contiguous().t() for t in (qweight, qzeros, scales)]
-    got = target.tensor("matmul", (x, *views, group_size), x.dtype, (6, scales.shape[1]))
+    target.judge(expect_exact_words, x, *views, group_size)
+
+
+def expect_exact_words(
+    target: Subject, x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int
+) -> None:
+    """As `expect_exact_product`, with words that lie as they are given."""
+    layer = PackedCase(truth.unpack(qweight), truth.unpack(qzeros), scales, group_size)
+    arguments = (x, qweight, qzeros, scales, group_size)
+    got = target.tensor("matmul", arguments, x.dtype, (*x.shape[:-1], scales.shape[1]))
     expect_equal(got, product(x, layer).to(x.dtype), "y")
 
 
@@ -283,10 +294,7 @@ def random_products(limits: Limits) -> st.SearchStrategy[tuple[Tensor, PackedCas
 @rule("L3.random", "matmul", flags=("HalfAccumulation", "TwoRoundings"), drawn=random_products)
 def random_product(target: Subject, drawn: tuple[Tensor, PackedCase, Tensor | None]) -> None:
     """Random rows and layers keep the bound for one rounding of the weight, float32 sums and one of the result."""
-    x, layer, values = drawn
-    expect_within(
-        product_of_target(target, x, layer, values), product(x, layer, values), error_bound(x, layer, values), "y"
-    )
+    target.judge(expect_near_sum, *drawn)
 
 
 @rule("L3.long-sums", "matmul", flags=("HalfAccumulation", "TwoRoundings"))
@@ -298,9 +306,13 @@ def long_sums(target: Subject) -> None:
     layer.zeros.zero_()
     for dtype in dtypes_taken(target):
         x = (cases.normal(Random(12), 2, k).abs() / 16).to(dtype)
-        expect_within(
-            product_of_target(target, x, layer), product(x, layer), error_bound(x, layer), f"{name_of(dtype)} y"
-        )
+        target.judge(expect_near_sum, x, layer)
+
+
+def expect_near_sum(target: Subject, x: Tensor, layer: PackedCase, bias: Tensor | None = None) -> None:
+    """The target's product within the bound."""
+    got = product_of_target(target, x, layer, bias)
+    expect_within(got, product(x, layer, bias), error_bound(x, layer, bias), f"{name_of(x.dtype)} y")
 
 
 @rule("L3.refuses-short-input", "matmul", flags=("NoShapeCheck",))
@@ -318,4 +330,4 @@ def refuses_short_input(target: Subject) -> None:
         "a group of scales missing": (x, qweight, qzeros, scales[: groups - 1], group_size),
         "a group of zeros missing": (x, qweight, qzeros[: groups - 1], scales, group_size),
     }.items():
-        target.refuses("matmul", arguments, why, Exception)
+        target.judge(expect_refused_factors, *arguments, None, why)

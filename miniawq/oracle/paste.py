@@ -9,7 +9,7 @@ from torch import Tensor
 from miniawq.oracle.subject import Broken, Call, memory, name_of
 
 LONGEST_LITERAL = 300  # elements: what still fits on a screen
-MOST_EXCEPTIONS = 12  # elements set one by one after a constant: more would be longer than the literal
+MOST_LINES = 24  # after a constant, that set rows or elements which are not constant
 
 
 def describe_call(call: Call) -> str:
@@ -32,11 +32,21 @@ def snippet(import_line: str, call: Call, broken: Broken) -> str:
     """Lines that repeat the call; its arguments are literals unless they are too large."""
     paths = any(isinstance(value, Path) for value in call.arguments.values())
     lines = ["import miniawq.oracle.checkpoints" if paths else "import torch", import_line]
-    for name, value in call.arguments.items():
-        lines.extend(tensor_lines(name, value) if isinstance(value, Tensor) else [f"{name} = {literal(value)}"])
-    lines.append(f"got = target.{call.function}({', '.join(call.arguments)})")
+    if call.before:
+        lines += [*call_lines(call.before, "first"), "print(first)"]
+    lines += call_lines(call, "got")
+    if call.before:
+        lines.append("print(first, got)")
     lines.append(f"# expected {broken.expected}; got {broken.got}")
     return "\n".join(lines)
+
+
+def call_lines(call: Call, result: str) -> list[str]:
+    """The arguments of a call, one line or more each, and the call."""
+    lines: list[str] = []
+    for name, value in call.arguments.items():
+        lines.extend(tensor_lines(name, value) if isinstance(value, Tensor) else [f"{name} = {literal(value)}"])
+    return [*lines, f"{result} = target.{call.function}({', '.join(call.arguments)})"]
 
 
 def tensor_lines(name: str, value: Tensor) -> list[str]:
@@ -45,7 +55,7 @@ def tensor_lines(name: str, value: Tensor) -> list[str]:
     once = value
     for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
         once = once.narrow(dim, 0, 1) if size > 1 and stride == 0 else once
-    lines = [f"{name} = {literal(once)}", *(f"{name}{place} = {number}" for place, number in exceptions(once))]
+    lines = [f"{name} = {literal(once)}", *(f"{name}{place} = {value}" for place, value in exceptions(once))]
     offset = once.storage_offset()
     if once.numel() and (offset or not once.is_contiguous()) and not repeats:
         room = f"torch.zeros({offset + len(memory(once))}, dtype={once.dtype})"
@@ -63,36 +73,49 @@ def literal(value: Any) -> str:
         return repr(value)
     common = most_common(value)
     if common is not None:
-        return f"torch.full({tuple(value.shape)}, {common}, dtype={value.dtype})"
+        return f"torch.full({tuple(value.shape)}, {number(common)}, dtype={value.dtype})"
     if value.numel() > LONGEST_LITERAL:
         return f"...  # {short(value)}: too long to print; rerun with --only and --examples DIR to have it as a file"
-    if value.is_floating_point() and not bool(value.isfinite().all()):
-        return f"torch.tensor({value.tolist()}, dtype={value.dtype})".replace("nan", "torch.nan").replace(
-            "inf", "torch.inf"
-        )
-    return f"torch.tensor({value.tolist()}, dtype={value.dtype})"
+    return spelled_out(value)
 
 
-def most_common(value: Tensor) -> str | None:
+def spelled_out(value: Tensor) -> str:
+    """Every element."""
+    text = f"torch.tensor({value.tolist()}, dtype={value.dtype})"
+    finite = not value.is_floating_point() or bool(value.isfinite().all())
+    return text if finite else text.replace("nan", "torch.nan").replace("inf", "torch.inf")
+
+
+def most_common(value: Tensor) -> Tensor | None:
     """The value of all but a few elements, or None."""
     if value.numel() == 0:
-        return "0"
-    if bool(value.isnan().any()):
+        return value.new_zeros(())
+    flat = value.reshape(-1)
+    flat = flat[~flat.isnan()]
+    if value.numel() == 1 or not len(flat):
         return None
-    values, counts = value.reshape(-1).unique(return_counts=True)
-    if value.numel() - int(counts.max()) > MOST_EXCEPTIONS or value.numel() <= MOST_EXCEPTIONS:
+    common = flat.mode().values
+    if value.numel() <= MOST_LINES and bool((value != common).any()):
         return None
-    return number(values[counts.argmax()])
+    places = places_of(value, common)
+    return common if len(places) <= MOST_LINES and sum(value[p].numel() for p in places) <= LONGEST_LITERAL else None
+
+
+def places_of(value: Tensor, common: Tensor) -> list[tuple[int, ...]]:
+    """Where a tensor is not constant: rows of more than a few such elements, and single ones."""
+    other = value != common
+    rows = other.sum(-1) > MOST_LINES // 4 if value.dim() > 1 else other.new_zeros(())
+    single = other & ~rows[..., None]
+    return [tuple(place) for places in (rows, single) for place in places.nonzero().tolist() if place]
 
 
 def exceptions(value: Tensor) -> list[tuple[str, str]]:
-    """The index and value of each element that is not the most common one."""
+    """The index and value of each element or row that is not the most common value."""
     common = most_common(value)
     if common is None or value.numel() == 0:
         return []
-    values, counts = value.reshape(-1).unique(return_counts=True)
-    places = (value != values[counts.argmax()]).nonzero().tolist()
-    return [(str(place), number(value[tuple(place)])) for place in places]
+    parts = [(place, value[place]) for place in places_of(value, common)]
+    return [(str(list(place)), spelled_out(part) if part.dim() else number(part)) for place, part in parts]
 
 
 def number(value: Tensor) -> str:

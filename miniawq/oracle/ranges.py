@@ -27,6 +27,7 @@ from miniawq.oracle.combinations import (
 )
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
+from miniawq.oracle.dequantization import counting_codes, every_scale
 from miniawq.oracle.multiplication import dtypes_taken, product
 from miniawq.oracle.subject import Lacking, Subject, expect_equal
 
@@ -43,15 +44,12 @@ def layer_with(target: Subject, scale: float, seed: int, groups: int = 2, column
 @rule("L1.every-product", "dequantize", flags=("TwoRoundings", "FlushedSubnormals"))
 def every_product(target: Subject) -> None:
     """All 31743 positive scales times all 31 differences of code and zero: one rounding, ties to even."""
-    multiple = target.limits.multiple_of_n
-    n = (cases.LARGEST_HALF_BITS + multiple - 1) // multiple * multiple
-    scales = (torch.arange(n) % cases.LARGEST_HALF_BITS + 1).to(torch.int16).view(torch.float16)
     k, _, group_size = smallest(target.limits)
-    codes = (torch.arange(k) % 16).to(torch.uint8)[:, None].expand(k, n)
-    for zero in (0, 15):
-        zeros = torch.full((groups_of(k, group_size), n), zero, dtype=torch.uint8)
-        layer = PackedCase(codes, zeros, scales.expand(zeros.shape), group_size)
-        target.judge(expect_decoded, *layer.packed)
+    for scales in every_scale(target):
+        for zero in (0, 15):
+            zeros = torch.full((groups_of(k, group_size), len(scales)), zero, dtype=torch.uint8)
+            layer = PackedCase(counting_codes(k, len(scales)), zeros, scales.expand(zeros.shape), group_size)
+            target.judge(expect_decoded, *layer.packed)
 
 
 @rule("L1.special-scales", "dequantize", over=layers_over(("special",)), allowed=few_weights)

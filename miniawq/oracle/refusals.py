@@ -1,7 +1,4 @@
-"""What must be refused, L0 to L3, wherever it stands and whatever the size: what is silently taken has failed.
-
-Wrong dtypes may also be taken rightly: a kernel may read int64 words, but not half of each.
-"""
+"""What must be refused, L0 to L3, wherever it stands and whatever the size: what is silently taken has failed."""
 
 from collections.abc import Callable
 from math import inf, nan
@@ -10,16 +7,21 @@ import torch
 from torch import Tensor
 
 import miniawq.oracle.cases as cases
-import miniawq.oracle.truth as truth
-from miniawq.oracle.cases import LAYOUTS, PackedCase, groups_of, laid_out, random_layer, random_weight, smallest
+from miniawq.oracle.cases import LAYOUTS, groups_of, laid_out, random_layer, random_weight
 from miniawq.oracle.check import rule
-from miniawq.oracle.combinations import codes_of, inputs_of, seed_of, sizes_taken
+from miniawq.oracle.combinations import codes_of, inputs_of, sizes_taken
 from miniawq.oracle.contract import Limits
 from miniawq.oracle.covering import Factors, Setting
-from miniawq.oracle.multiplication import dtypes_taken, product
-from miniawq.oracle.ranges import expect_refused_or_decoded, place
+from miniawq.oracle.multiplication import dtypes_taken
+from miniawq.oracle.ranges import place
+from miniawq.oracle.refused import (
+    expect_refused_codes,
+    expect_refused_factors,
+    expect_refused_weight,
+    expect_refused_words,
+)
 from miniawq.oracle.rounding import expect_bound
-from miniawq.oracle.subject import Broken, Subject, expect_equal
+from miniawq.oracle.subject import Subject
 
 PLACES = (0.0, 0.5, 1.0, 0.37, 0.81)  # shares of the way through a tensor
 
@@ -41,7 +43,7 @@ def refuses_large_codes_anywhere(target: Subject, setting: Setting) -> None:
     """One code above 15 anywhere in a matrix of any size, a view included, is a ValueError."""
     codes = codes_of(setting | {"layout": "contiguous"})
     codes.view(-1)[place(setting["place"], codes.numel())] = setting["code"]
-    target.refuses("pack", (laid_out(codes, setting["layout"]),), f"a code of {setting['code']}")
+    target.judge(expect_refused_codes, laid_out(codes, setting["layout"]), f"a code of {setting['code']}")
 
 
 @rule("L0.pack.refuses-part-words-anywhere", "pack", flags=("NoShapeCheck",))
@@ -49,7 +51,8 @@ def refuses_part_words_anywhere(target: Subject) -> None:
     """No number of columns but a multiple of 8 is taken, in one row or many."""
     for rows in (1, 65, 300):
         for columns in (2, 4, 6, 15, 20, 68, 129, 1001, 4100):
-            target.refuses("pack", (torch.zeros(rows, columns, dtype=torch.uint8),), f"{columns} columns")
+            codes = torch.zeros(rows, columns, dtype=torch.uint8)
+            target.judge(expect_refused_codes, codes, f"{columns} columns")
 
 
 def taller(tensor: Tensor, rows: int = 1) -> Tensor:
@@ -111,7 +114,7 @@ def misfitting(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, Tensor
 @rule("L1.refuses-misfits", "dequantize", flags=("NoShapeCheck",), over=misfits, allowed=misfit, arrays=2)
 def refuses_misfits(target: Subject, setting: Setting) -> None:
     """Words, zeros and scales of which one is too short, too long, too narrow or too wide raise, for any group size."""
-    target.refuses("dequantize", misfitting(setting, target.limits), setting["misfit"], Exception)
+    target.judge(expect_refused_words, *misfitting(setting, target.limits), setting["misfit"])
 
 
 @rule("L3.refuses-misfits", "matmul", flags=("NoShapeCheck",), over=misfits, allowed=misfit, arrays=2)
@@ -119,7 +122,7 @@ def refuses_misfits_of_factors(target: Subject, setting: Setting) -> None:
     """The same in a product, whose x fits the words."""
     words = misfitting(setting, target.limits)
     x = torch.zeros(2, words[0].shape[0], dtype=dtypes_taken(target)[0])
-    target.refuses("matmul", (x, *words), setting["misfit"], Exception)
+    target.judge(expect_refused_factors, x, *words, None, setting["misfit"])
 
 
 def wrong_vectors(limits: Limits) -> Factors:
@@ -143,8 +146,8 @@ def refuses_wrong_lengths(target: Subject, setting: Setting) -> None:
     lengths[setting["what"]] = max(2, lengths[setting["what"]] + setting["more"])
     dtype = getattr(torch, setting["dtype"])
     x, bias = torch.zeros(*setting["shape"], lengths["x"], dtype=dtype), torch.zeros(lengths["bias"], dtype=dtype)
-    arguments = (x, *layer.packed) if setting["what"] == "x" else (x, *layer.packed, bias)
-    target.refuses("matmul", arguments, f"{setting['what']} of length {lengths[setting['what']]}", Exception)
+    why = f"{setting['what']} of length {lengths[setting['what']]}"
+    target.judge(expect_refused_factors, x, *layer.packed, None if setting["what"] == "x" else bias, why)
 
 
 def broken_weights(limits: Limits) -> Factors:
@@ -166,8 +169,8 @@ def refuses_nan_anywhere(target: Subject, setting: Setting) -> None:
     weight = random_weight(42, setting["outputs"], inputs_of(setting, target.limits))
     weight = weight.to(getattr(torch, setting["dtype"]))
     weight.view(-1)[place(setting["place"], weight.numel())] = setting["value"]
-    arguments = (laid_out(weight, setting["layout"]), setting["group size"])
-    target.refuses("quantize", arguments, f"a weight that is {setting['value']}")
+    why = f"a weight that is {setting['value']}"
+    target.judge(expect_refused_weight, laid_out(weight, setting["layout"]), setting["group size"], why)
 
 
 def broken_groups(limits: Limits) -> Factors:
@@ -185,7 +188,8 @@ def refuses_part_groups_anywhere(target: Subject, setting: Setting) -> None:
     """No number of inputs but a multiple of the group size is taken: fewer than a group, one and a part, many."""
     k = int(setting["share"] * setting["group size"])
     weight = random_weight(43, setting["outputs"], k).to(getattr(torch, setting["dtype"]))
-    target.refuses("quantize", (weight, setting["group size"]), f"{k} inputs in groups of {setting['group size']}")
+    why = f"{k} inputs in groups of {setting['group size']}"
+    target.judge(expect_refused_weight, weight, setting["group size"], why)
 
 
 def too_large(limits: Limits) -> Factors:
@@ -203,7 +207,7 @@ def too_large(limits: Limits) -> Factors:
 def refuses_large_weights_anywhere(target: Subject, setting: Setting) -> None:
     """One group whose range is above 15 times 65520, of either sign or of both, is a ValueError."""
     weight, group_size = wide_range(setting, setting["range"], target.limits)
-    target.refuses("quantize", (weight, group_size), f"a scale of {setting['range'] / 15:.6g}")
+    target.judge(expect_refused_weight, weight, group_size, f"a scale of {setting['range'] / 15:.6g}")
 
 
 @rule("L2.takes-large-weights", "quantize", flags=("HalfArithmetic",), over=too_large)
@@ -223,79 +227,3 @@ def wide_range(setting: Setting, size: float, limits: Limits) -> tuple[Tensor, i
     row[first : first + k // groups] = 0
     row[first + 1], row[first + 2] = size * setting["lowest"], size * (1 + setting["lowest"])
     return weight, setting["group size"]
-
-
-# Dtypes
-
-
-@rule("L0.pack.wrong-dtypes", "pack", flags=("NoTypeCheck",))
-def wrong_dtypes_of_codes(target: Subject) -> None:
-    """Codes of a wider integer dtype are refused or packed rightly; 16 and 256 are refused in each."""
-    codes = cases.codes(seed_of({}), 3, 2 * target.limits.multiple_of_n)
-    for dtype in (torch.int16, torch.int32, torch.int64):
-        got = target.unless_refused("pack", codes.to(dtype))
-        if got is not None:
-            expect_equal(got, truth.pack(codes), "word")
-        for code in (16, 256):
-            wrong = codes.to(dtype)
-            wrong[1, 3] = code
-            expect_refused(target, "pack", (wrong,), f"a code of {code} in {dtype}")
-
-
-def expect_refused(target: Subject, function: str, arguments: tuple[object, ...], why: str) -> None:
-    """Any exception."""
-    if target.unless_refused(function, *arguments) is not None:
-        raise Broken(f"an exception because of {why}", "a result, with no error")
-
-
-FINER = {torch.float32: 3 * 2.0**-13, torch.float64: 3 * 2.0**-13, torch.bfloat16: 0.0}  # bits that float16 lacks
-
-
-@rule("L1.wrong-dtypes", "dequantize", flags=("NoTypeCheck",))
-def wrong_dtypes_of_words(target: Subject) -> None:
-    """Words of 64 bits or as floats, and scales of other float dtypes, are refused or decoded rightly."""
-    qweight, qzeros, scales, group_size = random_layer(45, *smallest(target.limits, 2, 2), cases.exact_scales).packed
-    for dtype in (torch.int64, torch.float64):
-        for words in ((qweight.to(dtype), qzeros), (qweight, qzeros.to(dtype))):
-            expect_right_words(target, "dequantize", (*words, scales, group_size), qweight, qzeros)
-    for dtype, finer in FINER.items():
-        target.judge(expect_refused_or_decoded, qweight, qzeros, scales.to(dtype) * (1 + finer), group_size)
-
-
-def expect_right_words(
-    target: Subject, function: str, arguments: tuple[object, ...], qweight: Tensor, qzeros: Tensor
-) -> None:
-    """A refusal, or what words of 32 bits give."""
-    got = target.unless_refused(function, *arguments)
-    if got is None:
-        return
-    *x, _, _, scales, group_size = arguments
-    layer = PackedCase(truth.unpack(qweight), truth.unpack(qzeros), scales, group_size)  # type: ignore[arg-type]
-    expected = product(x[0], layer) if x else layer.weight  # type: ignore[arg-type]
-    expect_equal(got.to(torch.float64), expected.to(got.dtype).to(torch.float64), function)
-
-
-@rule("L3.wrong-dtypes", "matmul", flags=("NoTypeCheck",))
-def wrong_dtypes_of_factors(target: Subject) -> None:
-    """Words of 64 bits or as floats, and a bias of another float dtype are refused or read rightly."""
-    layer = random_layer(46, *smallest(target.limits, 2, 2), cases.exact_scales)
-    qweight, qzeros, scales, group_size = layer.packed
-    dtype = dtypes_taken(target)[0]
-    x = cases.exact_rows(seed_of({}), 2, len(qweight), dtype)
-    for other in (torch.int64, torch.float64):
-        for words in ((qweight.to(other), qzeros), (qweight, qzeros.to(other))):
-            expect_right_words(target, "matmul", (x, *words, scales, group_size), qweight, qzeros)
-    for other in {torch.float64, torch.float32, torch.float16} - {dtype}:
-        bias = torch.full((scales.shape[1],), 0.5, dtype=other)
-        got = target.unless_refused("matmul", x, *layer.packed, bias)
-        if got is not None:
-            expect_equal(got.to(torch.float64), product(x, layer, bias), "y")
-
-
-@rule("L2.wrong-dtypes", "quantize", flags=("NoTypeCheck",))
-def wrong_dtypes_of_weights(target: Subject) -> None:
-    """A weight of integers is refused or rounded rightly."""
-    k, n, group_size = smallest(target.limits, 2)
-    weight = (random_weight(47, n, k) * 8).to(torch.int32)
-    if target.unless_refused("quantize", weight, group_size) is not None:
-        target.judge(expect_bound, weight, group_size)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,8 @@ def as_text(report: ConformanceReport, verbose: bool = False) -> str:
             lines.append(f"{result.status.upper():7} {result.check.id}: {result.reason}")
         elif verbose and result.status == "passed":
             lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
+    if report.causes:
+        lines += ["", "Mend the first cause and run again: it may hide others."]
     reasons = Counter(r.reason for r in report.results if r.status == "skipped")
     lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
     lines += [badge(report), f"{tally(report.counts()) or 'nothing ran'} in {report.seconds:.1f} s"]
@@ -230,28 +233,33 @@ def failure_record(report: ConformanceReport, result: Result) -> dict[str, Any]:
 
 def as_junit(report: ConformanceReport) -> str:
     """JUnit XML: a test suite per level, a test case per check."""
-    root = ElementTree.Element("testsuites", name=f"miniawq.oracle {report.target}")
+    root = ElementTree.Element("testsuites", name=printable(f"miniawq.oracle {report.target}"))
     for level in report.levels():
-        counts = report.counts(level)
+        counts, results = report.counts(level), [r for r in report.results if r.check.level == level]
         suite = ElementTree.SubElement(
-            root, "testsuite", name=f"{level} {LEVELS[level]}", tests=str(sum(counts.values())),
+            root, "testsuite", name=f"{level} {LEVELS[level]}", tests=str(len(results)), errors="0",
             failures=str(counts["failed"] + counts["xpassed"]), skipped=str(counts["skipped"] + counts["xfailed"]),
+            time=f"{sum(result.seconds for result in results):.3f}",
         )  # fmt: skip
-        for result in report.results:
-            if result.check.level == level:
-                add_case(suite, report, result)
+        for result in results:
+            add_case(suite, report, result)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 
 
 def add_case(suite: ElementTree.Element, report: ConformanceReport, result: Result) -> None:
     """One check as a JUnit test case."""
     case = ElementTree.SubElement(
-        suite, "testcase", classname=report.target, name=result.check.id, time=f"{result.seconds:.3f}"
+        suite, "testcase", classname=printable(report.target), name=result.check.id, time=f"{result.seconds:.3f}"
     )
     if result.status == "failed":
-        failure = ElementTree.SubElement(case, "failure", message=str(result.broken))
-        failure.text = "\n".join(failure_lines(report, result))
+        failure = ElementTree.SubElement(case, "failure", message=printable(str(result.broken)))
+        failure.text = printable("\n".join(failure_lines(report, result)))
     elif result.status == "xpassed":
-        ElementTree.SubElement(case, "failure", message=result.reason)
+        ElementTree.SubElement(case, "failure", message=printable(result.reason))
     elif result.status in ("skipped", "xfailed"):
-        ElementTree.SubElement(case, "skipped", message=f"{result.status}: {result.reason}")
+        ElementTree.SubElement(case, "skipped", message=printable(f"{result.status}: {result.reason}"))
+
+
+def printable(text: str) -> str:
+    """What XML may hold: control characters, which a target's message can have, are written as escapes."""
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)

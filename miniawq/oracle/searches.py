@@ -6,7 +6,7 @@ eight are zero, all tokens but eight are silent, the loud channel is the last on
 search of `truth` gains there (a coarser grid of candidates loses less), and to no loss where plain rounding has none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -221,25 +221,28 @@ def orders(limits: Limits) -> Factors:
             "tokens": (12, 129), "group size": sizes_taken(limits)}  # fmt: skip
 
 
-def ordered(setting: Setting, limits: Limits, kind: str) -> tuple[Problem, Problem]:
-    """A problem, and the same with its tokens in another order."""
-    whole = setting | {"kind": kind, "outputs": limits.multiple_of_n, "groups": 2, "dtype": "float32"}
+def ordered(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, int, list[int]]:
+    """A problem, and another order of its tokens."""
+    whole = setting | {"outputs": limits.multiple_of_n, "groups": 2, "dtype": "float32"}
     whole |= {"layout of weight": "contiguous", "layout of x": "contiguous"}
     weight, x, group_size = search_problem(whole, limits)
-    tokens = torch.arange(len(x))
-    order = {"reversed": tokens.flip(0), "halves exchanged": tokens.roll(len(x) // 2)}.get(setting["order"])
-    if order is None:
-        order = torch.tensor(Random(5).sample(range(len(x)), len(x)))
-    return (weight, x, group_size), (weight, x[order].contiguous(), group_size)
+    tokens, half = list(range(len(x))), len(x) // 2
+    orders = {"reversed": tokens[::-1], "halves exchanged": tokens[-half:] + tokens[:-half]}
+    order = orders.get(setting["order"]) or Random(5).sample(tokens, len(x))
+    return weight, x, group_size, order
 
 
 @rule("L5.scales.any-order", "search_scales", over=orders)
 def scales_in_any_order(target: Subject, setting: Setting) -> None:
     """Tokens in another order give factors as good, also where the halves of the tokens differ."""
-    (weight, x, group_size), other = ordered(setting, target.limits, setting["kind"])
+    target.judge(expect_factors_in_order, *ordered(setting, target.limits))
+
+
+def expect_factors_in_order(target: Subject, weight: Tensor, x: Tensor, group_size: int, order: Sequence[int]) -> None:
+    """The loss with the tokens in another order."""
     losses = [
-        loss_with(weight, x, factors_of(target, *some), group_size, truth.quantize)
-        for some in ((weight, x, group_size), other)
+        loss_with(weight, x, factors_of(target, weight, some, group_size), group_size, truth.quantize)
+        for some in (x, x[order].contiguous())
     ]
     expect_as_good(losses[0], losses[1], truth.output_loss(weight, torch.zeros_like(weight), x))
 
@@ -247,10 +250,14 @@ def scales_in_any_order(target: Subject, setting: Setting) -> None:
 @rule("L5.clip.any-order", "search_clip", over=orders)
 def clip_in_any_order(target: Subject, setting: Setting) -> None:
     """Tokens in another order give bounds as good, also where the halves of the tokens differ."""
-    (weight, x, group_size), other = ordered(setting, target.limits, setting["kind"])
+    target.judge(expect_bounds_in_order, *ordered(setting, target.limits))
+
+
+def expect_bounds_in_order(target: Subject, weight: Tensor, x: Tensor, group_size: int, order: Sequence[int]) -> None:
+    """The loss with the tokens in another order."""
     losses = [
-        float(clip_losses(weight, x, bounds_of(target, *some), group_size, truth.quantize).sum())
-        for some in ((weight, x, group_size), other)
+        float(clip_losses(weight, x, bounds_of(target, weight, some, group_size), group_size, truth.quantize).sum())
+        for some in (x, x[order].contiguous())
     ]
     expect_as_good(losses[0], losses[1], truth.output_loss(weight, torch.zeros_like(weight), x))
 

@@ -5,8 +5,9 @@ another order each time: a result kept from the last call of the same shape, an 
 weight cached by its address, and an answer that is wrong once in 200 calls all break one of the rules here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -23,7 +24,7 @@ from miniawq.oracle.multiplication import dtypes_taken
 from miniawq.oracle.rounding import expect_bound
 from miniawq.oracle.search import Problem, expect_clip_no_worse, expect_no_worse, problem
 from miniawq.oracle.storage import expect_packed, expect_unpacked
-from miniawq.oracle.subject import Broken, Subject, comparable, twin
+from miniawq.oracle.subject import Broken, Call, Subject, comparable, twin
 
 CALLS = 420  # of a cheap function: one wrong result in 200 is seen with a chance of 7 in 8, one every 200th surely
 FEW_CALLS = 210  # of a search
@@ -61,14 +62,14 @@ def factors(target: Subject, seed: int) -> Arguments:
 
 def weight(target: Subject, seed: int) -> Arguments:
     """A weight and its group size."""
-    k, n, group_size = smallest(target.limits, 2 + seed // 2)
+    k, n, group_size = smallest(target.limits, 1 + seed // 2)
     return cases.random_weight(seed, n, k), group_size
 
 
 def searched(target: Subject, seed: int) -> Problem:
     """A small search, with loud channels of its own."""
-    found = problem(target.limits, seed + 50, groups=1, outliers=2)
-    return found[0], found[1][: 12 + seed // 2], found[2]
+    weight, x, group_size = problem(target.limits, seed + 50, groups=1, outliers=2)
+    return weight[: target.limits.multiple_of_n], x[: 8 + seed // 2], group_size
 
 
 SMALL = [
@@ -127,19 +128,33 @@ def state_of(small: Small) -> Check:
 def expect_kept(target: Subject, small: Small, problems: list[Arguments]) -> None:
     """A result is not overwritten by a later call."""
     kept = target.answer(small.function, *problems[0])
+    first = target.last
     before = [tensor.clone() for tensor in listed(comparable(kept))]
     for arguments in (problems[1], problems[2], problems[1]):
         target.answer(small.function, *arguments)
-    expect_same(comparable(kept), before, "to stay as it was when the function is called again")
+        with after(target, first):
+            expect_same(comparable(kept), before, "to stay as it was when the function is called again")
 
 
 def expect_repeated(target: Subject, small: Small, problems: list[Arguments], firsts: list[list[Tensor]]) -> None:
     """Calls in any order give the first results."""
     random = Random(7)
     for count in range(small.calls):
-        chosen = random.randrange(3)
+        chosen, before = random.randrange(3), target.last
         got = target.call(small.function, *problems[chosen])
-        expect_same(got, firsts[chosen], f"in call {count + 1} of {small.calls}")
+        with after(target, before):
+            expect_same(got, firsts[chosen], f"in call {count + 1} of {small.calls}")
+
+
+@contextmanager
+def after(target: Subject, before: Call | None) -> Iterator[None]:
+    """A failure in here is one of the last call, made after another one."""
+    try:
+        yield
+    except Broken as broken:
+        assert target.last is not None
+        broken.call = replace(target.last, before=before)
+        raise
 
 
 def expect_fresh(target: Subject, small: Small) -> None:

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
 from miniawq.oracle.check import rule
+from miniawq.oracle.refused import expect_refused_codes
 from miniawq.oracle.subject import Broken, Subject, expect_equal, expect_tensor
 
 KNOWN_WORDS = {
@@ -151,11 +152,11 @@ def refuses_large_codes(target: Subject) -> None:
         for column in (0, 5, 7):
             codes = widened(target, torch.zeros(2, 8, dtype=torch.uint8))
             codes[1, column] = code
-            target.refuses("pack", (codes,), f"code {code}")
+            target.judge(expect_refused_codes, codes, f"code {code}")
 
 
 @rule("L0.pack.refuses-part-words", "pack", flags=("NoShapeCheck",))
 def refuses_part_words(target: Subject) -> None:
     """A number of columns that is no multiple of 8 is a ValueError: nothing is padded or dropped."""
     for columns in (1, 7, 9, 12):
-        target.refuses("pack", (torch.zeros(2, columns, dtype=torch.uint8),), f"{columns} columns")
+        target.judge(expect_refused_codes, torch.zeros(2, columns, dtype=torch.uint8), f"{columns} columns")

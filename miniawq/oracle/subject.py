@@ -26,10 +26,11 @@ PARAMETERS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the target, by parameter name."""
+    """One call of the target, by parameter name; `before` is one without which it does not show what is wrong."""
 
     function: str
     arguments: dict[str, Any]
+    before: "Call | None" = None
 
 
 class Broken(AssertionError):
@@ -42,7 +43,7 @@ class Broken(AssertionError):
         super().__init__(f"expected {expected}; got {got}")
         self.expected, self.got = expected, got
         self.call: Call | None = None
-        self.again: tuple[Callable[..., None], tuple[Any, ...]] | None = None
+        self.again: tuple[Callable[..., object], tuple[Any, ...]] | None = None
         self.setting: dict[str, Any] = {}
 
 
@@ -108,7 +109,7 @@ class Subject:
         """The one tensor a function must return, with its dtype and shape compared to what they must be."""
         return expect_tensor(self.call(function, *arguments), dtype, shape)
 
-    def judge(self, rule: Callable[..., None], *arguments: Any) -> None:
+    def judge(self, rule: Callable[..., object], *arguments: Any) -> None:
         """Hold the target to `rule(self, *arguments)`; a failure remembers both, so that its example can be shrunk."""
         try:
             rule(self, *arguments)

@@ -17,10 +17,12 @@ LARGEST_HALF = 65504.0  # the largest finite float16
 
 def pack(codes: Tensor) -> Tensor:
     """Codes uint8 [R, C] to words int32 [R, C / 8]."""
+    if codes.is_floating_point():
+        raise ValueError(f"codes are whole numbers, not {codes.dtype}")
     if codes.shape[1] % 8:
         raise ValueError(f"{codes.shape[1]} columns do not fill whole words of 8 codes")
-    if codes.numel() and int(codes.max()) > 15:
-        raise ValueError(f"code {int(codes.max())} does not fit in 4 bits")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
+        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit in 4 bits")
     words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64, device=codes.device)
     for nibble, column in enumerate(NIBBLE_HOLDS_COLUMN):
         words += codes[:, column::8].to(torch.int64) * 16**nibble
@@ -46,6 +48,8 @@ def real_weight(codes: Tensor, zeros: Tensor, scales: Tensor, group_size: int) -
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """Weights float16 [K, N] from packed words, rounded once."""
+    if group_size < 1 and group_size != -1:
+        raise ValueError(f"a group_size of {group_size}")
     groups = 1 if group_size == -1 else qweight.shape[0] // group_size
     if qzeros.shape != (groups, qweight.shape[1]) or scales.shape != (groups, qweight.shape[1] * 8):
         raise ValueError(f"{groups} groups, but qzeros {tuple(qzeros.shape)} and scales {tuple(scales.shape)}")
@@ -67,7 +71,7 @@ def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [K, N], zeros [G, N] and scales [G, N] of a weight [N, K], rounded to nearest."""
     n, k = weight.shape
     size = k if group_size == -1 else group_size
-    if k % size:
+    if size < 1 or k % size:
         raise ValueError(f"{k} input features do not divide into groups of {size}")
     if not bool(weight.isfinite().all()):
         raise ValueError("the weight holds NaN or infinity")
@@ -84,6 +88,12 @@ def matmul(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
     """`x @ weight + bias` in float64, the result in the dtype of x."""
+    if not x.is_floating_point():
+        raise ValueError(f"x holds floats, not {x.dtype}: the result has its dtype")
+    if x.shape[-1] != qweight.shape[0]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight {qweight.shape[0]}")
+    if bias is not None and bias.shape != scales.shape[1:]:
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} for {scales.shape[1]} outputs")
     weight = dequantize(qweight, qzeros, scales, group_size)
     y = x.to(torch.float64) @ weight.to(torch.float64)
     return (y if bias is None else y + bias.to(torch.float64)).to(x.dtype)

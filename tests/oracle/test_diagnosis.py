@@ -3,16 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from miniawq.oracle import truth
 from miniawq.oracle.door import CHECKS, conformance
 from miniawq.oracle.paste import snippet
 from miniawq.oracle.planted.formats import STEPS, product
 from miniawq.oracle.planted.grammar import PRODUCT, only
+from miniawq.oracle.planted.numbers import quantize
 from miniawq.oracle.planted.readers import CLIP_KINDS, SCALE_KINDS
 from miniawq.oracle.planted.storage import both, decoding
 from tests.helpers.checks import SHORT
 
+REFUSES_NAN = next(check for check in CHECKS if check.id == "L2.refuses-nan")
 INVERTED = {"search_scales": lambda w, x, g: 1 / truth.search_scales(w, x, g)}
 CAUSES = {
     "zeros are read one too high": {"dequantize": decoding(zeros=lambda z: z + 1)},
@@ -22,6 +25,8 @@ CAUSES = {
         "pack": truth.pack,
         "unpack": lambda w: truth.unpack(w).clamp(max=14),
     },
+    "codes are cut off instead of rounded to nearest": quantize(round=torch.trunc),
+    "zeros are cut off instead of rounded to nearest": quantize(zeros=torch.floor),
     "search_clip does not depend on x": {"search_clip": CLIP_KINDS["by the weight's error"]},
     "search_scales does not depend on x": {"search_scales": SCALE_KINDS["x ignored"]},
     "factors are inverted": INVERTED,
@@ -31,14 +36,13 @@ CAUSES = {
 @pytest.mark.parametrize("title", CAUSES)
 def test_a_cause_is_named_and_its_first_example_prints(title):
     target = SimpleNamespace(**CAUSES[title])
-    levels = {"pack": "L0", "dequantize": "L1"}
+    levels = {"pack": "L0", "dequantize": "L1", "quantize": "L2"}
     level = levels.get(next(iter(CAUSES[title])), "L5")
     report = conformance(target, [check for check in SHORT if check.level == level])
     assert [cause.title for cause in report.causes if cause.title == title] == [title]
     cause = next(cause for cause in report.causes if cause.title == title)
     broken = cause.failures[0].broken
-    if level in ("L0", "L1"):  # dense weights and activations of L2 and L5 do not always become sparse
-        assert "too long" not in snippet("", broken.call, broken)
+    assert "too long" not in snippet("", broken.call, broken)
     assert sum(len(cause.failures) for cause in report.causes) == report.counts()["failed"]
 
 
@@ -47,6 +51,24 @@ def test_circumstances_are_told_where_no_cause_is_known():
     (check,) = (check for check in CHECKS if check.id == "L3.combinations")
     (cause,) = conformance(SimpleNamespace(matmul=wrong), [check]).causes
     assert cause.title == "matmul: wrong with rows 65, bias contiguous"
+
+
+def test_an_exception_is_a_cause_of_its_own():
+    def matmul(x, *rest):
+        if x.dim() == 1:
+            raise IndexError("no vectors here")
+        return truth.matmul(x, *rest)
+
+    causes = conformance(SimpleNamespace(matmul=matmul), [c for c in SHORT if c.id.startswith("L3.lead")]).causes
+    assert [cause.title for cause in causes] == ["matmul raises IndexError: no vectors here"]
+
+
+def test_a_smaller_refusal_is_still_one():
+    """What the definition takes is no example of something that must be refused."""
+    report = conformance(SimpleNamespace(quantize=lambda w, g: truth.quantize(w.nan_to_num(), g)), [REFUSES_NAN])
+    call = report.results[0].broken.call
+    assert call.arguments["weight"].isnan().sum() == 1
+    assert (call.arguments["weight"] == 0).sum() == call.arguments["weight"].numel() - 1
 
 
 def half_sums(x, qweight, qzeros, scales, group_size, bias=None):

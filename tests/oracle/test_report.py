@@ -122,6 +122,15 @@ def test_json_and_junit(wrong, tmp_path, capsys):
     assert sum(len(case) > 0 for case in level0) == told["levels"]["L0"]["failed"]
 
 
+def test_junit_holds_what_a_target_says_in_control_characters():
+    def pack(codes):
+        raise ValueError("\x00 \x1b[31mred")
+
+    text = as_junit(conformance(SimpleNamespace(pack=pack), checks("L0.pack.known-words")))
+    (failure,) = ElementTree.fromstring(text).iter("failure")
+    assert "\\x00 \\x1b[31mred" in failure.get("message")
+
+
 EXPECTED = (
     "L0.unpack.known-words",
     "L0.unpack.every-slot",
@@ -131,6 +140,7 @@ EXPECTED = (
     "L0.strides",
     "L0.unpack.combinations",
     "L0.unpack.state",
+    "L0.unpack.long",
 )
 
 

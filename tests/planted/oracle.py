@@ -15,5 +15,10 @@ FAULTS = [
     ),
     Fault("oracle/searches.py", r"^CLEAR = 0\.8", "CLEAR = 0.0", FAULTS_FIND),
     Fault("oracle/loader.py", r"if weight_map\.get\(name\) == file", "if True", "oracle/test_oracle"),
-    Fault("oracle/diagnosis.py", r"layer\.zeros\.clamp_\(1, 14\)", "layer.zeros.clamp_(8, 8)", "oracle/test_diagnosis"),
+    Fault("oracle/edges.py", r"^ROWS = 4104", "ROWS = 104", FAULTS_FIND),
+    Fault("oracle/report.py", r"return re\.sub\(.*text\)", "return text", "oracle/test_report"),
+    Fault(
+        "oracle/refused.py", r"getattr\(truth, function\)\(\*arguments\)", "raise ValueError", "oracle/test_diagnosis"
+    ),
+    Fault("oracle/probes.py", r"layer\.zeros\.clamp_\(1, 14\)", "layer.zeros.clamp_(8, 8)", "oracle/test_diagnosis"),
 ]

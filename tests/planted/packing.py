@@ -7,6 +7,7 @@ FAULTS = [
     Fault("packing.py", r"^(AWQ_ORDER = )\([0-9, ]*\)", r"\1(0, 4, 1, 5, 2, 6, 3, 7)", TEST),
     Fault("packing.py", r"(bytes_RW4\[\.\.\., byte\]) & TOP_CODE", r"\1", TEST),
     Fault("packing.py", r"codes_RC\.amax\(\) > TOP_CODE or", "False or", TEST),
+    Fault("packing.py", r"codes_RC\.is_floating_point\(\)", "False", TEST),
     Fault("packing.py", r" \+ \(nearest\.double\(\) < values\)", "", TEST),
     Fault("packing.py", r"\(nearest\.double\(\) < values\)", "1", TEST),
     Fault("packing.py", r"bits\.clamp\(min=1\)", "bits", TEST),

@@ -32,6 +32,10 @@ class Fault:
     killer: str
     wrong: dict[str, Callable[..., Any]]
 
+    @property
+    def level(self) -> str:
+        return self.killer.split(".")[0]
+
     def target(self) -> SimpleNamespace:
         """The implementation with the fault."""
         return SimpleNamespace(name=self.name, **CORRECT | self.wrong)

@@ -71,12 +71,12 @@ def roundings_of_weights() -> Iterator[Bred]:
 # L3: formats, bias, special values, strides
 
 
-def product(x: Any, w: Any, z: Any, s: Any, g: Any, b: Any = None, **wrong: Any) -> Tensor:
-    """The product with some steps replaced."""
+def product(x: Any, w: Any, z: Any, s: Any, g: Any, bias: Any = None, **wrong: Any) -> Tensor:
+    """The product with some steps replaced, that of the bias by `b`."""
     step = {name: wrong.get(name, lambda t, *_: t) for name in ("x", "w", "y", "b", "out")}
-    truth.matmul(x, w, z, s, g, b)
+    truth.matmul(x, w, z, s, g, bias)
     y = step["y"](step["x"](x).double() @ step["w"](truth.dequantize(w, z, s, g)).double(), x)
-    y = y if b is None else y + step["b"](b, x).double()
+    y = y if bias is None else y + step["b"](bias, x).double()
     return step["out"](y, x).to(x.dtype)
 
 

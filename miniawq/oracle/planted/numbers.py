@@ -37,7 +37,7 @@ def rounding(
         stored = store(scales(lowest, highest).double())
         step = stored.to(groups.dtype)
         zero = zeros(-lowest / step).clamp(0, 15)
-        codes = (round(groups / step) + zero[:, None].round()).clamp(bottom, top).reshape(k, n)
+        codes = (round(groups / step[:, None]) + zero[:, None].round()).clamp(bottom, top).reshape(k, n)
         return codes.to(torch.uint8), zero.round().to(torch.uint8), stored
 
     return quantize
@@ -124,8 +124,10 @@ ROUNDING = [
           after(lambda q, z, s: (q, z, s[:1].expand_as(s).contiguous()))),
     Fault("tail group has no scale of its own", "L2.groups-independent",
           after(lambda q, z, s: (q, z, torch.cat([s[:-1], s[-2:-1] if len(s) > 1 else s[-1:]])))),
-    Fault("one scale for all output channels", "L2.permutations",
+    Fault("one scale for all output channels", "L2.groups-independent",
           quantize(scales=lambda low, high: ((high - low) / 15).amax(1, keepdim=True).expand_as(low).contiguous())),
+    Fault("the code of the last input one off", "L2.permutations",
+          after(lambda q, z, s: (torch.cat([q[:-1], q[-1:] ^ 1]), z, s))),
     Fault("groups in reverse order", "L2.bound", after(lambda q, z, s: (q, z.flip(0), s.flip(0)))),
     Fault("zero not in the range (AutoAWQ's grid)", "L2.one-signed", quantize(extended=False)),
     Fault("a constant group collapses", "L2.constant", quantize(
@@ -137,7 +139,8 @@ ROUNDING = [
           quantize(scales=lambda low, high: ((high - low) / 15).clamp(min=1e-4))),
     Fault("zero added before it is rounded", "L2.nearest", {"quantize": float_zero}),
     Fault("codes fall where weights rise", "L2.monotone", after(lambda q, z, s: (15 - q, 15 - z, s))),
-    Fault("grid moved by half a step", "L2.idempotent", quantize(round=lambda v: (v + 0.499).round())),
+    Fault("grid moved by half a step", "L2.nearest", quantize(round=lambda v: (v + 0.499).round())),
+    Fault("codes of a grid 8 percent too fine", "L2.idempotent", quantize(round=lambda v: (v * 1.08).round())),
     Fault("scales rounded to three bits", "L2.powers-of-two",
           quantize(store=lambda v: truth.round_up_to_half((v * 1000).ceil() / 1000))),
     Fault("outliers clamped", "L2.outlier", before(lambda w, g: (w.clamp(-100, 100), g))),

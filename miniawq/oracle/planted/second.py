@@ -58,6 +58,8 @@ SECOND = [
     Fault("part words padded past 64 rows", "L0.pack.refuses-part-words-anywhere", late(
         "pack", MATRIX["more than 64 rows"], lambda c: truth.pack(torch.nn.functional.pad(c, (0, -c.shape[1] % 8))))),
     Fault("codes of 32 bits cut to 8", "L0.pack.wrong-dtypes", {"pack": lambda c: truth.pack(c.to(torch.uint8))}),
+    Fault("codes of 1.5 cut to 1", "L0.pack.fractions", {
+        "pack": lambda c: truth.pack(c.to(torch.uint8) if c.is_floating_point() else c)}),
     Fault("one output buffer", "L0.pack.state", {"pack": one_buffer("pack")}),
     Fault("a wrong code every 200th call", "L0.unpack.state", {"unpack": now_and_then("unpack", 200, False)}),
     Fault("zeros at an offset read shifted", "L1.combinations", late(
@@ -117,6 +119,9 @@ SECOND = [
         x, w, z, s, g, None if b is None else b[: s.shape[1]])}),
     Fault("words of 64 bits read as halves", "L3.wrong-dtypes", {"matmul": lambda x, w, z, s, g, b=None: truth.matmul(
         x, w if w.dtype == torch.int32 else 0 * w.int(), z, s, g, b)}),
+    Fault("weights rounded to the integers of x", "L3.integer-inputs", {
+        "matmul": lambda x, w, z, s, g, b=None: truth.matmul(
+            x, w, z, s, g, b) if x.is_floating_point() else truth.matmul(x.float(), w, z, s, g, b).to(x.dtype)}),
     Fault("one output buffer", "L3.state", {"matmul": one_buffer("matmul")}),
     Fault("a file above the directory read", "L4.refuses.index-above", {
         "load_checkpoint": lambda d: following(d, lambda n: n.startswith(".."))}),

@@ -26,4 +26,6 @@ ARGUED: dict[str, str] = {
         for kind in ("zero", "off by one unit", "its left neighbour", "the row above")
     },
     "dequantize, subnormal results cut off": EXACT,
+    "pack, no rows is an error": "the contract speaks of no rows for the product alone",
+    "search_scales, square weights transposed": "the candidates come from x: the best of them is nearly the same",
 }
