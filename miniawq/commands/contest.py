@@ -40,6 +40,8 @@ COMPENSATED = {"gptq": False, "gptq-act-order": True}
 LEARNERS = (*RECIPES, *COMPENSATED)  # formats that look at a text
 GROUPED = ("rtn", *LEARNERS)  # formats of any group size
 ALL = (*FORMATS, *GROUPED)
+FOUR_BITS = 6.0  # bits a weight below which a format is drawn among those of 4
+MARKERS = "osD^v<>PX*ph8"  # one a format, since colours repeat
 DENSE_BITS = 16  # of each number that no format changes
 
 # Changes the linears of a block, and says how many bits hold them.
@@ -260,27 +262,28 @@ def format_table(found: Sequence[FormatRow]) -> str:
 
 
 def draw_formats(path: Path, found: Sequence[FormatRow]) -> None:
-    """Loss against bytes, both on logarithmic axes: a point a format, a line through the group sizes of one.
+    """Loss against bytes: a point a format, a line through the group sizes of one; on the right the 4-bit ones alone.
 
-    A format without loss has no place on such an axis and is left out.
+    A format without loss has no place on a logarithmic axis and is left out.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(row.name for row in found):
-        points = []
-        for row in found:
-            other = row.scores.reference
-            if row.name == name and other is not None and other.kl_mean > 0:
-                points.append((row.nbytes / 1e6, other.kl_mean, row.group_size))
-        if not points:
-            continue
-        points.sort()
-        axes.plot([x for x, *_ in points], [y for _, y, _ in points], marker="o", label=name)
-        for x, y, size in points:
-            told = name if size is None else {-1: "row"}.get(size, str(size))
-            axes.annotate(told, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
-    axes.set(xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token", xscale="log", yscale="log")
-    axes.legend(fontsize="small")
+    points: dict[str, list[tuple[float, float, FormatRow]]] = {}
+    for row in found:
+        if row.scores.reference and row.scores.reference.kl_mean > 0:
+            points.setdefault(row.name, []).append((row.nbytes / 1e6, row.scores.reference.kl_mean, row))
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, most in zip(figure.subplots(1, 2), (math.inf, FOUR_BITS), strict=True):
+        for index, some in enumerate(points.values()):
+            shown = sorted((x, y, str(row.group_size)) for x, y, row in some if row.bits < most)
+            axes.plot([x for x, *_ in shown], [y for _, y, _ in shown], color=f"C{index}", marker=MARKERS[index])
+            for x, y, size in shown[: len(shown) if len(shown) > 1 else 0]:
+                axes.annotate(size, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+        axes.set(xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token")
+    whole, small = figure.axes
+    whole.set(title="all", yscale="log")
+    small.set(title="of 4 bits", ylim=(0, None))
+    lines = [Line2D([], [], color=f"C{index}", marker=MARKERS[index], label=name) for index, name in enumerate(points)]
+    figure.legend(handles=lines, loc="outside right upper")
     figure.savefig(path, dpi=120)

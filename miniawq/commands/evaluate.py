@@ -56,10 +56,7 @@ FIX_LENGTH = "give a smaller --sequence-length"
 def evaluate(
     checkpoint: Checkpoint, tokens_BL: Tensor, reference: Checkpoint | None = None, device: torch.device | str = "cpu"
 ) -> Scores:
-    """Score a checkpoint, streamed block by block, on windows of token ids.
-
-    UsageError if a window is longer than a context: positions that a model was not trained on are not its quality.
-    """
+    """Score a checkpoint, streamed block by block, on windows of token ids."""
     return score(tokens_BL, *predictors(checkpoint, tokens_BL, reference, device))
 
 
@@ -69,11 +66,17 @@ def predictors(
 ) -> tuple[Predictor, Predictor | None]:
     """What both models make of the windows, one model after the other."""
     for one in (checkpoint, reference):
-        if one and tokens_BL.shape[1] > (limit := one.model_config.max_position_embeddings):
-            why = f"{one.directory / 'config.json'}: max_position_embeddings = {limit}"
-            raise UsageError(f"windows of {tokens_BL.shape[1]} tokens are longer than the context", why, FIX_LENGTH)
+        if one:
+            check_context(one, tokens_BL)
     ours = stream_predictor(checkpoint.fetched(), tokens_BL, device)
     return ours, None if reference is None else stream_predictor(reference.fetched(), tokens_BL, device)
+
+
+def check_context(checkpoint: Checkpoint, tokens_BL: Tensor) -> None:
+    """UsageError on windows longer than the context: positions that a model was not trained on are not its quality."""
+    if tokens_BL.shape[1] > (limit := checkpoint.model_config.max_position_embeddings):
+        why = f"{checkpoint.directory / 'config.json'}: max_position_embeddings = {limit}"
+        raise UsageError(f"windows of {tokens_BL.shape[1]} tokens are longer than the context", why, FIX_LENGTH)
 
 
 @torch.inference_mode()
@@ -217,6 +220,7 @@ def compare_formats(
             f"{next(iter(checkpoint.quantized))} is packed",
             "give the dense model that it was made from",
         )
+    check_context(checkpoint, tokens_BL)
     calibration_BL = None
     if arguments.calib:
         length = min(CALIBRATION_LENGTH, checkpoint.model_config.max_position_embeddings)

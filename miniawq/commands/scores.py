@@ -114,6 +114,9 @@ def summary(tokens_BL: Tensor, found: TokenScores) -> Scores:
     if found.reference_loss_T is not None:
         assert found.kl_T is not None
         assert found.agrees_T is not None
+        if len(found.kl_T) < 2:
+            why, fix = "its loss has no standard error", "give more text"
+            raise InvalidInput("one predicted token cannot be compared", why, fix)
         if not found.kl_T.isfinite().all():
             raise _no_numbers("a model", "the divergence is not finite")
         difference, standard_error = mean_and_error(found.loss_T - found.reference_loss_T)
@@ -133,8 +136,6 @@ def summary(tokens_BL: Tensor, found: TokenScores) -> Scores:
 
 def score(tokens_BL: Tensor, model: Predictor, reference: Predictor | None = None) -> Scores:
     """Compare predictions with the text, and with the reference's predictions."""
-    if reference is not None and tokens_BL.shape[0] * (tokens_BL.shape[1] - 1) < 2:
-        raise InvalidInput("one predicted token cannot be compared", "its loss has no standard error", "give more text")
     return summary(tokens_BL, token_scores(tokens_BL, model, reference))
 
 

@@ -15,7 +15,7 @@ SENTENCE = "Once upon a time there was a king who had three sons. "
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    (tmp_path / "text.txt").write_text(SENTENCE * 20)
+    (tmp_path / "text.txt").write_text(SENTENCE * 50)
     return str(tmp_path / "text.txt")
 
 
@@ -92,6 +92,7 @@ def test_formats_whose_groups_do_not_fit_are_left_out(tmp_path, caplog) -> None:
     ("flags", "told"),
     [
         (["--formats", "rtn,awq"], "awq needs a text"),
+        (["--formats", "rtn", "--sequence-length", "513"], "windows of 513 tokens are longer"),
         (["--formats", "rtn", "--reference", "somewhere"], "--formats goes with no --reference"),
     ],
 )
