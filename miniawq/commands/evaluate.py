@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -112,7 +113,10 @@ def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser("evaluate", "Perplexity of a model on a text, and its divergence from a reference model.")
+    parser = cli.parser(
+        "evaluate",
+        "Perplexity of a model on a text, and its divergence from a reference; or what each format costs a dense model.",
+    )
     add = parser.add_argument
     add("model", help="directory or Hub id of the model to measure")
     add("--text", required=True, help="a UTF-8 text file, or - for stdin")
@@ -168,6 +172,8 @@ def check_flags_of_evaluate(arguments: argparse.Namespace) -> None:
         raise UsageError("--worst needs a --reference", "", "give the dense model that this one was made from")
     if (learners := [name for name in arguments.formats or [] if name in contest.LEARNERS]) and not arguments.calib:
         raise UsageError(f"{learners[0]} needs a text", "it searches on one", "give one with --calib FILE")
+    if arguments.plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib", "it is not installed", "pip install 'miniawq[plots]'")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

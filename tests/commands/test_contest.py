@@ -101,6 +101,13 @@ def test_flags_that_make_no_sense_are_usage_errors(flags, told, fairytales, text
     assert told in capsys.readouterr().err
 
 
+def test_a_picture_without_matplotlib_is_a_usage_error(fairytales, text, monkeypatch, capsys) -> None:
+    """Before the work, not after it."""
+    monkeypatch.setattr("miniawq.commands.evaluate.find_spec", lambda name: None)
+    assert evaluated(fairytales, text, "--formats", "rtn", "--plot", "a.png") == 2
+    assert "miniawq[plots]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
