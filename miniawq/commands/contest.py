@@ -242,6 +242,10 @@ def results(
     ]
 
 
+def size_word(row: FormatRow) -> str:
+    return {None: "", -1: "row"}.get(row.group_size, str(row.group_size))
+
+
 def format_table(found: Sequence[FormatRow]) -> str:
     """The rows in Markdown."""
     lines = [
@@ -251,9 +255,8 @@ def format_table(found: Sequence[FormatRow]) -> str:
     for row in found:
         other = row.scores.reference
         assert other is not None
-        group = {None: "", -1: "row"}.get(row.group_size, str(row.group_size))
         lines.append(
-            f"| {row.name} | {group} | {row.bits:.3f} | {row.nbytes / 1e6:.2f} | {row.scores.perplexity:.4f} "
+            f"| {row.name} | {size_word(row)} | {row.bits:.3f} | {row.nbytes / 1e6:.2f} | {row.scores.perplexity:.4f} "
             f"| {other.loss_difference:+.5f} +- {other.standard_error:.5f} "
             f"| {other.kl_mean:.6f} +- {other.kl_standard_error:.6f} | {other.kl_95th_percentile:.6f} "
             f"| {other.top1_agreement:.2%} | {row.seconds:.1f} |"
@@ -274,16 +277,17 @@ def draw_formats(path: Path, found: Sequence[FormatRow]) -> None:
         if row.scores.reference and row.scores.reference.kl_mean > 0:
             points.setdefault(row.name, []).append((row.nbytes / 1e6, row.scores.reference.kl_mean, row))
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, most in zip(figure.subplots(1, 2), (math.inf, FOUR_BITS), strict=True):
-        for index, some in enumerate(points.values()):
-            shown = sorted((x, y, str(row.group_size)) for x, y, row in some if row.bits < most)
-            axes.plot([x for x, *_ in shown], [y for _, y, _ in shown], color=f"C{index}", marker=MARKERS[index])
-            for x, y, size in shown[: len(shown) if len(shown) > 1 else 0]:
-                axes.annotate(size, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
-        axes.set(xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token")
-    whole, small = figure.axes
-    whole.set(title="all", yscale="log")
-    small.set(title="of 4 bits", ylim=(0, None))
+    whole, small = figure.subplots(1, 2)
+    for index, some in enumerate(points.values()):
+        shown = sorted((x, y, size_word(row)) for x, y, row in some)
+        drawn = {"color": f"C{index}", "marker": MARKERS[index]}
+        whole.plot([x for x, *_ in shown], [y for _, y, _ in shown], **drawn)
+        if some[0][2].bits < FOUR_BITS:
+            small.plot([x for x, *_ in shown], [y for _, y, _ in shown], **drawn)
+            for x, y, word in shown:
+                small.annotate(word, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+    whole.set(title="all", yscale="log", xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token")
+    small.set(title="of 4 bits, with their group sizes", ylim=(0, None), xlabel="MB of the whole model")
     lines = [Line2D([], [], color=f"C{index}", marker=MARKERS[index], label=name) for index, name in enumerate(points)]
     figure.legend(handles=lines, loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -115,7 +115,7 @@ def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "evaluate",
-        "Perplexity of a model on a text, and its divergence from a reference; or what each format costs a dense model.",
+        "Perplexity of a model on a text, and its divergence from a reference; or what formats cost a dense model.",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id of the model to measure")
