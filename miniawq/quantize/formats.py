@@ -1,7 +1,7 @@
 """The formats that people compare AWQ with, each as the numbers that its file stands for, and the bits of that file.
 
 A function takes a float32 weight and gives its numbers after a round trip through the format. The specification is in
-each docstring with its source; what reads more than the weight is GPTQ, which sees the text's second moments.
+each docstring with its source. Only GPTQ reads more than the weight: the second moments of a text.
 `scripts/peers/formats.py` compares every one with another implementation.
 
 Shapes: 8 are the groups of one of llama.cpp's super-blocks.
@@ -221,7 +221,7 @@ def gptq_rounding(weight_OI: Tensor, moments_II: Tensor, group_size: int, act_or
 
 
 def nonzero(scales: Tensor) -> Tensor:
-    """The same numbers, with 1 for 0: what all weights of are 0 may be divided by anything."""
+    """The same numbers, with 1 for 0: divisors of weights that are all 0."""
     return scales.where(scales != 0, 1)
 
 

@@ -130,6 +130,8 @@ def golden(peers: dict[tuple[str, str], Callable[[Tensor], Tensor]], path: Path)
     generator = torch.Generator().manual_seed(1)
     weight_OI = 0.02 * torch.randn(2, 512, generator=generator)
     weight_OI[0, 7], weight_OI[1, 64:128] = 1.0, 0.0
+    weight_OI[0, 32:64] = torch.arange(-16, 16) / 16  # ties of Q4_0
+    weight_OI[1, 320:336] *= 4e-5  # a group whose scale becomes 0 in NVFP4
     weight_OI[1, 256:320] = weight_OI[1, 256:320].abs()
     found = {name: theirs(weight_OI.clone()).float().contiguous() for (name, _), theirs in peers.items()}
     save_file(found | {"weight": weight_OI}, path)

@@ -51,7 +51,7 @@ def test_every_format_has_a_row_and_more_bits_lose_less(fairytales, text, tmp_pa
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "recipe"), [("rtn", "plain"), ("awq", "default"), ("neighbours", "neighbours")])
 def test_a_row_is_that_of_the_file(name, recipe, fairytales, text, tmp_path, capsys) -> None:
-    """The file rounds the embedding and the head to float16 as well: hence the tolerance."""
+    """But for the embedding, which the file holds in float16: learned codes answer to its last bit."""
     flags = ["--formats", name, "--calib", text, "--num-samples", "2"]
     assert evaluated(fairytales, text, *flags, "--json") == 0
     row = rows(capsys)[f"{name} 128"]["scores"]["reference"]
@@ -60,7 +60,7 @@ def test_a_row_is_that_of_the_file(name, recipe, fairytales, text, tmp_path, cap
     capsys.readouterr()
     assert evaluated(tmp_path / "awq", text, "--reference", str(fairytales), "--json") == 0
     file = json.loads(capsys.readouterr().out)["reference"]
-    assert row["kl_mean"] == pytest.approx(file["kl_mean"], rel=1e-2)
+    assert row["kl_mean"] == pytest.approx(file["kl_mean"], rel=1e-2 if name != "neighbours" else 5e-2)
 
 
 def test_a_table_of_formats(fairytales, text, capsys) -> None:
@@ -68,11 +68,11 @@ def test_a_table_of_formats(fairytales, text, capsys) -> None:
     head, _, *lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert all(len(row) == head.count("|") + 1 for row in cells)
-    assert [row[1:4] for row in cells] == [
-        ["bf16", "", "16.000"],
-        ["q4_0", "", "4.500"],
-        ["rtn", "128", "4.156"],
-        ["rtn", "row", "4.065"],
+    assert [row[1:5] for row in cells] == [
+        ["bf16", "", "16.000", "10.49"],
+        ["q4_0", "", "4.500", "3.71"],
+        ["rtn", "128", "4.156", "3.51"],
+        ["rtn", "row", "4.065", "3.45"],
     ]
 
 

@@ -60,7 +60,7 @@ FAULTS = [
     Fault("quantize/formats.py", r"magnitude < 4, 1\.0", "magnitude < 3, 1.0", NUMBERS),
     Fault("quantize/formats.py", r"exponent_OG1 - 1 - 2", "exponent_OG1 - 1 - 1", NUMBERS),
     Fault("quantize/formats.py", r"\+ 8\.5\)\.trunc", "+ 8).round", NUMBERS),
-    Fault("quantize/formats.py", r"scales_OG1 > 0, E4M3_EPSILON", "scales_OG1 > 0, 1.0", NUMBERS),
+    Fault("quantize/formats.py", r"448\.0, 0\.125", "448.0, 2.0**-9", NUMBERS),
     Fault("quantize/formats.py", r" & \(lost_OG8 < least_OG8\)", "", NUMBERS),
     Fault("quantize/formats.py", r"error_SO\[row\], alpha=-1", "error_SO[row], alpha=0", NUMBERS),
     Fault("quantize/formats.py", r"weight_IO\[order_I\.argsort\(\)\]", "weight_IO[order_I]", NUMBERS),
