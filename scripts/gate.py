@@ -2,8 +2,9 @@
 
     python scripts/gate.py MODEL --calib mixed.txt --text wikitext2-test.txt held-out-code.txt
 
-`closed` is the part of the first format's KL(dense || quantized) that is gone. The last two columns compare a row with
-the one above it, token by token. With --blocks the first blocks change only, where the time does not do for all.
+`closed` is the part of the first format's KL(dense || quantized) that is gone. `rest` is by what the loss differs beside
+KL: 0 in the mean if the text came from the dense model. The last two columns compare a row with the one above it, token
+by token. With --blocks only the first blocks change, where the time does not do for all.
 """
 
 import argparse
@@ -65,8 +66,8 @@ def within(predictor: Predictor, rows: slice) -> Predictor:
 def table(found: dict[str, TokenScores]) -> list[str]:
     """Rows in Markdown; losses and KL in nats a token, with the standard error of the mean."""
     lines = [
-        "| format | KL | closed | perplexity | loss - dense | same choice | KL - above | loss - above |",
-        "|---|---|---|---|---|---|---|---|",
+        "| format | KL | closed | perplexity | loss - dense | rest | same choice | KL - above | loss - above |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     first = above = next(iter(found.values()))
     for name, scores in found.items():
@@ -77,6 +78,7 @@ def table(found: dict[str, TokenScores]) -> list[str]:
             f"{1 - float(kl_T.mean() / first.kl_T.mean()):.1%}",
             f"{loss_T.mean().exp():.4f} (dense {dense_T.mean().exp():.4f})",
             told(loss_T - dense_T),
+            told(loss_T - dense_T - kl_T),
             f"{agrees_T.mean():.2%}",
             told(kl_T - above.kl_T),
             told(loss_T - above.loss_T),
