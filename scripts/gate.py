@@ -2,7 +2,7 @@
 
     python scripts/gate.py MODEL --calib mixed.txt --text wikitext2-test.txt held-out-code.txt
 
-`closed` is the part of the first format's KL(dense || quantized) that is gone. `rest` is by what the loss differs beside
+`closed` is the part of the first format's KL(dense || quantized) that is gone, `rest` by what the loss differs beside
 KL: 0 in the mean if the text came from the dense model. The last two columns compare a row with the one above it, token
 by token. With --blocks only the first blocks change, where the time does not do for all.
 """

@@ -1,13 +1,15 @@
 """A model in several formats: rows that are those of the files, and what does not go together."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from miniawq.__main__ import main
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.commands import contest
+from miniawq.commands import contest, evaluate
 from tests.helpers.tiny_checkpoints import make, make_dense
 
 SENTENCE = "Once upon a time there was a king who had three sons. "
@@ -61,6 +63,23 @@ def test_a_row_is_that_of_the_file(name, recipe, fairytales, text, tmp_path, cap
     assert evaluated(tmp_path / "awq", text, "--reference", str(fairytales), "--json") == 0
     file = json.loads(capsys.readouterr().out)["reference"]
     assert row["kl_mean"] == pytest.approx(file["kl_mean"], rel=1e-2 if name != "neighbours" else 5e-2)
+
+
+def test_formats_do_not_disturb_each_other(tmp_path) -> None:
+    """Each has its own block, statistics and hidden states. GPTQ's text runs through its own blocks."""
+    directory, _ = make_dense(tmp_path)
+    checkpoint, tokens_BL = open_checkpoint(directory), torch.arange(36).view(3, 12)
+    asked: list = [("rtn", 64), ("awq", 64), ("awq", 32), ("gptq", 64)]
+    dense, together = contest.run_formats(checkpoint, tokens_BL, asked, tokens_BL)
+    states = [entry.hidden_BLD for entry, _ in together]
+    _, [(alone, _)] = contest.run_formats(checkpoint, tokens_BL, [asked[2]], tokens_BL)
+    assert torch.equal(alone.hidden_BLD, states[2])
+    for one, other in itertools.combinations([dense.hidden_BLD, *states], 2):
+        assert not torch.equal(one, other)
+    assert torch.equal(together[-1][0].change.hidden_BLD, states[-1])
+    assert torch.equal(dense.hidden_BLD, evaluate.stream_predictor(checkpoint, tokens_BL, "cpu").hidden_BLD)
+    _, [(first, _)] = contest.run_formats(checkpoint, tokens_BL, asked[:1], blocks=1)
+    assert not torch.equal(first.hidden_BLD, states[0])
 
 
 def test_a_table_of_formats(fairytales, text, capsys) -> None:
