@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from miniawq.awq import llama_folds
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
-from miniawq.commands.evaluate import Scores, cut_windows, score, stream_predictor
+from miniawq.commands.evaluate import stream_predictor
+from miniawq.commands.scores import Scores, cut_windows, score
 from miniawq.quantize.calibration import read_calibration
 from miniawq.quantize.job import Settings, quantize_checkpoint
 from miniawq.quantize.recipes import RECIPES
@@ -73,8 +74,7 @@ def study(arguments: argparse.Namespace, place: Path) -> None:
     calibration = read_calibration(arguments.calib, tokenizer, arguments.num_samples, length)
     texts = {}
     for text in arguments.text:
-        tokens_BL = cut_windows(tokenizer.encode(read_text(text)), length)
-        tokens_BL = tokens_BL[torch.linspace(0, len(tokens_BL) - 1, min(arguments.windows, len(tokens_BL))).long()]
+        tokens_BL = cut_windows(tokenizer.encode(read_text(text)), length, arguments.windows)
         with torch.inference_mode():
             texts[text] = (tokens_BL, stream_predictor(dense, tokens_BL, "cpu"))
     print(f"{arguments.model}: {calibration.tokens_BL.numel()} tokens of {arguments.calib}, planted: {arguments.plant}")

@@ -12,10 +12,12 @@ file is measured and not the arithmetic of a kernel, and a model larger than the
 import argparse
 import json
 import logging
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,83 +27,57 @@ from miniawq import cli
 from miniawq.checkpoint.blocks import BlockStream, micro_batches
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
-from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
-from miniawq.hardware import pick_device, roomiest
+from miniawq.commands import contest
+from miniawq.commands.scores import (
+    Predictor,
+    Scores,
+    WorstToken,
+    cut_windows,
+    score,
+    summary,
+    token_scores,
+    worst_tokens,
+)
+from miniawq.errors import UnsupportedCheckpoint, UsageError
+from miniawq.hardware import device_memory, pick_device, roomiest
 from miniawq.model import Llama
+from miniawq.quantize.calibration import read_calibration
+from miniawq.quantize.memory import hidden_states
 from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
 log = logging.getLogger("miniawq.evaluate")
 
 SEQUENCE_LENGTH = 2048
+CALIBRATION_LENGTH = 512
 FIX_LENGTH = "give a smaller --sequence-length"
-LARGEST_LOSS = 700.0  # whose exp is a number in float64
-POSITIONS_PER_STEP = 256  # whose logits are in memory at once
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Perplexity of a model on a text; `reference` is the comparison with another model."""
-
-    perplexity: float
-    mean_loss: float
-    windows: int
-    sequence_length: int
-    tokens_scored: int
-    reference: "Divergence | None" = None
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How a model differs from its reference on the same predicted tokens. `perplexity` is the reference's.
-
-    Losses are in nats. `standard_error` is that of the mean difference of the paired losses. `kl` is
-    KL(reference || model) of the distributions of the next token.
-    """
-
-    perplexity: float
-    loss_difference: float
-    standard_error: float
-    kl_mean: float
-    kl_95th_percentile: float
-    top1_agreement: float
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """The hidden states of a text, and the function from some of them [T, D] to logits [T, V]."""
-
-    hidden_BLD: Tensor
-    logits: Callable[[Tensor], Tensor]
-
-
-def cut_windows(ids: Sequence[int], sequence_length: int) -> Tensor:
-    """Windows [B, L] that do not overlap; a text shorter than one window is one window.
-
-    InvalidInput on fewer than two tokens: there is nothing to predict.
-    """
-    length = min(sequence_length, len(ids))
-    if length < 2:
-        raise InvalidInput("a window is too short to score", f"it has {length} tokens", "give at least two")
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 @torch.inference_mode()
 def evaluate(
     checkpoint: Checkpoint, tokens_BL: Tensor, reference: Checkpoint | None = None, device: torch.device | str = "cpu"
 ) -> Scores:
-    """Score a checkpoint, streamed block by block, on windows of token ids.
+    """Score a checkpoint, streamed block by block, on windows of token ids."""
+    return score(tokens_BL, *predictors(checkpoint, tokens_BL, reference, device))
 
-    UsageError if a window is longer than a context: positions that a model was not trained on are not its quality.
-    """
+
+@torch.inference_mode()
+def predictors(
+    checkpoint: Checkpoint, tokens_BL: Tensor, reference: Checkpoint | None, device: torch.device | str
+) -> tuple[Predictor, Predictor | None]:
+    """What both models make of the windows, one model after the other."""
     for one in (checkpoint, reference):
-        if one and tokens_BL.shape[1] > (limit := one.model_config.max_position_embeddings):
-            why = f"{one.directory / 'config.json'}: max_position_embeddings = {limit}"
-            raise UsageError(f"windows of {tokens_BL.shape[1]} tokens are longer than the context", why, FIX_LENGTH)
+        if one:
+            check_context(one, tokens_BL)
     ours = stream_predictor(checkpoint.fetched(), tokens_BL, device)
-    theirs = None if reference is None else stream_predictor(reference.fetched(), tokens_BL, device)
-    return score(tokens_BL, ours, theirs)
+    return ours, None if reference is None else stream_predictor(reference.fetched(), tokens_BL, device)
+
+
+def check_context(checkpoint: Checkpoint, tokens_BL: Tensor) -> None:
+    """UsageError on windows longer than the context: positions that a model was not trained on are not its quality."""
+    if tokens_BL.shape[1] > (limit := checkpoint.model_config.max_position_embeddings):
+        why = f"{checkpoint.directory / 'config.json'}: max_position_embeddings = {limit}"
+        raise UsageError(f"windows of {tokens_BL.shape[1]} tokens are longer than the context", why, FIX_LENGTH)
 
 
 @torch.inference_mode()
@@ -112,10 +88,17 @@ def perplexity(model: Llama, tokens_BL: Tensor, reference: Llama | None = None) 
 
 
 def stream_predictor(checkpoint: Checkpoint, tokens_BL: Tensor, device: torch.device | str) -> Predictor:
-    """Run the windows through the checkpoint's blocks, one block in memory at a time."""
+    """Run the windows through the checkpoint's blocks, one block in memory at a time.
+
+    What is kept of a prediction is its last hidden state: the head makes its logits of it again, many times as many.
+    Hidden states that take more than half of the free memory are kept in a temporary file.
+    """
     stream = BlockStream(checkpoint, device)
-    place = roomiest(tokens_BL.numel() * stream.config.hidden_size * torch.float32.itemsize, stream.device)
-    hidden_BLD = torch.empty(*tokens_BL.shape, stream.config.hidden_size, device=place)
+    nbytes = tokens_BL.numel() * stream.config.hidden_size * torch.float32.itemsize
+    place = roomiest(nbytes, stream.device)
+    crowded = place.type == "cpu" and 2 * nbytes > device_memory(place).free
+    shape = (*tokens_BL.shape, stream.config.hidden_size)
+    hidden_BLD = hidden_states(shape, place, Path(tempfile.gettempdir()) if crowded else None)
     stream.embed(tokens_BL, hidden_BLD)
     for layer in tqdm(range(stream.config.num_hidden_layers), desc="blocks", leave=False, disable=None):
         for rows, output_BLD in stream.run(stream.block(layer), layer, hidden_BLD):
@@ -129,92 +112,73 @@ def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
     return Predictor(torch.cat(hidden), lambda hidden_TD: model.lm_head(hidden_TD.to(model.device)).float())
 
 
-def score(tokens_BL: Tensor, model: Predictor, reference: Predictor | None = None) -> Scores:
-    """Compare predictions with the text, and with the reference's predictions.
-
-    UnsupportedCheckpoint if a model predicts nothing that is a number.
-    """
-    if reference is not None and tokens_BL.shape[0] * (tokens_BL.shape[1] - 1) < 2:
-        raise InvalidInput("one predicted token cannot be compared", "its loss has no standard error", "give more text")
-    losses, others, divergences, agreements = [], [], [], []
-    for hidden_places, next_T in _steps(tokens_BL):
-        ours_TV = model.logits(model.hidden_BLD[hidden_places]).log_softmax(-1)
-        next_T = next_T.to(ours_TV.device)
-        losses.append(_loss(ours_TV, next_T))
-        if reference is not None:
-            theirs_TV = reference.logits(reference.hidden_BLD[hidden_places]).log_softmax(-1)
-            others.append(_loss(theirs_TV, next_T))
-            divergences.append((theirs_TV.exp() * (theirs_TV - ours_TV)).sum(-1).cpu())
-            agreements.append((theirs_TV.argmax(-1) == ours_TV.argmax(-1)).cpu())
-    loss_T = torch.cat(losses).double()
-    compared = None
-    if reference is not None:
-        other_T, kl_T = torch.cat(others).double(), torch.cat(divergences).double()
-        if not kl_T.isfinite().all():
-            raise _no_numbers("a model", "the divergence is not finite")
-        compared = Divergence(
-            perplexity=_perplexity(other_T, "the reference"),
-            loss_difference=float((loss_T - other_T).mean()),
-            standard_error=float((loss_T - other_T).std()) / math.sqrt(len(loss_T)),
-            kl_mean=float(kl_T.mean()),
-            kl_95th_percentile=float(kl_T.sort().values[int(0.95 * (len(kl_T) - 1))]),
-            top1_agreement=float(torch.cat(agreements).double().mean()),
-        )
-    windows, length = tokens_BL.shape
-    return Scores(_perplexity(loss_T, "the model"), float(loss_T.mean()), windows, length, len(loss_T), compared)
-
-
-def _perplexity(loss_T: Tensor, whose: str) -> float:
-    """exp of the mean; UnsupportedCheckpoint if that is no number, as with weights whose products overflow."""
-    if not (mean := float(loss_T.mean())) < LARGEST_LOSS:
-        raise _no_numbers(whose, f"the mean loss is {mean:g}")
-    return math.exp(mean)
-
-
-def _no_numbers(whose: str, why: str) -> UnsupportedCheckpoint:
-    fix = "the weights are damaged: download the checkpoint again"
-    return UnsupportedCheckpoint(f"the predictions of {whose} are no numbers", f"{why}: activations overflow", fix)
-
-
-def _steps(tokens_BL: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
-    """Pairs of a window's index with a slice of its positions, and the tokens that follow these positions."""
-    last = tokens_BL.shape[1] - 1
-    for window, tokens_L in enumerate(tokens_BL):
-        for start in range(0, last, POSITIONS_PER_STEP):
-            places = slice(start, min(start + POSITIONS_PER_STEP, last))
-            yield (window, places), tokens_L[places.start + 1 : places.stop + 1]
-
-
-def _loss(log_probabilities_TV: Tensor, next_T: Tensor) -> Tensor:
-    return -log_probabilities_TV.gather(-1, next_T[:, None])[:, 0].cpu()
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser("evaluate", "Perplexity of a model on a text, and its divergence from a reference model.")
-    parser.add_argument("model", help="directory or Hub id of the model to measure")
-    parser.add_argument("--text", required=True, help="a UTF-8 text file, or - for stdin")
-    parser.add_argument("--reference", metavar="MODEL", help="the dense model it was made from")
-    parser.add_argument(
+    parser = cli.parser(
+        "evaluate",
+        "Perplexity of a model on a text, and its divergence from a reference; or what formats cost a dense model.",
+    )
+    add = parser.add_argument
+    add("model", help="directory or Hub id of the model to measure")
+    add("--text", required=True, help="a UTF-8 text file, or - for stdin")
+    add("--reference", metavar="MODEL", help="the dense model it was made from")
+    add(
         "--sequence-length",
         type=int,
         help=f"tokens of one window (default: {SEQUENCE_LENGTH}, or the context where that is shorter)",
     )
-    parser.add_argument("--max-windows", type=int, help="score only the first windows")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add("--max-windows", type=int, help="score at most so many, spread over the text")
+    add("--worst", type=int, default=0, metavar="N", help="show the N tokens that diverge most from the reference")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument_group("formats of a dense model, side by side").add_argument
+    add("--formats", type=_names, metavar="A,B", help=f"of {', '.join(contest.ALL)}; the model is the reference")
+    add("--group-size", type=_sizes, default=[128], metavar="N,N", help="of the formats that have one (-1: a row)")
+    add("--calib", metavar="FILE", help=f"calibration text, for {', '.join(contest.LEARNERS)}")
+    add("--num-samples", type=int, default=128, help="windows of it, of 512 tokens (default %(default)s)")
+    add("--plot", type=Path, metavar="FILE", help="draw quality against bytes (the extra `plots`)")
     add_hub_flags(parser)
     return parser
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _names(value: str) -> list[str]:
+    names = value.split(",")
+    if unknown := [name for name in names if name not in contest.ALL]:
+        raise argparse.ArgumentTypeError(f"there is no format {unknown[0]!r}: choose from {', '.join(contest.ALL)}")
+    return names
+
+
+def _sizes(value: str) -> list[int]:
+    sizes = [int(size) for size in value.split(",")]
+    if any(size < 1 and size != -1 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{value!r}: a group has at least one input, or -1 for all of a row")
+    return sizes
+
+
+def check_flags_of_evaluate(arguments: argparse.Namespace) -> None:
+    """UsageError on numbers that make no sense, and on flags that do not go together."""
     for flag, value, least in (
         ("--sequence-length", arguments.sequence_length, 2),
         ("--max-windows", arguments.max_windows, 1),
+        ("--num-samples", arguments.num_samples, 1),
+        ("--worst", arguments.worst, 0),
     ):
         if value is not None and value < least:
             why, fix = "it leaves no token to predict", f"give {least} or more"
             raise UsageError(f"{flag} {value} makes no sense", why, fix)
-    device, hub = pick_device(arguments.device), hub_options(arguments)
+    if arguments.formats and arguments.reference:
+        why = "the formats are compared with the model itself"
+        raise UsageError("--formats goes with no --reference", why, "leave out --reference")
+    if arguments.worst and not arguments.reference:
+        raise UsageError("--worst needs a --reference", "", "give the dense model that this one was made from")
+    if (learners := [name for name in arguments.formats or [] if name in contest.LEARNERS]) and not arguments.calib:
+        raise UsageError(f"{learners[0]} needs a text", "it searches on one", "give one with --calib FILE")
+    if arguments.plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib", "it is not installed", "pip install 'miniawq[plots]'")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    check_flags_of_evaluate(arguments)
+    hub = hub_options(arguments)
     checkpoint = open_checkpoint(arguments.model, **hub)
     # --revision is the model's; the reference names its own as MODEL@REVISION.
     reference = open_checkpoint(arguments.reference, **hub | {"revision": None}) if arguments.reference else None
@@ -224,13 +188,59 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     ids = tokenizer.encode(text)
     contexts = [one.model_config.max_position_embeddings for one in (checkpoint, reference) if one]
     length = arguments.sequence_length or min(SEQUENCE_LENGTH, *contexts)
-    tokens_BL = cut_windows(ids, length)[: arguments.max_windows]
-    log.info(
-        "%d of %d tokens in %d windows of %d; BOS only where the tokenizer puts it, at the start of the text",
-        tokens_BL.numel(), len(ids), *tokens_BL.shape,
-    )  # fmt: skip
-    scores = evaluate(checkpoint, tokens_BL, reference, device)
-    print(json.dumps(asdict(scores), indent=2) if arguments.json else describe_scores(scores))
+    tokens_BL = cut_windows(ids, length, arguments.max_windows)
+    told = protocol(tokens_BL, ids, tokenizer)
+    log.info("%s", told)
+    if arguments.formats:
+        compare_formats(arguments, checkpoint, tokens_BL, tokenizer, told)
+        return
+    ours, theirs = predictors(checkpoint, tokens_BL, reference, pick_device(arguments.device))
+    found = token_scores(tokens_BL, ours, theirs)
+    scores, worst = summary(tokens_BL, found), []
+    if arguments.worst and theirs and found.kl_T is not None:
+        worst = worst_tokens(tokens_BL, found.kl_T, arguments.worst, ours, theirs, tokenizer)
+    if arguments.json:
+        more = {"protocol": told, "worst_tokens": [asdict(one) for one in worst]}
+        print(json.dumps(asdict(scores) | more, indent=2))
+    else:
+        print("\n".join([describe_scores(scores), *map(describe_worst, worst)]))
+
+
+def protocol(tokens_BL: Tensor, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """How the text was cut, and where it has BOS."""
+    bos = f"BOS ({tokenizer.bos_id})" if tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id else "no BOS"
+    windows, length = tokens_BL.shape
+    return (
+        f"{tokens_BL.numel()} of {len(ids)} tokens in {windows} windows of {length} that do not overlap; {bos} at the "
+        "start of the text, none at the start of other windows; the first token of a window is not predicted"
+    )
+
+
+def compare_formats(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, tokens_BL: Tensor, tokenizer: Tokenizer, told: str
+) -> None:
+    """Print a row for each format, and draw them."""
+    if checkpoint.quantized:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.directory} is quantized already",
+            f"{next(iter(checkpoint.quantized))} is packed",
+            "give the dense model that it was made from",
+        )
+    check_context(checkpoint, tokens_BL)
+    calibration_BL = None
+    if arguments.calib:
+        length = min(CALIBRATION_LENGTH, checkpoint.model_config.max_position_embeddings)
+        calibration_BL = read_calibration(arguments.calib, tokenizer, arguments.num_samples, length).tokens_BL
+    asked = contest.fitting(checkpoint, arguments.formats, arguments.group_size)
+    device = pick_device(arguments.device)
+    dense, entries = contest.run_formats(checkpoint.fetched(), tokens_BL, asked, calibration_BL, device)
+    found = contest.results(checkpoint, tokens_BL, dense, entries)
+    if arguments.json:
+        print(json.dumps({"protocol": told, "formats": [asdict(row) for row in found]}, indent=2))
+    else:
+        print(contest.format_table(found))
+    if arguments.plot:
+        contest.draw_formats(arguments.plot, found)
 
 
 def check_same_ids(text: str, tokenizer: Tokenizer, reference: Checkpoint) -> None:
@@ -256,10 +266,20 @@ def describe_scores(scores: Scores) -> str:
         lines += [
             f"reference perplexity {other.perplexity:.4f}",
             f"loss difference {other.loss_difference:+.5f} +- {other.standard_error:.5f} nats a token",
-            f"KL divergence mean {other.kl_mean:.6f}, 95th percentile {other.kl_95th_percentile:.6f} nats",
+            f"KL divergence mean {other.kl_mean:.6f} +- {other.kl_standard_error:.6f}, "
+            f"95th percentile {other.kl_95th_percentile:.6f} nats",
             f"same first choice {other.top1_agreement:.2%}",
         ]
     return "\n".join(lines)
+
+
+def describe_worst(token: WorstToken) -> str:
+    """A token that is predicted badly, in one line."""
+    return (
+        f"KL {token.kl:.3f} at {token.context!r}: the reference expects {token.expected!r} "
+        f"({token.expected_probability:.2f}), the model {token.chosen!r} ({token.chosen_probability:.2f}); "
+        f"the text has {token.next!r}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

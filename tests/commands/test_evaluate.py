@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from torch.nn.functional import cross_entropy
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import evaluate
+from miniawq.commands.scores import Divergence, Predictor, Scores, cut_windows, score, token_scores, worst_tokens
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
+from miniawq.hardware import DeviceMemory
+from miniawq.quantize.memory import hidden_states
+from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense, make_with_its_own_head
 
@@ -38,7 +43,7 @@ def test_the_streamed_perplexity_is_that_of_the_model(family: str, tmp_path: Pat
 def test_pieces_of_a_window_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, model = make_dense(tmp_path / "dense")
     whole = evaluate.perplexity(model, some_tokens())
-    monkeypatch.setattr(evaluate, "POSITIONS_PER_STEP", 3)
+    monkeypatch.setattr("miniawq.commands.scores.POSITIONS_PER_STEP", 3)
     assert evaluate.perplexity(model, some_tokens()).mean_loss == pytest.approx(whole.mean_loss)
     streamed = evaluate.evaluate(open_checkpoint(directory), some_tokens())
     assert streamed.mean_loss == pytest.approx(whole.mean_loss, rel=1e-5)
@@ -62,6 +67,7 @@ def test_divergence_from_a_reference(layout: str, tmp_path: Path) -> None:
     assert found.kl_95th_percentile == pytest.approx(float(kl_T.sort().values[27]), rel=1e-3)
     assert found.loss_difference == pytest.approx(float((ours_T - theirs_T).mean()), abs=1e-5)
     assert found.standard_error == pytest.approx(float((ours_T - theirs_T).std() / 30**0.5), rel=1e-3)
+    assert found.kl_standard_error == pytest.approx(float(kl_T.std() / 30**0.5), rel=1e-3)
     agree_BL = (ours_BLV.argmax(-1) == theirs_BLV.argmax(-1))[:, :-1]
     assert found.top1_agreement == pytest.approx(float(agree_BL.float().mean()))
     in_memory = evaluate.perplexity(model, tokens_BL, dense).reference
@@ -85,12 +91,14 @@ def test_a_head_that_differs_from_the_embedding_is_the_one_that_counts(tmp_path:
     assert "tie_word_embeddings" in caplog.text
 
 
-def test_windows_do_not_overlap_and_the_rest_is_not_scored() -> None:
-    assert evaluate.cut_windows(list(range(11)), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert evaluate.cut_windows([7, 8, 9], 2048).tolist() == [[7, 8, 9]]
+def test_windows_do_not_overlap_and_some_are_spread_over_the_text() -> None:
+    assert cut_windows(list(range(11)), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert cut_windows([7, 8, 9], 2048).tolist() == [[7, 8, 9]]
+    assert cut_windows(list(range(22)), 4, 3)[:, 0].tolist() == [0, 8, 16]
+    assert cut_windows(list(range(22)), 4, 9)[:, 0].tolist() == [0, 4, 8, 12, 16]
     for ids, length in (([], 4), ([1], 4), ([1, 2], 1)):
         with pytest.raises(InvalidInput, match="too short to score"):
-            evaluate.cut_windows(ids, length)
+            cut_windows(ids, length)
 
 
 def test_the_command_line(fairytales: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,26 +163,26 @@ def test_predictions_that_are_no_numbers_are_an_error(tmp_path) -> None:
 
 def test_a_loss_beyond_all_numbers_is_an_error() -> None:
     hidden_BLD = torch.zeros(1, 2, 4)
-    predictor = evaluate.Predictor(hidden_BLD, lambda hidden_TD: torch.tensor([[1000.0, 0.0]]))
+    predictor = Predictor(hidden_BLD, lambda hidden_TD: torch.tensor([[1000.0, 0.0]]))
     with pytest.raises(UnsupportedCheckpoint, match="no numbers"):
-        evaluate.score(torch.tensor([[0, 1]]), predictor)
+        score(torch.tensor([[0, 1]]), predictor)
 
 
 def test_a_divergence_that_is_no_number_is_an_error() -> None:
     """No loss shows it: the token that the model excludes is not the next one."""
     tokens_BL, hidden_BLD = torch.tensor([[0, 1, 1]]), torch.zeros(1, 3, 4)
-    ours = evaluate.Predictor(hidden_BLD, lambda hidden_TD: torch.tensor([[-math.inf, 0.0]] * 2))
-    theirs = evaluate.Predictor(hidden_BLD, lambda hidden_TD: torch.zeros(2, 2))
-    assert evaluate.score(tokens_BL, ours).perplexity == 1
+    ours = Predictor(hidden_BLD, lambda hidden_TD: torch.tensor([[-math.inf, 0.0]] * 2))
+    theirs = Predictor(hidden_BLD, lambda hidden_TD: torch.zeros(2, 2))
+    assert score(tokens_BL, ours).perplexity == 1
     with pytest.raises(UnsupportedCheckpoint, match="divergence is not finite"):
-        evaluate.score(tokens_BL, ours, theirs)
+        score(tokens_BL, ours, theirs)
 
 
 def test_one_predicted_token_is_not_compared() -> None:
-    predictor = evaluate.Predictor(torch.zeros(1, 2, 4), lambda hidden_TD: torch.zeros(1, 2))
-    assert evaluate.score(torch.tensor([[0, 1]]), predictor).perplexity == pytest.approx(2)
+    predictor = Predictor(torch.zeros(1, 2, 4), lambda hidden_TD: torch.zeros(1, 2))
+    assert score(torch.tensor([[0, 1]]), predictor).perplexity == pytest.approx(2)
     with pytest.raises(InvalidInput, match="standard error"):
-        evaluate.score(torch.tensor([[0, 1]]), predictor, predictor)
+        score(torch.tensor([[0, 1]]), predictor, predictor)
 
 
 def with_tokenizer(directory: Path, fairytales: Path, change=lambda tokenizer: tokenizer) -> str:
@@ -219,6 +227,66 @@ def test_a_reference_without_a_tokenizer_is_taken_on_trust(fairytales, tmp_path,
 
 
 def test_scores_are_plain_numbers() -> None:
-    scores = evaluate.Scores(2.0, 0.7, 1, 4, 3, evaluate.Divergence(2.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+    scores = Scores(2.0, 0.7, 1, 4, 3, Divergence(2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
     assert json.loads(json.dumps(asdict(scores)))["reference"]["top1_agreement"] == 1
     assert "+0.00000 +- 0.00000" in evaluate.describe_scores(scores)
+
+
+def test_a_text_begins_with_one_bos(fairytales, tmp_path, capsys) -> None:
+    """Also where the text writes it itself, as saved chats do."""
+    words = "Once upon a time there was a king who had three sons. " * 3
+    bare = Tokenizer(fairytales).encode(words, add_special_tokens=False)
+    expected = evaluate.evaluate(open_checkpoint(fairytales), torch.tensor([[0, *bare]]))
+    for text in (words, "<|endoftext|>" + words):
+        (tmp_path / "text.txt").write_text(text)
+        assert evaluate.main([str(fairytales), "--text", str(tmp_path / "text.txt"), "--device", "cpu", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["tokens_scored"] == len(bare)
+        assert told["mean_loss"] == pytest.approx(expected.mean_loss)
+        assert "BOS (0) at the start of the text" in told["protocol"]
+
+
+def test_hidden_states_that_do_not_fit_are_kept_on_disk(tmp_path, monkeypatch) -> None:
+    directory, _ = make_dense(tmp_path / "dense")
+    checkpoint, used = open_checkpoint(directory), []
+    within = evaluate.stream_predictor(checkpoint, some_tokens(), "cpu")
+    monkeypatch.setattr(evaluate, "device_memory", lambda device: DeviceMemory("cpu", total=1, free=1))
+    monkeypatch.setattr(evaluate, "hidden_states", lambda *where: used.append(where[2]) or hidden_states(*where))
+    offloaded = evaluate.stream_predictor(checkpoint, some_tokens(), "cpu")
+    assert used == [Path(tempfile.gettempdir())]
+    assert torch.equal(offloaded.hidden_BLD, within.hidden_BLD)
+
+
+class Letters:
+    """A tokenizer of four letters."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join("abcd"[token] for token in ids)
+
+
+def test_the_worst_tokens_are_shown_where_they_stand() -> None:
+    """The third prediction of the second window is another than the reference's, and less so the first of the first."""
+    tokens_BL = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    hidden_BLD = torch.zeros(2, 4, 4)
+    hidden_BLD[..., 0] = 1.0
+    other_BLD = hidden_BLD.clone()
+    other_BLD[1, 2] = torch.tensor([0.0, 0.0, 3.0, 0.0])
+    other_BLD[0, 0] = torch.tensor([1.0, 0.5, 0.0, 0.0])
+    ours, theirs = (Predictor(states_BLD, lambda hidden_TD: hidden_TD) for states_BLD in (other_BLD, hidden_BLD))
+    found = token_scores(tokens_BL, ours, theirs)
+    assert found.kl_T is not None
+    worst, second = worst_tokens(tokens_BL, found.kl_T, 2, ours, theirs, Letters())
+    assert (worst.context, worst.next, worst.expected, worst.chosen) == ("dcb", "a", "a", "c")
+    assert (second.context, second.next, second.expected, second.chosen) == ("a", "b", "a", "a")
+    assert worst.kl == pytest.approx(float(found.kl_T.max()))
+    assert worst.chosen_probability == pytest.approx(math.exp(3) / (3 + math.exp(3)))
+    assert "at 'dcb': the reference expects 'a' (0.48), the model 'c' (0.87)" in evaluate.describe_worst(worst)
+
+
+def test_the_command_line_shows_the_worst_tokens(fairytales, tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three sons. ")
+    command = [str(fairytales), "--text", str(tmp_path / "text.txt"), "--device", "cpu", "--worst", "2"]
+    assert evaluate.main([*command, "--reference", str(fairytales)]) == 0
+    assert capsys.readouterr().out.count("the reference expects") == 2
+    assert evaluate.main(command) == 2
+    assert "--worst needs a --reference" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from tests.planted.fault import Fault
 
-CONVERT, PLAN, EVALUATE = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate"))
+CONVERT, PLAN, EVALUATE, CONTEST = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate", "contest"))
 FAULTS = [
     Fault("commands/convert.py", r"symmetric = all\(", "symmetric = any(", CONVERT),
     Fault("commands/convert.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', CONVERT),
@@ -19,4 +19,30 @@ FAULTS = [
     Fault("cli.py", r"^    _open_streams\(\)\n", "", "commands/test_verbs"),
     Fault("commands/evaluate.py", r"if ours != theirs:", "if False:", EVALUATE),
     Fault("commands/evaluate.py", r"value is not None and value < least", "False", EVALUATE),
+    Fault(
+        "commands/scores.py",
+        r"torch\.tensor\(ids\[: count \* length\]\)",
+        "torch.tensor((*ids[1:], ids[0])[: count * length])",
+        EVALUATE,
+    ),
+    Fault("commands/scores.py", r"tokens_L\[places\.start \+ 1 : places\.stop \+ 1\]", "tokens_L[places]", EVALUATE),
+    Fault("commands/evaluate.py", r"ids = tokenizer\.encode\(text\)", "ids = [0, *tokenizer.encode(text)]", EVALUATE),
+    Fault(
+        "commands/scores.py",
+        r"divmod\(index, tokens_BL\.shape\[1\] - 1\)",
+        "divmod(index, tokens_BL.shape[1])",
+        EVALUATE,
+    ),
+    Fault("commands/evaluate.py", r"if crowded else None", "if False else None", EVALUATE),
+    Fault("commands/contest.py", r"DENSE_BITS \* rest", "DENSE_BITS", CONTEST),
+    Fault(
+        "commands/contest.py",
+        r"^            advance\(stream, ours, layer, entry\.hidden_BLD\)",
+        "            advance(stream, block, layer, entry.hidden_BLD)",
+        CONTEST,
+    ),
+    Fault(
+        "commands/contest.py", r"^( +)advance\(self\.text\.stream, block, layer, self\.hidden_BLD\)", r"\1pass", CONTEST
+    ),
+    Fault("commands/contest.py", r"copy\.deepcopy\(self\.text\.statistics\)", "self.text.statistics", CONTEST),
 ]

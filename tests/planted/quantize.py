@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 SEARCHES, COSTS, JOB = (f"quantize/test_{name}" for name in ("searches", "costs", "job"))
 PUBLISHING, NEIGHBOURS = "quantize/test_publishing", "quantize/test_neighbours"
+NUMBERS = "quantize/test_formats"
 FAULTS = [
     Fault(
         "quantize/grids.py",
@@ -55,4 +56,13 @@ FAULTS = [
     Fault("awq.py", r"worse_O1 = \(losses\(found\) > plain_O\)", "worse_O1 = (losses(found) > torch.inf)", NEIGHBOURS),
     Fault("quantize/job.py", r"^( +)journal\.remove\(\)", r"\1pass", JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
+    Fault("quantize/formats.py", r"keepdim=True\) / 127\.5", "keepdim=True) / 127", NUMBERS),
+    Fault("quantize/formats.py", r"magnitude < 4, 1\.0", "magnitude < 3, 1.0", NUMBERS),
+    Fault("quantize/formats.py", r"exponent_OG1 - 1 - 2", "exponent_OG1 - 1 - 1", NUMBERS),
+    Fault("quantize/formats.py", r"\+ 8\.5\)\.trunc", "+ 8).round", NUMBERS),
+    Fault("quantize/formats.py", r"448\.0, 0\.125", "448.0, 2.0**-9", NUMBERS),
+    Fault("quantize/formats.py", r" & \(lost_OG8 < least_OG8\)", "", NUMBERS),
+    Fault("quantize/formats.py", r"error_SO\[row\], alpha=-1", "error_SO[row], alpha=0", NUMBERS),
+    Fault("quantize/formats.py", r"weight_IO\[order_I\.argsort\(\)\]", "weight_IO[order_I]", NUMBERS),
+    Fault("quantize/formats.py", r"\+ act_order \* 32 \* inputs", "", NUMBERS),
 ]
