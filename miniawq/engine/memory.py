@@ -11,7 +11,7 @@ import torch
 
 from miniawq.checkpoint.loading import loaded_dtype
 from miniawq.checkpoint.opening import Checkpoint
-from miniawq.compiled import CODES_PER_EXPANDED_SLICE, prepacked_bytes
+from miniawq.compiled import CODES_PER_EXPANDED_SLICE, arranged_bytes
 from miniawq.errors import DoesNotFit
 from miniawq.hardware import DeviceMemory, device_memory, size
 from miniawq.kernel import QuantLinear
@@ -90,7 +90,7 @@ def packed_bytes(layer: QuantLinear, device: str) -> int:
     assert layer.scales is not None
     if device == "cuda" and layer.scales.dtype.itemsize != 2:
         return layer.qweight.nbytes + layer.qzeros.nbytes + layer.scales.nbytes
-    return prepacked_bytes(layer.out_features, layer.in_features, layer.group_size, device)
+    return arranged_bytes(layer.out_features, layer.in_features, layer.group_size, device)
 
 
 def cache_room(positions: int, limit: int, serves_more: bool) -> int:

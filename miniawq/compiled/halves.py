@@ -1,0 +1,46 @@
+"""A large dense weight of 16 bits times few rows of float32 on a CPU: FBGEMM's float16 weights, where they are exact.
+
+A copy in float32 of a slice at a time, which the library multiplies, takes twice to three times as long (docs/log).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_EXPONENT = 15  # float16 ends below 2^16
+SMALLEST = {torch.bfloat16: 2.0**-17, torch.float16: 0.0}  # from here on float16 has all bits of this dtype
+OUTPUTS_OF_CALL = 1 << 11  # which stay in the cache while they are packed
+
+
+class PackedHalves(NamedTuple):
+    """Some outputs each, as FBGEMM reads them: the weight times 2^exponent."""
+
+    pieces: tuple[Any, ...]
+    exponent: int
+
+
+def pack_halves(weight_OI: Tensor) -> PackedHalves | None:
+    """None if a weight would be rounded, or if this torch has no FBGEMM.
+
+    A power of two brings the largest weight to the end of float16's range: bfloat16's 8 bits then fit down to 2^-32 of
+    the largest.
+    """
+    if weight_OI.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return None
+    largest, pieces = weight_OI.abs().max(), []
+    if not largest.isfinite():
+        return None
+    exponent = LARGEST_EXPONENT - int(torch.frexp(largest.float()).exponent) if weight_OI.dtype == torch.bfloat16 else 0
+    for part_OI in weight_OI.split(OUTPUTS_OF_CALL):
+        scaled_OI = part_OI.float().mul_(2.0**exponent)
+        if ((scaled_OI != 0) & (scaled_OI.abs() < SMALLEST[weight_OI.dtype])).any():
+            return None
+        pieces.append(torch.ops.quantized.linear_prepack_fp16(scaled_OI, None))
+    return PackedHalves(tuple(pieces), exponent)
+
+
+def halves_product(x_TI: Tensor, packed: PackedHalves) -> Tensor:
+    """y_TO in float32."""
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+    return torch.cat([multiply(x_TI, piece) for piece in packed.pieces], -1).mul_(2.0**-packed.exponent)
