@@ -186,6 +186,11 @@ def parts_of(needed: Footprint) -> dict[str, int]:
     return {name.replace("_", " "): value for name, value in dataclasses.asdict(needed).items() if name in names}
 
 
+def bytes_per_step(model: Llama, rows: int, positions: int) -> int:
+    """Bytes that one step reads: the weights, and the cache of so many positions in each row."""
+    return bytes_per_token(model) + rows * positions * kv_bytes_per_token(model.config, model.dtype)
+
+
 def bytes_per_token(model: Llama) -> int:
     """Bytes of weights that one step of one row reads: all but the rows of the embedding that it does not look up."""
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]

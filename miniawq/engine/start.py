@@ -10,7 +10,7 @@ from torch import Tensor
 from miniawq.checkpoint.loading import DenseLinear
 from miniawq.compiled import WORKSHOP, Table, are_here, first_line, kept
 from miniawq.engine.cached_text import CachedText
-from miniawq.engine.memory import cache_room
+from miniawq.engine.memory import bytes_per_token, cache_room
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.step import DecodeStep
 from miniawq.engine.weights import can_step
@@ -19,6 +19,8 @@ from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama
 
 log = logging.getLogger(__name__)
+
+SMALL_MODEL_BYTES = 32 << 20  # 10 ms at the bandwidth of one core
 
 
 class Step(Protocol):
@@ -68,6 +70,11 @@ class PlainStep:
         with threads(self.threads):
             logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
         return sample(logits_BV, self.sampling, self.history, self.generator)
+
+
+def threads_for(model: Llama) -> int | None:
+    """One thread for a model that is done before a second one has woken up; all of them (None) for others."""
+    return 1 if bytes_per_token(model) < SMALL_MODEL_BYTES else None
 
 
 def threads_of_steps(model: Llama) -> int | None:
