@@ -5,7 +5,7 @@ from tests.planted.fault import Fault
 CONVERT, PLAN, EVALUATE = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate"))
 BENCH = "commands/test_bench"
 FAULTS = [
-    Fault("commands/bench.py", r"rows \* new_tokens / generation,", "new_tokens / generation,", BENCH),
+    Fault("commands/bench.py", r"rows \* new_tokens / generation$", "new_tokens / generation", BENCH),
     Fault("commands/bench.py", r"\(3600 \* tokens_per_s\)", "tokens_per_s", BENCH),
     Fault("commands/bench.py", r"new_tokens \+ 1\):", "new_tokens):", BENCH),
     Fault("commands/bench.py", r"PREFILL_CHUNK // rows", "PREFILL_CHUNK", BENCH),
