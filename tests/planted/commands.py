@@ -18,6 +18,8 @@ FAULTS = [
     Fault("commands/convert.py", r"BYTES_A_WEIGHT \* largest", "largest", CONVERT),
     Fault("commands/plan.py", r"min\(degree, kv_heads\) if part in .* else degree", "degree", PLAN),
     Fault("commands/plan.py", r"1 if whole_rows else linear\.group_size", "1", PLAN),
+    Fault("commands/plan.py", r"outputs=128, ", "outputs=64, ", PLAN),
+    Fault("commands/plan.py", r"for engine in NEED_ZEROS", "for engine in NEED_ZEROS[:1]", PLAN),
     Fault("commands/plan.py", r"if heads % degree or", "if", PLAN),
     Fault(
         "commands/plan.py", r'if name == "lm_head\.weight" and model_config\.tie_word_embeddings:', "if False:", PLAN
