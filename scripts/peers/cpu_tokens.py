@@ -4,11 +4,14 @@
 
 Each engine is a process of its own that keeps its model: miniawq with the INT4 and the dense checkpoint, transformers
 with the dense one in float32. They take turns, one text each, greedy, so a busy machine is so for all; medians of the
-tokens after the first. 0 threads are torch's default. A neighbour is a process that does nothing but count.
+tokens after the first. 0 threads are torch's default. A neighbour is a process that does nothing. With one thread the
+processor time of a token is told too (milliseconds): other processes make it longer only by what they take of caches
+and memory.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+NEIGHBOUR = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 PROMPT = "def quicksort(items):\n"
 
 
@@ -28,8 +32,14 @@ def serve(engine: str, model: str, threads: int, new_tokens: int) -> None:
         torch.set_num_threads(threads)
     write = {"transformers": by_transformers}.get(engine, by_miniawq)(model, new_tokens)
     for _ in sys.stdin:
-        times = write()
-        print(json.dumps({"tokens_per_s": (len(times) - 1) / (times[-1] - times[0])}), flush=True)
+        (wall, processor), *_, (wall_end, processor_end) = times = write()
+        steps = len(times) - 1
+        print(json.dumps([steps / (wall_end - wall), (processor_end - processor) / steps * 1e3]), flush=True)
+
+
+def now() -> tuple[float, float]:
+    """Seconds of the clock, and of this thread."""
+    return time.perf_counter(), time.thread_time()
 
 
 def by_miniawq(directory: str, new_tokens: int):
@@ -40,7 +50,7 @@ def by_miniawq(directory: str, new_tokens: int):
 
     model, tokenizer = load(directory, device="cpu")
     prompt_BL = torch.tensor([tokenizer.encode(PROMPT)])
-    return lambda: [time.perf_counter() for _ in generate(model, prompt_BL, max_tokens=new_tokens)]
+    return lambda: [now() for _ in generate(model, prompt_BL, max_tokens=new_tokens)]
 
 
 def by_transformers(directory: str, new_tokens: int):
@@ -49,10 +59,10 @@ def by_transformers(directory: str, new_tokens: int):
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     prompt = AutoTokenizer.from_pretrained(directory)(PROMPT, return_tensors="pt")
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
 
     def stamp(_ids, _scores, **_options):
-        times.append(time.perf_counter())
+        times.append(now())
         return torch.zeros(1, dtype=torch.bool)
 
     def write():
@@ -98,17 +108,17 @@ def main() -> None:
             for neighbours in arguments.neighbours.split(","):
                 with ExitStack() as busy:
                     for _ in range(int(neighbours)):
-                        started(busy, [sys.executable, "-c", "while True: pass"])
-                    rates = {name: [] for name in processes}
+                        started(busy, [sys.executable, "-c", NEIGHBOUR])
+                    turns = {name: [] for name in processes}
                     for _ in range(arguments.turns):
                         for name, process in processes.items():
-                            rates[name].append(turn(process))
-                medians = {name: round(statistics.median(found), 2) for name, found in rates.items()}
-                ratio = round(medians["int4"] / medians["transformers"], 2)
-                print(
-                    json.dumps({"threads": int(threads), "neighbours": int(neighbours), **medians, "ratio": ratio}),
-                    flush=True,
-                )
+                            turns[name].append(turn(process))
+                rates = {name: statistics.median(rate for rate, _ in found) for name, found in turns.items()}
+                said = {"threads": int(threads), "neighbours": int(neighbours), "load": os.getloadavg()[0]}
+                said |= rates | {"ratio": rates["int4"] / rates["transformers"]}
+                if threads == "1":
+                    said["ms"] = {name: statistics.median(ms for _, ms in found) for name, found in turns.items()}
+                print(json.dumps(said), flush=True)
 
 
 def started(stack: ExitStack, command: list[str]) -> subprocess.Popen[str]:
@@ -118,12 +128,12 @@ def started(stack: ExitStack, command: list[str]) -> subprocess.Popen[str]:
     return process
 
 
-def turn(process: subprocess.Popen[str]) -> float:
-    """Tokens per second of one text."""
+def turn(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """Tokens per second of one text, and the thread's milliseconds for one."""
     assert process.stdin
     assert process.stdout
     print(file=process.stdin, flush=True)
-    return json.loads(process.stdout.readline())["tokens_per_s"]
+    return tuple(json.loads(process.stdout.readline()))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def summed_product(x_TI, quantized):
 
 
 def expanded_product(x_TI, quantized):
-    """A group at a time."""
+    """Two groups at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "CODES_PER_SLICE", 1)
+        patch.setattr(tables, "CODES_PER_SLICE", 2 * len(quantized.codes_OI) * quantized.group_size)
         return tables.expanded_table_product(x_TI, tables.table_of(quantized))
 
 
