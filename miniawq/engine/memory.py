@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniawq.checkpoint.loading import loaded_dtype
+from miniawq.checkpoint.loading import FEWEST_OUTPUTS_PACKED, loaded_dtype
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.compiled import CODES_PER_EXPANDED_SLICE, arranged_bytes
 from miniawq.errors import DoesNotFit
@@ -80,7 +80,16 @@ def weight_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
         for key, tensor in tensors.items()
         if key not in packed
     ]
+    dense.append(head_copy_bytes(model, dtype, device))
     return sum(dense) + sum(packed_bytes(layer, device) for layer in layers)
+
+
+def head_copy_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the second copy that a plain step makes of a large head on a CPU (`DenseLinear.prepare`)."""
+    weight_OI = getattr(model.lm_head, "weight", None)
+    if device == "cuda" or weight_OI is None or len(weight_OI) < FEWEST_OUTPUTS_PACKED:
+        return 0
+    return weight_OI.nbytes if loaded_dtype(weight_OI.dtype, 2, dtype) != dtype else 0
 
 
 def packed_bytes(layer: QuantLinear, device: str) -> int:

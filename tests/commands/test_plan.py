@@ -21,11 +21,12 @@ from miniawq.engine.memory import (
     kv_bytes_per_token,
     largest_max_seq_len,
     require_memory,
+    weight_bytes,
 )
 from miniawq.errors import DoesNotFit
 from miniawq.hardware import DeviceMemory, device_memory, size
 from miniawq.kernel import QuantLinear
-from miniawq.model import KVCache, LlamaConfig
+from miniawq.model import KVCache, Llama, LlamaConfig, dense_linear
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.tiny_checkpoints import PACKINGS
 
@@ -117,6 +118,25 @@ def loaded_bytes(model: torch.nn.Module) -> int:
     prepacked = [tensor for layer in layers for tensor in (layer.prepacked.words, layer.prepacked.grid)]
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *prepacked]}
     return sum(tensors.values())
+
+
+@pytest.mark.parametrize(("stored", "dtype", "copies"), [
+    (torch.bfloat16, torch.float32, 1), (torch.float16, torch.float32, 1), (torch.float32, torch.float32, 0),
+    (torch.bfloat16, torch.bfloat16, 0),
+])  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_copy_of_a_large_head_is_planned(stored, dtype, copies, tied):
+    """On a CPU, where it is narrower than the activations; a plain step makes it."""
+
+    def copied(vocab_size: int) -> int:
+        config = llama_config(tiny.config_of(vocab_size=vocab_size, hidden_size=64, tie_word_embeddings=tied))
+        with torch.device("meta"):
+            model = Llama(config, dense_linear).to(stored)
+        model.tie_weights()
+        return weight_bytes(model, dtype, "cpu") - weight_bytes(model, dtype, "cuda")
+
+    assert copied(32_768) == copies * 32_768 * 64 * 2
+    assert copied(32_767) == 0
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
