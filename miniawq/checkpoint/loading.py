@@ -123,9 +123,10 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O] in the dtype of x."""
-        if self.packed is None or x.dtype != torch.float32 or x.numel() > MOST_ROWS_PACKED * self.in_features:
+        rows = x.numel() // self.in_features
+        if self.packed is None or x.dtype != torch.float32 or not 0 < rows <= MOST_ROWS_PACKED:
             return narrow_product(x, self.weight, self.bias)
-        y = halves_product(x, self.packed)
+        y = halves_product(x.reshape(rows, -1), self.packed).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

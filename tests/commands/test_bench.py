@@ -48,6 +48,18 @@ def test_as_many_tokens_are_computed_as_are_counted(monkeypatch):
     assert step.cache.length == 12
 
 
+@pytest.mark.parametrize(("wanted", "compiles"), [(None, False), (False, False), (True, True)])
+def test_a_step_is_compiled_if_asked_for_and_kept(wanted, compiles, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINIAWQ_CACHE", str(tmp_path))
+    directories = []
+    monkeypatch.setattr(bench.DecodeStep, "compile", lambda step, directory: directories.append(directory))
+    model, _ = load(device="cpu")
+    step = bench.make_step(model, 2, 9, wanted)
+    assert type(step) is (bench.DecodeStep if compiles else bench.PlainStep)
+    assert [directory.is_relative_to(tmp_path) for directory in directories] == [True] * compiles
+    assert step.cache.keys_NBMJE.shape[1:3] == (2, 9)
+
+
 def test_the_table_has_a_line_for_each_combination(clock, capsys):
     assert main(["bench", *FLAGS, "--rows", "1,2", "--price", "3.6"]) == 0
     title, head, *lines = capsys.readouterr().out.splitlines()
