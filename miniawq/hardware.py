@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-COPIED_BYTES, COPIES = (128 << 20, 4 << 30), 6  # on the host, on a GPU
+COPIED_BYTES, COPIES = (128 << 20, 1 << 30), 6  # on the host, on a GPU
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 

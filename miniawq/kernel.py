@@ -21,7 +21,7 @@ from miniawq.compiled import (
     joined,
     multiply_prepacked,
     unarrange,
-)  # fmt: skip
+)
 from miniawq.errors import InvalidInput
 from miniawq.packing import CODES_PER_WORD, WEIGHTS_AT_ONCE, Quantized, decode_awq, encode_awq, unpack
 

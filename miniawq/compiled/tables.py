@@ -25,15 +25,19 @@ CODES_PER_SLICE = 1 << 20  # expanded in float32: 4 MiB
 
 
 class Table(NamedTuple):
-    """The weight of one layer: words_IB uint8, scales and zeros grid_2GO float32; `scale_dtype` is that of the file."""
+    """The weight of one layer: words_IB uint8, scales and zeros grid_2GO float32, in the groups that lie in memory.
+
+    `group_size` and `scale_dtype` are those of the file.
+    """
 
     words: Tensor
     grid: Tensor
+    group_size: int
     scale_dtype: torch.dtype
 
     @property
-    def group_size(self) -> int:
-        """Inputs that share a scale."""
+    def inputs_of_group(self) -> int:
+        """Inputs of a group in memory."""
         return len(self.words) // self.grid.shape[1]
 
     @property
@@ -56,8 +60,8 @@ def reads_tables(device: torch.device | str) -> bool:
 
 def table_of(quantized: Quantized) -> Table:
     """A weight as a table."""
-    (outputs, inputs), groups = quantized.codes_OI.shape, quantized.scales_OG.shape[1]
-    table = empty_table(outputs, inputs, groups, quantized.scales_OG.dtype)
+    outputs, inputs = quantized.codes_OI.shape
+    table = empty_table(outputs, inputs, quantized.group_size, quantized.scales_OG.dtype)
     write_outputs(table, 0, quantized)
     return table
 
@@ -65,7 +69,7 @@ def table_of(quantized: Quantized) -> Table:
 def table_of_awq(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor) -> Table:
     """The same from AutoAWQ words, some outputs at a time, so that a large layer is never decoded as a whole."""
     inputs, (groups, outputs) = len(qweight_IW), scales_GO.shape
-    table = empty_table(outputs, inputs, groups, scales_GO.dtype)
+    table = empty_table(outputs, inputs, inputs // groups, scales_GO.dtype)
     step = max(1, prepacked.CODES_AT_ONCE["cpu"] // (inputs * CODES_PER_WORD))
     for first in range(0, qweight_IW.shape[1], step):
         some_W = slice(first, first + step)
@@ -75,32 +79,35 @@ def table_of_awq(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor) -> Ta
     return table
 
 
-def empty_table(outputs: int, inputs: int, groups: int, scale_dtype: torch.dtype) -> Table:
+def empty_table(outputs: int, inputs: int, group_size: int, scale_dtype: torch.dtype) -> Table:
     """Memory for a table."""
     words_IB = torch.empty(inputs, outputs // 2 + ONE_AND_ZERO, dtype=torch.uint8)
     words_IB[:, -ONE_AND_ZERO:] = torch.tensor([1, 0], dtype=torch.float16).view(torch.uint8)
-    return Table(words_IB, torch.empty(2, groups, outputs), scale_dtype)
+    grid_2GO = torch.empty(2, inputs // prepacked.stored_group_size(group_size), outputs)
+    return Table(words_IB, grid_2GO, group_size, scale_dtype)
 
 
 def write_outputs(table: Table, first: int, quantized: Quantized) -> None:
     """Write some outputs, from `first` on."""
     codes_IO, end = quantized.codes_OI.t(), first + len(quantized.codes_OI)
     torch.bitwise_or(codes_IO[:, ::2], codes_IO[:, 1::2] << 4, out=table.words[:, first // 2 : end // 2])
+    repeats = table.group_size // table.inputs_of_group
     for values_OG, target_GO in zip((quantized.scales_OG, quantized.zeros_OG), table.grid, strict=True):
-        target_GO[:, first:end] = values_OG.t()
+        target_GO[:, first:end] = values_OG.t().repeat_interleave(repeats, 0)
 
 
 def quantized_of(table: Table) -> Quantized:
     """The inverse of `table_of`."""
     bytes_IB = table.words[:, :-ONE_AND_ZERO]
     codes_IO = torch.stack([bytes_IB & 15, bytes_IB >> 4], -1).flatten(1)
-    scales_GO, zeros_GO = table.grid
+    scales_GO, zeros_GO = table.grid[:, :: table.group_size // table.inputs_of_group]
     return Quantized(codes_IO.t(), scales_GO.t().to(table.scale_dtype), zeros_GO.t().to(torch.uint8))
 
 
 def table_bytes(outputs: int, inputs: int, group_size: int) -> int:
     """Memory of a table."""
-    return inputs * (outputs // 2 + ONE_AND_ZERO) + inputs // group_size * outputs * 2 * torch.float32.itemsize
+    groups = inputs // prepacked.stored_group_size(group_size)
+    return inputs * (outputs // 2 + ONE_AND_ZERO) + groups * outputs * 2 * torch.float32.itemsize
 
 
 def table_product(x_TI: Tensor, table: Table) -> Tensor:
@@ -112,15 +119,15 @@ def table_product(x_TI: Tensor, table: Table) -> Tensor:
 def summed_product(x_TI: Tensor, table: Table) -> Tensor:
     """y_TO of few rows: the zeros are taken away from each group's sum, times the sum of its activations."""
     (rows, inputs), (scales_GO, zeros_GO) = x_TI.shape, table.grid
-    sums_TGO = sum_rows(table.words, *bags(rows, inputs, table.group_size), x_TI.flatten())
+    sums_TGO = sum_rows(table.words, *bags(rows, inputs, table.inputs_of_group), x_TI.flatten())
     sums_TGO = sums_TGO.unflatten(0, (rows, -1))
-    sums_TG1 = x_TI.unflatten(1, (-1, table.group_size)).sum(2, keepdim=True)
+    sums_TG1 = x_TI.unflatten(1, (-1, table.inputs_of_group)).sum(2, keepdim=True)
     return sums_TGO.addcmul_(zeros_GO, sums_TG1, value=-1).mul_(scales_GO).sum(1)
 
 
 def expanded_table_product(x_TI: Tensor, table: Table) -> Tensor:
     """y_TO of many rows: the weights of some groups at a time, which are exact in float32, and the library's matmul."""
-    y_TO, inputs = x_TI.new_zeros(len(x_TI), table.outputs), table.group_size
+    y_TO, inputs = x_TI.new_zeros(len(x_TI), table.outputs), table.inputs_of_group
     step = max(1, CODES_PER_SLICE // (table.outputs * inputs))
     for first, (scales_GO, zeros_GO) in enumerate(zip(*(part.split(step) for part in table.grid), strict=True)):
         some_I = slice(first * step * inputs, (first * step + len(scales_GO)) * inputs)

@@ -60,7 +60,7 @@ def summed_product(x_TI, quantized):
 def expanded_product(x_TI, quantized):
     """Two groups at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "CODES_PER_SLICE", 2 * len(quantized.codes_OI) * quantized.group_size)
+        patch.setattr(tables, "CODES_PER_SLICE", 2 * len(quantized.codes_OI) * min(128, quantized.group_size))
         return tables.expanded_table_product(x_TI, tables.table_of(quantized))
 
 
@@ -157,17 +157,18 @@ def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
 
 
 @pytest.mark.parametrize("codes", [1, 1 << 22])
-@pytest.mark.parametrize("outputs", [8, 24, 40])
-def test_a_table_holds_every_code_and_gives_it_back(outputs, codes, monkeypatch):
+@pytest.mark.parametrize(("outputs", "group_size", "groups"), [(8, 32, 12), (24, 192, 2), (40, 384, 3)])
+def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups, codes, monkeypatch):
+    """A group of more than 128 inputs lies as several, so that a slice of the weight stays small."""
     monkeypatch.setitem(prepacked.CODES_AT_ONCE, "cpu", codes)
-    quantized = random_quantized(outputs, 96, 32)
+    quantized = random_quantized(outputs, 384, group_size)
     words = encode_awq(quantized)
     for table in (
         tables.table_of(quantized),
         tables.table_of_awq(*(words[n] for n in ("qweight", "qzeros", "scales"))),
     ):
-        assert (table.outputs, table.group_size) == (outputs, 32)
-        assert table.words.nbytes + table.grid.nbytes == tables.table_bytes(outputs, 96, 32)
+        assert (table.outputs, table.group_size, table.grid.shape[1]) == (outputs, group_size, groups)
+        assert table.words.nbytes + table.grid.nbytes == tables.table_bytes(outputs, 384, group_size)
         assert all(torch.equal(*pair) for pair in zip(tables.quantized_of(table), quantized, strict=True))
         assert (int(table.words[77, (outputs - 3) // 2]) >> 4) & 15 == quantized.codes_OI[outputs - 3, 77]
 

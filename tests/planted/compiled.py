@@ -13,6 +13,7 @@ FAULTS = [
     Fault("compiled/prepacked.py", r"!= ends\[:-1\]", "== ends", STEP),
     # Tables, and large dense weights on a CPU.
     Fault("compiled/tables.py", r"codes_IO\[:, 1::2\] << 4", "codes_IO[:, 1::2]", FORMS),
+    Fault("compiled/tables.py", r"\.repeat_interleave\(repeats, 0\)", ".repeat(repeats, 1)", FORMS),
     Fault("compiled/tables.py", r"\.repeat\(rows\)", "", FORMS),
     Fault("compiled/tables.py", r"sums_TG1, value=-1", "sums_TG1, value=1", FORMS),
     Fault("compiled/tables.py", r"first \* step \* inputs, ", "first * inputs, ", FORMS),
