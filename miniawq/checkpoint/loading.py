@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.checkpoint.reading import is_finite
-from miniawq.compiled import PackedHalves, halves_product, pack_halves
+from miniawq.compiled import PackedHalves, can_pack_halves, halves_product, pack_halves
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama
@@ -117,7 +117,8 @@ class DenseLinear(nn.Linear):
 
     def prepare(self) -> "DenseLinear":
         """Make the copy, unless it is there. Returns self."""
-        if self.packed is None and self.out_features >= FEWEST_OUTPUTS_PACKED and self.weight.dtype in HALVES:
+        is_head = self.out_features >= FEWEST_OUTPUTS_PACKED and self.weight.dtype in HALVES
+        if self.packed is None and is_head and can_pack_halves(self.weight.device):
             self.packed = pack_halves(self.weight)
         return self
 

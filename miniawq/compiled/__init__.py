@@ -36,7 +36,7 @@ from miniawq.compiled.eager import (
     unarrange,
 )
 from miniawq.compiled.gpu_forms import with_rows, written
-from miniawq.compiled.halves import PackedHalves, halves_product, pack_halves
+from miniawq.compiled.halves import PackedHalves, can_pack_halves, halves_product, pack_halves
 from miniawq.compiled.prepacked import (
     Prepacked,
     can_prepack,
@@ -78,6 +78,7 @@ __all__ = [
     "arrange",
     "arrange_awq",
     "arranged_bytes",
+    "can_pack_halves",
     "can_prepack",
     "check",
     "compile_with_forms",

@@ -148,9 +148,8 @@ def sum_rows(words_IB: Tensor, row_of: Tensor, first_of: Tensor, weight_of: Tens
 @lru_cache(maxsize=256)
 def bags(rows: int, inputs: int, group_size: int) -> tuple[Tensor, Tensor]:
     """For rows of activations, which row of the table each one meets; and where each group begins."""
-    return torch.arange(inputs, dtype=torch.int32).repeat(rows), torch.arange(
-        0, rows * inputs, group_size, dtype=torch.int32
-    )
+    first_of = torch.arange(0, rows * inputs, group_size, dtype=torch.int32)
+    return torch.arange(inputs, dtype=torch.int32).repeat(rows), first_of
 
 
 def prove_table(name: str, device: torch.device) -> str:

@@ -173,6 +173,15 @@ def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups,
         assert (int(table.words[77, (outputs - 3) // 2]) >> 4) & 15 == quantized.codes_OI[outputs - 3, 77]
 
 
+def test_packed_halves_say_their_product_is_wrong(monkeypatch):
+    assert not halves.prove_halves("halves", torch.device("cpu"))
+    product = halves.halves_product
+    monkeypatch.setattr(
+        halves, "halves_product", lambda *both: product(*both).index_add_(1, torch.tensor([69]), torch.ones(5, 1))
+    )
+    assert halves.prove_halves("halves", torch.device("cpu")) == "its numbers are wrong"
+
+
 def test_a_table_says_its_product_is_wrong():
     """One code of the example, one number."""
     assert not tables.prove_table("table", torch.device("cpu"))

@@ -21,6 +21,7 @@ FAULTS = [
     Fault("compiled/tables.py", r"first // 2 : end // 2", "0 : (end - first) // 2", FORMS),
     Fault("compiled/halves.py", r"2\.0\*\*-packed\.exponent", "1", FORMS),
     Fault("compiled/halves.py", r"2\.0\*\*-17", "2.0**-19", FORMS),
+    Fault("compiled/halves.py", r"is_right = packed is not None and .*", "is_right = packed is not None", FORMS),
     Fault("compiled/halves.py", r"not largest\.isfinite\(\)", "False", FORMS),
     # Forms of a GPU.
     Fault("compiled/gpu_forms.py", r"(scales_O1G \* )\(2\.0\*\*11 - 2\.0\*\*7\)", r"\g<1>2.0**11", FORMS),
