@@ -157,18 +157,18 @@ def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
 
 
 @pytest.mark.parametrize("codes", [1, 1 << 22])
-@pytest.mark.parametrize(("outputs", "group_size", "groups"), [(8, 32, 12), (24, 192, 2), (40, 384, 3)])
+@pytest.mark.parametrize(("outputs", "group_size", "groups"), [(8, 32, 16), (24, 256, 4), (40, 512, 4)])
 def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups, codes, monkeypatch):
     """A group of more than 128 inputs lies as several, so that a slice of the weight stays small."""
     monkeypatch.setitem(prepacked.CODES_AT_ONCE, "cpu", codes)
-    quantized = random_quantized(outputs, 384, group_size)
+    quantized = random_quantized(outputs, 512, group_size)
     words = encode_awq(quantized)
     for table in (
         tables.table_of(quantized),
         tables.table_of_awq(*(words[n] for n in ("qweight", "qzeros", "scales"))),
     ):
         assert (table.outputs, table.group_size, table.grid.shape[1]) == (outputs, group_size, groups)
-        assert table.words.nbytes + table.grid.nbytes == tables.table_bytes(outputs, 384, group_size)
+        assert table.words.nbytes + table.grid.nbytes == tables.table_bytes(outputs, 512, group_size)
         assert all(torch.equal(*pair) for pair in zip(tables.quantized_of(table), quantized, strict=True))
         assert (int(table.words[77, (outputs - 3) // 2]) >> 4) & 15 == quantized.codes_OI[outputs - 3, 77]
 
