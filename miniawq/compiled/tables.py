@@ -17,11 +17,12 @@ from torch import Tensor
 
 from miniawq.compiled import prepacked
 from miniawq.compiled.workshop import WORKSHOP
+from miniawq.hardware import threads
 from miniawq.packing import CODES_PER_WORD, Quantized, decode_awq
 
 ONE_AND_ZERO = 4  # bytes
 MOST_ROWS_SUMMED = 8  # more rows are multiplied by the library, with codes expanded a few groups at a time (docs/log)
-CODES_PER_SLICE = 1 << 20  # expanded in float32: 4 MiB
+CODES_PER_SLICE = 1 << 22  # expanded in float32: 16 MiB
 
 
 class Table(NamedTuple):
@@ -132,9 +133,11 @@ def expanded_table_product(x_TI: Tensor, table: Table) -> Tensor:
     for first, (scales_GO, zeros_GO) in enumerate(zip(*(part.split(step) for part in table.grid), strict=True)):
         some_I = slice(first * step * inputs, (first * step + len(scales_GO)) * inputs)
         words_IB = table.words[some_I]
-        # One row a bag: the codes as floats.
-        codes_IO = sum_rows(words_IB, *bags(1, len(words_IB), 1), None)
-        weight_GSO = codes_IO.unflatten(0, (-1, inputs)).sub_(zeros_GO.unsqueeze(1)).mul_(scales_GO.unsqueeze(1))
+        # A second thread gains little before the matmul, and is waited for in each step where others use the machine.
+        with threads(1):
+            # One row a bag: the codes as floats.
+            codes_IO = sum_rows(words_IB, *bags(1, len(words_IB), 1), None)
+            weight_GSO = codes_IO.unflatten(0, (-1, inputs)).sub_(zeros_GO.unsqueeze(1)).mul_(scales_GO.unsqueeze(1))
         y_TO.addmm_(x_TI[:, some_I], weight_GSO.flatten(0, 1))
     return y_TO
 
