@@ -22,6 +22,7 @@ VERBS = {
     "generate": Verb("miniawq.generate", "write text with a model"),
     "quantize": Verb("miniawq.quantize.__main__", "make an AWQ INT4 checkpoint from a dense one"),
     "evaluate": Verb("miniawq.commands.evaluate", "perplexity, and KL divergence against a reference"),
+    "bench": Verb("miniawq.commands.bench", "how fast a checkpoint runs here, and at what cost"),
     "plan": Verb("miniawq.commands.plan", "what is in a checkpoint, and what memory it needs"),
     "convert": Verb("miniawq.commands.convert", "one INT4 layout to another, losslessly"),
     "oracle": Verb("miniawq.oracle.__main__", "check any implementation of AWQ INT4 for the properties it must have"),

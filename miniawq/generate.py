@@ -33,9 +33,9 @@ from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
 from miniawq.engine.fitting import check_decoder, check_prompt
-from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
+from miniawq.engine.memory import PREFILL_CHUNK, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
-from miniawq.engine.start import Decoders, PlainStep, Step
+from miniawq.engine.start import Decoders, PlainStep, Step, threads_for
 from miniawq.errors import InvalidInput, UsageError
 from miniawq.hardware import pick_device, threads
 from miniawq.model import Llama
@@ -47,7 +47,6 @@ __all__ = ["build_parser", "complete", "generate", "load", "main"]
 log = logging.getLogger("miniawq.generate")
 
 DEMO_SEED = 0
-SMALL_MODEL_BYTES = 32 << 20  # 10 ms at the bandwidth of one core
 
 
 def load(
@@ -162,11 +161,6 @@ def _run(arguments: argparse.Namespace) -> None:
         else:
             writer.write_all(*prompt)
         writer.decoders.wait()
-
-
-def threads_for(model: Llama) -> int | None:
-    """One thread for a model that is done before a second one has woken up; all of them (None) for others."""
-    return 1 if bytes_per_token(model) < SMALL_MODEL_BYTES else None
 
 
 class Writer:

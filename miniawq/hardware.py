@@ -1,6 +1,7 @@
 """The memory of devices and of this process, and the choice of a device. All sizes are bytes."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,6 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+COPIED_BYTES, COPIES = (128 << 20, 1 << 30), 6  # on the host, on a GPU
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -55,6 +57,26 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
         return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def copy_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes per second that a copy of one large tensor reads and writes; the best of a few."""
+    device = torch.device(device)
+    source = torch.zeros(COPIED_BYTES[device.type == "cuda"], dtype=torch.uint8, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(COPIES):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when a GPU has done what was launched on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def size(nbytes: int) -> str:

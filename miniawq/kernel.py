@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniawq.compiled import Prepacked, can_prepack, joined, multiply_prepacked, prepack, prepack_awq, unprepack
+from miniawq.compiled import (
+    Arranged,
+    arrange,
+    arrange_awq,
+    can_prepack,
+    for_forms,
+    joined,
+    multiply_prepacked,
+    unarrange,
+)
 from miniawq.errors import InvalidInput
 from miniawq.packing import CODES_PER_WORD, WEIGHTS_AT_ONCE, Quantized, decode_awq, encode_awq, unpack
 
@@ -109,7 +118,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group_size = in_features if group_size == -1 else group_size
-        self.prepacked: Prepacked | None = None
+        self.prepacked: Arranged | None = None
         groups, words = in_features // self.group_size, out_features // CODES_PER_WORD
         self.register_buffer("qweight", torch.zeros(in_features, words, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(groups, words, dtype=torch.int32))
@@ -128,20 +137,25 @@ class QuantLinear(nn.Module):
     def hold(self, quantized: Quantized) -> "QuantLinear":
         """Take these codes in place of the weight that was here. Returns self."""
         if can_prepack(quantized.scales_OG.device, quantized.scales_OG.dtype):
-            return self._keep(prepack(quantized))
+            return self._keep(arrange(quantized))
         return self._keep(None, encode_awq(quantized))
 
     def to_quantized(self) -> Quantized:
         """The codes, scales and zeros of this layer."""
-        return unprepack(self.prepacked) if self.prepacked else decode_awq(dict(zip(WORDS, self._words(), strict=True)))
+        return unarrange(self.prepacked) if self.prepacked else decode_awq(dict(zip(WORDS, self._words(), strict=True)))
 
     def prepare(self) -> "QuantLinear":
         """Prepack the published words, in place of them, where the device can: on CUDA scales must have 16 bits."""
         if self.prepacked is None:
             qweight_IW, qzeros_GW, scales_GO = self._words()
             if can_prepack(qweight_IW.device, scales_GO.dtype):
-                self._keep(prepack_awq(qweight_IW, qzeros_GW, scales_GO))
+                self._keep(arrange_awq(qweight_IW, qzeros_GW, scales_GO))
         return self
+
+    def prepare_to_compile(self) -> "QuantLinear":
+        """`prepare`, as compiled products read it. Returns self."""
+        arranged = self.prepare().prepacked
+        return self if arranged is None else self._keep(for_forms(arranged))
 
     def publish(self) -> "QuantLinear":
         """Undo `prepare`: the buffers of an AutoAWQ file again. Returns self."""
@@ -170,7 +184,7 @@ class QuantLinear(nn.Module):
         assert self.scales is not None
         return self.qweight, self.qzeros, self.scales
 
-    def _keep(self, prepacked: Prepacked | None, words: dict[str, Tensor] | None = None) -> "QuantLinear":
+    def _keep(self, prepacked: Arranged | None, words: dict[str, Tensor] | None = None) -> "QuantLinear":
         self.prepacked = prepacked
         for name in WORDS:
             setattr(self, name, None if words is None else words[name])

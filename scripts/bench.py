@@ -32,13 +32,13 @@ from miniawq.engine.delivery import delivered
 from miniawq.engine.memory import (
     OVERHEAD,
     PREFILL_CHUNK,
-    bytes_per_token,
+    bytes_per_step,
     kv_bytes_per_token,
     prefill_bytes,
     weight_bytes,
 )
 from miniawq.engine.step import DecodeStep
-from miniawq.hardware import device_memory, peak_memory
+from miniawq.hardware import copy_bandwidth, device_memory, peak_memory, synchronize
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, LlamaConfig, dense_linear
 from miniawq.packing import Quantized, dequantize
@@ -84,15 +84,11 @@ class Clock:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self._wait()
+        synchronize(self.device)
         start = time.perf_counter()
         yield
-        self._wait()
+        synchronize(self.device)
         self.seconds = time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def empty_model(config: LlamaConfig, kind: str, group_size: int) -> Llama:
@@ -172,17 +168,6 @@ def float32_of(model: Llama) -> Llama:
     return exact
 
 
-def measured_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of one large tensor reads and writes."""
-    source = torch.empty((4 << 30) if device.type == "cuda" else (256 << 20), dtype=torch.uint8, device=device).zero_()
-    target, clock, best = torch.empty_like(source), Clock(device), 0.0
-    for _ in range(6):
-        with clock():
-            target.copy_(source)
-        best = max(best, 2 * source.nbytes / clock.seconds)
-    return best
-
-
 def decode_rate(
     model: Llama, rows: int, context: int, arguments: argparse.Namespace
 ) -> tuple[DecodeStep, dict[str, Any]]:
@@ -206,8 +191,7 @@ def decode_rate(
         for _ in delivered(step, ids_B, steps + 1):
             pass
     seconds = clock.seconds / steps
-    kv_bytes = rows * (context + steps // 2) * kv_bytes_per_token(model.config, arguments.activations)
-    read = bytes_per_token(model) + kv_bytes
+    read = bytes_per_step(model, rows, context + steps // 2)
     return step, {
         "ms_per_step": seconds * 1e3,
         "tokens_per_s": rows / seconds,
@@ -375,7 +359,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     arguments.device_name = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     chosen, default = arguments.activations, torch.bfloat16 if on_gpu else torch.float32
-    arguments.bandwidth = measured_bandwidth(device)
+    arguments.bandwidth = copy_bandwidth(device)
     said = {"torch": torch.__version__, "copy_GB_per_s": arguments.bandwidth / 1e9}
     arguments.activations = default
     show({"device": arguments.device_name} | said, arguments)

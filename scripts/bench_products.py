@@ -40,11 +40,11 @@ from torch.nn.functional import linear
 from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import measured_bandwidth
-
 from miniawq.compiled import (
+    Arranged,
     Prepacked,
     Product,
+    arrange,
     check,
     compile_with_forms,
     dense_product,
@@ -56,6 +56,7 @@ from miniawq.compiled import (
     written,
 )
 from miniawq.compiled.eager import expansion
+from miniawq.hardware import copy_bandwidth
 from miniawq.packing import Quantized, dequantize
 
 GROUP_SIZE, SHARING = 128, 4
@@ -70,9 +71,9 @@ LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 WARM_UPS, REPLAYS = 3, 15
 
 
-def bytes_of(weight: Prepacked | Tensor) -> int:
+def bytes_of(weight: Arranged | Tensor) -> int:
     """What a product reads of it."""
-    return weight.words.nbytes + weight.grid.nbytes if isinstance(weight, Prepacked) else weight.nbytes
+    return weight.nbytes if isinstance(weight, Tensor) else weight.words.nbytes + weight.grid.nbytes
 
 
 class Case:
@@ -183,7 +184,7 @@ def in_step(
 
 
 def eager(case: Case) -> Of:
-    weights, dtype = case.prepacked, case.our_dtype
+    weights, dtype = case.clones(arrange(case.quantized)), case.our_dtype
     return lambda rows: Candidate(multiply_prepacked, case.sets(rows, dtype, weights), dtype, bytes_of(weights[0]))
 
 
@@ -357,7 +358,7 @@ def main() -> int:
     rows_of = [int(rows) for rows in (arguments.rows or ROWS[kind]).split(",")]
     name = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
     said = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps(said | {"copy_GB_per_s": measured_bandwidth(device) / 1e9}), flush=True)
+    print(json.dumps(said | {"copy_GB_per_s": copy_bandwidth(device) / 1e9}), flush=True)
     wrong = False
     for shape in (arguments.shapes or SHAPES[kind]).split(","):
         case = Case(*map(int, shape.split("x")), device)

@@ -63,6 +63,28 @@ def test_a_narrow_weight_is_multiplied_in_slices(weights, shape, bias, monkeypat
     assert found.shape == expected.shape
 
 
+def test_a_head_is_multiplied_from_its_copy_until_it_changes(monkeypatch):
+    monkeypatch.setattr(loading, "FEWEST_OUTPUTS_PACKED", 24)
+    layer, x_TI = DenseLinear(64, 24).requires_grad_(False), torch.randn(2, 64)
+    layer.weight.data = layer.weight.bfloat16()
+    expected = torch.nn.functional.linear(x_TI, layer.weight.float(), layer.bias)
+    packed = layer.prepare().packed
+    torch.testing.assert_close(layer(x_TI), expected, rtol=0, atol=1e-5)
+    assert layer.prepare().packed is packed
+    layer.packed = packed._replace(exponent=packed.exponent + 1)
+    torch.testing.assert_close(layer(x_TI) - layer.bias, (expected - layer.bias) / 2, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer(x_TI.repeat(20, 1))[:2], expected, rtol=0, atol=1e-5)
+    for x in (x_TI[0], torch.randn(2, 3, 64), torch.randn(64, 5).t(), torch.randn(3, 2, 64)[:, -1], torch.randn(0, 64)):
+        layer.packed = packed
+        expected_y = torch.nn.functional.linear(x, layer.weight.float(), layer.bias)
+        torch.testing.assert_close(layer(x), expected_y, rtol=0, atol=1e-5)
+    layer.load_state_dict({"weight": -layer.weight, "bias": layer.bias})
+    torch.testing.assert_close(layer(x_TI) - layer.bias, layer.bias - expected, rtol=0, atol=1e-5)
+    assert layer.prepare().packed is not None
+    assert layer.float().packed is None
+    assert layer.prepare().packed is None
+
+
 def test_only_matrices_of_16_bits_are_narrower_than_the_model():
     kept = {
         (stored, dimensions, dtype)

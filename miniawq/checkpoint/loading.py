@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.functional import linear
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.checkpoint.reading import is_finite
+from miniawq.compiled import PackedHalves, can_pack_halves, halves_product, pack_halves
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama
@@ -17,6 +19,7 @@ from miniawq.packing import Quantized, dequantize
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HALVES = (torch.float16, torch.bfloat16)
+FEWEST_OUTPUTS_PACKED, MOST_ROWS_PACKED = 32_768, 32  # of a head (docs/log)
 WEIGHTS_PER_SLICE = 1 << 20  # 4 MiB in float32, which stay in the cache while they are multiplied
 
 
@@ -97,7 +100,12 @@ def narrow_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tenso
 
 
 class DenseLinear(nn.Linear):
-    """`nn.Linear` whose weight may be narrower than the activations."""
+    """`nn.Linear` whose weight may be narrower than the activations.
+
+    `prepare` makes a second copy of a large weight on a CPU, for products of few rows of float32: those of a head.
+    """
+
+    packed: PackedHalves | None = None
 
     @classmethod
     def of(cls, layer: nn.Linear) -> "DenseLinear":
@@ -107,6 +115,25 @@ class DenseLinear(nn.Linear):
         made.weight, made.bias = layer.weight, layer.bias
         return made
 
+    def prepare(self) -> "DenseLinear":
+        """Make the copy, unless it is there. Returns self."""
+        is_head = self.out_features >= FEWEST_OUTPUTS_PACKED and self.weight.dtype in HALVES
+        if self.packed is None and is_head and can_pack_halves(self.weight.device):
+            self.packed = pack_halves(self.weight)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O] in the dtype of x."""
-        return narrow_product(x, self.weight, self.bias)
+        rows = x.numel() // self.in_features
+        if self.packed is None or x.dtype != torch.float32 or not 0 < rows <= MOST_ROWS_PACKED:
+            return narrow_product(x, self.weight, self.bias)
+        y = halves_product(x.reshape(rows, -1), self.packed).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "DenseLinear":
+        self.packed = None
+        return super()._apply(*arguments, **options)

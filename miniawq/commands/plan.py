@@ -38,7 +38,6 @@ from miniawq.model import LlamaConfig
 DEGREES = (1, 2, 4, 8)
 DEFAULT_CONTEXT = 8192
 LARGEST = 1 << 60  # number of a flag
-MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 
 
 def tensors_from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> list[Spec]:
@@ -78,14 +77,18 @@ class EngineLimit:
     group_sizes: tuple[int, ...] | None = None
 
 
-# vLLM: `awq.py` and `awq_marlin.py` / `compressed_tensors_wNa16.py` under model_executor/layers/quantization.
+# Read in this version: `layers/quantization/auto_awq.py` and `kernels/linear/mixed_precision` under model_executor. It
+# takes the last kernel here that has no obstacle; Machete on Hopper alone. Marlin pads shapes that fill no tile.
+ENGINES_OF = "vLLM 0.32.0"
 AWQ_KERNEL = EngineLimit(inputs=1, outputs=8)
-MARLIN = EngineLimit(inputs=128, outputs=64, group_sizes=MARLIN_GROUP_SIZES)
+MARLIN = EngineLimit(inputs=1, outputs=8, group_sizes=(-1, 32, 64, 128))
+MACHETE = EngineLimit(inputs=64, outputs=128, group_sizes=(-1, 64, 128))
 ENGINES: dict[str, dict[str, EngineLimit]] = {
-    "awq": {"vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN},
-    "compressed-tensors": {"vLLM Marlin": MARLIN},
+    "awq": {"vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
+    "compressed-tensors": {"vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
     "gemv": {},
 }
+NEED_ZEROS = ("vLLM Marlin", "vLLM Machete")  # where an AWQ config says zero_point false, AutoAWQ's kernel is taken
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one matrix of each
 SPLIT_BY_INPUTS = ("o_proj", "down_proj")  # vLLM splits the others by outputs among devices
 
@@ -102,7 +105,7 @@ def engine_degrees(
         for engine, limit in engines.items()
     }
     if block and block.method == "awq" and block.symmetric:
-        found["vLLM Marlin"] = dict.fromkeys(DEGREES, f"{block.where}: zero_point is false")
+        found |= {engine: dict.fromkeys(DEGREES, f"{block.where}: zero_point is false") for engine in NEED_ZEROS}
     return found
 
 
@@ -184,6 +187,7 @@ class Plan:
     device: DeviceMemory
     fits: bool
     engines: dict[str, dict[int, str]]
+    engines_of: str
     tensors: list[Row]
     notices: list[str]
 
@@ -208,6 +212,7 @@ def make_plan(checkpoint: Checkpoint, model: str, dtype: torch.dtype, needed: Fo
         device=device,
         fits=needed.total <= device.free,
         engines=engine_degrees(checkpoint.model_config, checkpoint.quantized, checkpoint.quantization),
+        engines_of=ENGINES_OF,
         tensors=tensor_table(checkpoint),
         notices=checkpoint.notices,
     )
@@ -232,6 +237,8 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     supply = f"of {size(plan.device.total)}, {size(plan.device.free)} free on {plan.device.name}"
     lines.append(f"total     {size(plan.total):>11}   {supply}: {verdict}")
+    if plan.engines:
+        lines.append(f"engines   as {plan.engines_of} chooses them, Machete on Hopper only")
     for engine, degrees in plan.engines.items():
         works = [str(degree) for degree, why in degrees.items() if not why]
         lines.append(f"{engine:16} tensor-parallel {', '.join(works) or 'never'}")

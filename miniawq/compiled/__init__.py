@@ -1,7 +1,9 @@
 """Everything that knows torch.compile, Inductor or Triton. The other rooms use the few names that this file lists.
 
     prepacked.py   how packed words lie in memory while a model runs, and the way back
-    eager.py       the product of prepacked words by plain calls of torch, for any number of rows
+    tables.py      how they lie on a CPU where nothing is compiled: as the library's INT4 embeddings
+    eager.py       the product of either by plain calls of torch, for any number of rows
+    halves.py      the product of a large dense weight of 16 bits on a CPU
     operations.py  two operations that torch does not have
     gpu_forms.py   the product as expressions that Inductor makes one GPU kernel of each
     cpu_forms.py   the same for a CPU
@@ -23,8 +25,18 @@ blocks of W outputs (CPU), Y of them in a part; U outputs of a part; C tiles of 
 
 from miniawq.compiled.artifacts import are_here, directory_of, identity, kept
 from miniawq.compiled.compiler import Compiled, Kept, any_length
-from miniawq.compiled.eager import CODES_PER_EXPANDED_SLICE, multiply_prepacked
+from miniawq.compiled.eager import (
+    CODES_PER_EXPANDED_SLICE,
+    Arranged,
+    arrange,
+    arrange_awq,
+    arranged_bytes,
+    for_forms,
+    multiply_prepacked,
+    unarrange,
+)
 from miniawq.compiled.gpu_forms import with_rows, written
+from miniawq.compiled.halves import PackedHalves, can_pack_halves, halves_product, pack_halves
 from miniawq.compiled.prepacked import (
     Prepacked,
     can_prepack,
@@ -32,9 +44,6 @@ from miniawq.compiled.prepacked import (
     joined,
     lay_together,
     prepack,
-    prepack_awq,
-    prepacked_bytes,
-    unprepack,
 )
 from miniawq.compiled.products import (
     Form,
@@ -49,25 +58,35 @@ from miniawq.compiled.products import (
     prepare_normed,
 )
 from miniawq.compiled.proof import check
+from miniawq.compiled.tables import Table
 from miniawq.compiled.workshop import WORKSHOP, first_line
 
 __all__ = [
     "CODES_PER_EXPANDED_SLICE",
     "WORKSHOP",
+    "Arranged",
     "Compiled",
     "Form",
     "Kept",
+    "PackedHalves",
     "Prepacked",
     "Prepared",
     "Product",
+    "Table",
     "any_length",
     "are_here",
+    "arrange",
+    "arrange_awq",
+    "arranged_bytes",
+    "can_pack_halves",
     "can_prepack",
     "check",
     "compile_with_forms",
     "dense_product",
     "directory_of",
     "first_line",
+    "for_forms",
+    "halves_product",
     "identity",
     "in_whole_rows",
     "int4_product",
@@ -77,12 +96,11 @@ __all__ = [
     "lay_together",
     "multiply",
     "multiply_prepacked",
+    "pack_halves",
     "prepack",
-    "prepack_awq",
-    "prepacked_bytes",
     "prepare",
     "prepare_normed",
-    "unprepack",
+    "unarrange",
     "with_rows",
     "written",
 ]

@@ -5,27 +5,77 @@ at a time, and multiplied by the library; there alone a compiled kernel helps, i
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from miniawq.compiled.compiler import inductor
 from miniawq.compiled.launch import block_sizes
-from miniawq.compiled.prepacked import Prepacked, out_of_blocks, scales_and_zeros, slices, unpack_grid
+from miniawq.compiled.prepacked import (
+    Prepacked,
+    out_of_blocks,
+    prepack,
+    prepack_awq,
+    prepacked_bytes,
+    scales_and_zeros,
+    slices,
+    unpack_grid,
+    unprepack,
+)
+from miniawq.compiled.tables import (
+    Table,
+    quantized_of,
+    reads_tables,
+    table_bytes,
+    table_of,
+    table_of_awq,
+    table_product,
+)
 from miniawq.compiled.workshop import WORKSHOP
-from miniawq.packing import CODES_PER_WORD
+from miniawq.packing import CODES_PER_WORD, Quantized
 
 CODES_PER_SLICE = 1 << 20  # temporaries of a slice are float32: 4 MiB each
 CODES_PER_EXPANDED_SLICE = 1 << 27  # 256 MiB of 16-bit weights; uncompiled, `expand` has ten temporaries
 
+Arranged = Prepacked | Table
 
-def multiply_prepacked(x_TI: Tensor, prepacked: Prepacked, bias_O: Tensor | None = None) -> Tensor:
+
+def multiply_prepacked(x_TI: Tensor, prepacked: Arranged, bias_O: Tensor | None = None) -> Tensor:
     """y_TO in the dtype of x; the bias is added before the sums are rounded."""
+    if isinstance(prepacked, Table):
+        y_TO = table_product(x_TI, prepacked)
+        return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
     if x_TI.is_cuda and x_TI.dtype.itemsize == 2 and prepacked.in_planes:
         return expanded_product(x_TI, prepacked, bias_O)
     y_TO = sliced_product(x_TI, prepacked)
     return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+
+
+def arrange(quantized: Quantized) -> Arranged:
+    """A weight as `multiply_prepacked` reads it fastest on its device."""
+    return table_of(quantized) if reads_tables(quantized.codes_OI.device) else prepack(quantized)
+
+
+def arrange_awq(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor) -> Arranged:
+    """The same from AutoAWQ words."""
+    return (table_of_awq if reads_tables(qweight_IW.device) else prepack_awq)(qweight_IW, qzeros_GW, scales_GO)
+
+
+def for_forms(arranged: Arranged) -> Prepacked:
+    """A weight as the compiled forms read it."""
+    return prepack(quantized_of(arranged)) if isinstance(arranged, Table) else arranged
+
+
+def unarrange(arranged: Arranged) -> Quantized:
+    """The inverse of `arrange`."""
+    return quantized_of(arranged) if isinstance(arranged, Table) else unprepack(arranged)
+
+
+def arranged_bytes(outputs: int, inputs: int, group_size: int, device: str) -> int:
+    """Memory of what `arrange` makes on a "cuda" or "cpu" device."""
+    count = table_bytes if device == "cpu" and reads_tables(device) else partial(prepacked_bytes, device=device)
+    return count(outputs, inputs, group_size)
 
 
 def sliced_product(x_TI: Tensor, prepacked: Prepacked) -> Tensor:

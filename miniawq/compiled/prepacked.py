@@ -11,7 +11,7 @@ A group of more than 128 inputs is stored as groups of 128 with the same scale a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -207,13 +207,13 @@ def join(parts: Sequence[Prepacked]) -> list[Prepacked]:
     ]
 
 
-def joined(parts: Sequence[Prepacked]) -> Prepacked | None:
-    """Weights that `join` laid together, as one; None if they do not lie together."""
+def joined(parts: Sequence[Any]) -> Prepacked | None:
+    """Weights that `join` laid together, as one; None if they do not lie together, as tables never do."""
     words, grid = (lie_together(tensors) for tensors in _tensors_of(parts))
     return None if words is None or grid is None else parts[0]._replace(words=words, grid=grid)
 
 
-def _tensors_of(parts: Sequence[Prepacked]) -> tuple[list[Tensor], list[Tensor]]:
+def _tensors_of(parts: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     return [part.words for part in parts], [part.grid for part in parts]
 
 

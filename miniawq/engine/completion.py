@@ -1,7 +1,7 @@
 """One text as it comes: ids become pieces of text, cut at stop strings, with the times at which they came."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from miniawq.engine.cached_text import CachedText
@@ -73,6 +73,14 @@ class Completion:
         self._times: list[float] = []
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._pieces()
+        finally:
+            # What computes the ids holds a cache: it ends with this iterator, at its end or where it is closed.
+            if isinstance(self._new_ids, Generator):
+                self._new_ids.close()
+
+    def _pieces(self) -> Iterator[str]:
         stream, stops = self._tokenizer.stream(self.prompt_ids), StopStrings(self._stop)
         self._started = self._clock()
         for token_id in self._new_ids:

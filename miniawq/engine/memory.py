@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from miniawq.checkpoint.loading import loaded_dtype
+from miniawq.checkpoint.loading import FEWEST_OUTPUTS_PACKED, loaded_dtype
 from miniawq.checkpoint.opening import Checkpoint
-from miniawq.compiled import CODES_PER_EXPANDED_SLICE, prepacked_bytes
+from miniawq.compiled import CODES_PER_EXPANDED_SLICE, arranged_bytes
 from miniawq.errors import DoesNotFit
 from miniawq.hardware import DeviceMemory, device_memory, size
 from miniawq.kernel import QuantLinear
@@ -80,7 +80,16 @@ def weight_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
         for key, tensor in tensors.items()
         if key not in packed
     ]
+    dense.append(head_copy_bytes(model, dtype, device))
     return sum(dense) + sum(packed_bytes(layer, device) for layer in layers)
+
+
+def head_copy_bytes(model: Llama, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the second copy that a plain step makes of a large head on a CPU (`DenseLinear.prepare`)."""
+    weight_OI = getattr(model.lm_head, "weight", None)
+    if device == "cuda" or weight_OI is None or len(weight_OI) < FEWEST_OUTPUTS_PACKED:
+        return 0
+    return weight_OI.nbytes if loaded_dtype(weight_OI.dtype, 2, dtype) != dtype else 0
 
 
 def packed_bytes(layer: QuantLinear, device: str) -> int:
@@ -90,7 +99,7 @@ def packed_bytes(layer: QuantLinear, device: str) -> int:
     assert layer.scales is not None
     if device == "cuda" and layer.scales.dtype.itemsize != 2:
         return layer.qweight.nbytes + layer.qzeros.nbytes + layer.scales.nbytes
-    return prepacked_bytes(layer.out_features, layer.in_features, layer.group_size, device)
+    return arranged_bytes(layer.out_features, layer.in_features, layer.group_size, device)
 
 
 def cache_room(positions: int, limit: int, serves_more: bool) -> int:
@@ -184,6 +193,11 @@ def parts_of(needed: Footprint) -> dict[str, int]:
     """The bytes by name, in the order they are told."""
     names = ("weights", "kv_cache", "prefill", "overhead")
     return {name.replace("_", " "): value for name, value in dataclasses.asdict(needed).items() if name in names}
+
+
+def bytes_per_step(model: Llama, rows: int, positions: int) -> int:
+    """Bytes that one step reads: the weights, and the cache of so many positions in each row."""
+    return bytes_per_token(model) + rows * positions * kv_bytes_per_token(model.config, model.dtype)
 
 
 def bytes_per_token(model: Llama) -> int:

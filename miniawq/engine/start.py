@@ -7,15 +7,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from miniawq.compiled import WORKSHOP, are_here, first_line, kept
+from miniawq.checkpoint.loading import DenseLinear
+from miniawq.compiled import WORKSHOP, Table, are_here, first_line, kept
 from miniawq.engine.cached_text import CachedText
-from miniawq.engine.memory import cache_room
+from miniawq.engine.memory import bytes_per_token, cache_room
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.step import DecodeStep
 from miniawq.engine.weights import can_step
+from miniawq.hardware import threads
+from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama
 
 log = logging.getLogger(__name__)
+
+SMALL_MODEL_BYTES = 32 << 20  # 10 ms at the bandwidth of one core
 
 
 class Step(Protocol):
@@ -39,6 +44,9 @@ class PlainStep:
 
     def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
+        self.threads = threads_of_steps(model)
+        if isinstance(model.lm_head, DenseLinear):
+            model.lm_head.prepare()
         self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
         self.generator = torch.Generator(model.device)
@@ -59,8 +67,22 @@ class PlainStep:
         """Append ids_B to the rows; the next ids, NOT_A_NUMBER for a row whose logits hold a NaN."""
         if self.history is not None:
             self.history.add(ids_B)
-        logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
+        with threads(self.threads):
+            logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
         return sample(logits_BV, self.sampling, self.history, self.generator)
+
+
+def threads_for(model: Llama) -> int | None:
+    """One thread for a model that is done before a second one has woken up; all of them (None) for others."""
+    return 1 if bytes_per_token(model) < SMALL_MODEL_BYTES else None
+
+
+def threads_of_steps(model: Llama) -> int | None:
+    """One, where all INT4 weights are tables: their products take one thread, and what is between them is too little
+    for a second one, for which it would wait wherever another process is busy. Else those that there are (None).
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return 1 if layers and all(isinstance(layer.prepacked, Table) for layer in layers) else None
 
 
 class EagerStart(PlainStep):
@@ -75,7 +97,7 @@ class EagerStart(PlainStep):
     def __init__(self, model: Llama, compiled: DecodeStep, streams: bool = True) -> None:
         self.model, self.compiled, self.sampling, self.streams = model, compiled, compiled.sampling, streams
         self.cache, self.history, self.generator = compiled.cache, compiled.history, compiled.generator
-        self.ahead, self.is_warm = 0, False
+        self.ahead, self.is_warm, self.threads = 0, False, None
         # Compiled code is for a number of threads, and a new thread would begin with the default one.
         self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
         if not compiled.is_ready:
@@ -121,8 +143,8 @@ class EagerStart(PlainStep):
     def _has_to_start(self) -> bool:
         return self._thread.ident is None and not self.compiled.is_ready
 
-    def _compile(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _compile(self, count: int) -> None:
+        torch.set_num_threads(count)
         try:
             with torch.inference_mode(), kept(self.compiled.described()) as directory:
                 self.compiled.compile(directory)

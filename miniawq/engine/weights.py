@@ -37,8 +37,8 @@ class Weights(NamedTuple):
 def _weight_of(layer: Any) -> Prepacked | Tensor:
     if isinstance(layer, nn.Linear):
         return layer.weight.data
-    weight = layer.prepare().prepacked
-    assert weight is not None
+    weight = layer.prepare_to_compile().prepacked
+    assert isinstance(weight, Prepacked)
     return weight
 
 

@@ -255,6 +255,8 @@ def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_B
                 disk.run(_write_block, writer, journal, tensors, record)
                 _warn(record)
                 bar.set_postfix_str(_gains(record))
+                if layer == finished and layer + 1 < job.blocks:
+                    _say_time(record["seconds"], job.blocks - layer - 1)
             bar.update()
             if stop.is_set() and layer + 1 < job.blocks:
                 disk.wait()
@@ -286,6 +288,13 @@ def _warn(record: dict[str, Any]) -> None:
     if not record["largest_activation"] <= HALF_LIMIT:
         told = "block %d: activations reach %.3g, and float16 holds 65504: run the model in bfloat16"
         log.warning(told, record["layer"], record["largest_activation"])
+
+
+def _say_time(seconds: float, left: int) -> None:
+    """Log what the other blocks will take if they are like the first one; a bar says it on a terminal only."""
+    log.info(
+        "the first block took %.1f s: about %s for the other %d", seconds, tqdm.format_interval(seconds * left), left
+    )
 
 
 def _gains(record: dict[str, Any]) -> str:

@@ -21,11 +21,12 @@ from miniawq.engine.memory import (
     kv_bytes_per_token,
     largest_max_seq_len,
     require_memory,
+    weight_bytes,
 )
 from miniawq.errors import DoesNotFit
 from miniawq.hardware import DeviceMemory, device_memory, size
 from miniawq.kernel import QuantLinear
-from miniawq.model import KVCache, LlamaConfig
+from miniawq.model import KVCache, Llama, LlamaConfig, dense_linear
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.tiny_checkpoints import PACKINGS
 
@@ -119,6 +120,25 @@ def loaded_bytes(model: torch.nn.Module) -> int:
     return sum(tensors.values())
 
 
+@pytest.mark.parametrize(("stored", "dtype", "copies"), [
+    (torch.bfloat16, torch.float32, 1), (torch.float16, torch.float32, 1), (torch.float32, torch.float32, 0),
+    (torch.bfloat16, torch.bfloat16, 0),
+])  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_copy_of_a_large_head_is_planned(stored, dtype, copies, tied):
+    """On a CPU, where it is narrower than the activations; a plain step makes it."""
+
+    def copied(vocab_size: int) -> int:
+        config = llama_config(tiny.config_of(vocab_size=vocab_size, hidden_size=64, tie_word_embeddings=tied))
+        with torch.device("meta"):
+            model = Llama(config, dense_linear).to(stored)
+        model.tie_weights()
+        return weight_bytes(model, dtype, "cpu") - weight_bytes(model, dtype, "cuda")
+
+    assert copied(32_768) == copies * 32_768 * 64 * 2
+    assert copied(32_767) == 0
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
@@ -185,33 +205,36 @@ def quantized_of(name: str, **changes: object) -> tuple[LlamaConfig, dict[str, Q
     return model_config, find_quantized(infos, read_block(config, {}), linear_shapes(meta_model(model_config)))
 
 
-# model, group size, degrees of vLLM's AWQ kernel, degrees of Marlin
+# model, group size, degrees of vLLM's AWQ kernel, of Marlin, of Machete
 DEGREES = [
-    ("Llama-3.1-8B", 128, [1, 2, 4, 8], [1, 2, 4, 8]),
-    ("Llama-2-7B", 128, [1, 2], [1, 2]),  # 11008 / 4 is 21.5 groups of 128
-    ("Llama-2-7B", 64, [1, 2, 4], [1, 2]),  # Marlin wants 128 inputs on each device
-    ("Qwen2.5-7B", 128, [1, 2, 4], [1, 2, 4]),  # 28 heads
-    ("Qwen2.5-72B", 128, [1], [1]),  # 29568 / 128 is odd, the known trouble of this model
-    ("Qwen2-0.5B", 128, [1], [1]),
-    ("Qwen2-0.5B", 64, [1, 2], [1]),
-    ("Llama-3.2-1B", 16, [1, 2, 4, 8], []),  # Marlin has no groups of 16
-    ("Qwen3-32B", 128, [1, 2, 4, 8], [1, 2, 4, 8]),
-    ("one key/value head", 128, [1, 2, 4, 8], [1, 2, 4, 8]),  # each device has a copy of it
+    ("Llama-3.1-8B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),
+    ("Llama-2-7B", 128, [1, 2], [1, 2], [1, 2]),  # 11008 / 4 is 21.5 groups of 128
+    ("Llama-2-7B", 64, [1, 2, 4], [1, 2, 4], [1, 2, 4]),
+    ("Qwen2.5-7B", 128, [1, 2, 4], [1, 2, 4], [1, 2, 4]),  # 28 heads
+    ("Qwen2.5-72B", 128, [1], [1], [1]),  # 29568 / 128 is odd, the known trouble of this model
+    ("Qwen2-0.5B", 128, [1], [1], [1]),
+    ("Qwen2-0.5B", 64, [1, 2], [1, 2], [1]),  # Machete wants 128 outputs: half of q, k and v are 576
+    ("Llama-3.2-1B", 16, [1, 2, 4, 8], [], []),  # neither has groups of 16
+    ("Llama-3.2-1B", 32, [1, 2, 4, 8], [1, 2, 4, 8], []),  # Machete has no groups of 32
+    ("Qwen3-32B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),
+    ("one key/value head", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),  # each device has a copy of it
 ]
 
 
-@pytest.mark.parametrize(("name", "group_size", "awq", "marlin"), DEGREES)
-def test_tensor_parallel_degrees(name, group_size, awq, marlin):
+@pytest.mark.parametrize(("name", "group_size", "awq", "marlin", "machete"), DEGREES)
+def test_tensor_parallel_degrees(name, group_size, awq, marlin, machete):
     degrees = engine_degrees(*quantized_of(name, group_size=group_size))
     works = {engine: [degree for degree, why in reasons.items() if not why] for engine, reasons in degrees.items()}
-    assert works == {"vLLM AWQ": awq, "vLLM Marlin": marlin}
+    assert works == {"vLLM AWQ": awq, "vLLM Marlin": marlin, "vLLM Machete": machete}
 
 
-def test_marlin_wants_zero_points():
+def test_fast_kernels_want_zero_points():
     config, quantized = quantized_of("Llama-3.1-8B")
     block = read_block({"quantization_config": tiny.AWQ_BLOCK | {"zero_point": False}}, {})
-    reasons = engine_degrees(config, quantized, block)["vLLM Marlin"]
-    assert set(reasons.values()) == {"config.json: quantization_config: zero_point is false"}
+    degrees = engine_degrees(config, quantized, block)
+    for engine in ("vLLM Marlin", "vLLM Machete"):
+        assert set(degrees[engine].values()) == {"config.json: quantization_config: zero_point is false"}
+    assert not any(degrees["vLLM AWQ"].values())
 
 
 def test_reason_names_the_layer():
@@ -270,6 +293,7 @@ def test_command_line(tmp_path, capsys):
         "LlamaForCausalLM, 2 layers",
         "INT4 awq, group size 64",
         "14 packed layers",
+        "as vLLM 0.32.0 chooses them",
         "vLLM Marlin",
         "taken from",
     ):

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniawq.compiled import cpu_forms, eager, prepacked
+from miniawq.compiled import cpu_forms, eager, halves, prepacked, tables
 from miniawq.compiled import gpu_forms as forms
-from miniawq.packing import SEQUENTIAL, Quantized, dequantize, unpack
+from miniawq.packing import SEQUENTIAL, Quantized, dequantize, encode_awq, unpack
 
 FLOAT32 = 2.0**-24
 
@@ -53,6 +53,17 @@ def dot_product(x_TI, quantized, splits=1, bias_O=None):
     return y_TO[: x_TI.shape[0]]
 
 
+def summed_product(x_TI, quantized):
+    return tables.summed_product(x_TI, tables.table_of(quantized))
+
+
+def expanded_product(x_TI, quantized):
+    """Two groups at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "CODES_PER_SLICE", 2 * len(quantized.codes_OI) * min(128, quantized.group_size))
+        return tables.expanded_table_product(x_TI, tables.table_of(quantized))
+
+
 def exact(x_TI, quantized):
     return x_TI.double() @ dequantize(quantized, torch.float64).t()
 
@@ -65,7 +76,7 @@ def magnitude(x_TI, quantized, term):
 
 
 def reduction_bound(x_TI, quantized):
-    """`reduce_planes` and `reduce_words` round nothing but sums and their products with zero and scale.
+    """`reduce_planes`, `reduce_words` and products of tables round only sums, and their products with zero and scale.
 
     A group's sums, of code * x and of x, take S additions each; subtracting, scaling and adding up G groups G + 8
     more. Each is off by 2^-24 of at most the sum of (code + zero) * scale * |x|.
@@ -93,6 +104,8 @@ PRODUCTS = {
     "planes in 2": (lambda x_TI, quantized: planes_product(x_TI, quantized, 2), reduction_bound),
     "words": (words_product, reduction_bound),
     "words of 16 outputs": (lambda x_TI, quantized: words_product(x_TI, quantized, 16), reduction_bound),
+    "sums of a table": (summed_product, reduction_bound),
+    "expanded table": (expanded_product, reduction_bound),
     "dot": (dot_product, dot_bound),
     "dot in 4": (lambda x_TI, quantized: dot_product(x_TI, quantized, 4), dot_bound),
 }
@@ -141,6 +154,71 @@ def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
     parts = list(prepacked.slices(target, 1))
     assert [part.outputs for _, part in parts] == [lanes] * (outputs // lanes)
     assert torch.equal(torch.cat([part.words for _, part in parts]), target.words)
+
+
+@pytest.mark.parametrize("codes", [1, 1 << 22])
+@pytest.mark.parametrize(("outputs", "group_size", "groups"), [(8, 32, 16), (24, 256, 4), (40, 512, 4)])
+def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups, codes, monkeypatch):
+    """A group of more than 128 inputs lies as several, so that a slice of the weight stays small."""
+    monkeypatch.setitem(prepacked.CODES_AT_ONCE, "cpu", codes)
+    quantized = random_quantized(outputs, 512, group_size)
+    words = encode_awq(quantized)
+    for table in (
+        tables.table_of(quantized),
+        tables.table_of_awq(*(words[n] for n in ("qweight", "qzeros", "scales"))),
+    ):
+        assert (table.outputs, table.group_size, table.grid.shape[1]) == (outputs, group_size, groups)
+        assert table.words.nbytes + table.grid.nbytes == tables.table_bytes(outputs, 512, group_size)
+        assert all(torch.equal(*pair) for pair in zip(tables.quantized_of(table), quantized, strict=True))
+        assert (int(table.words[77, (outputs - 3) // 2]) >> 4) & 15 == quantized.codes_OI[outputs - 3, 77]
+
+
+def test_packed_halves_say_their_product_is_wrong(monkeypatch):
+    assert not halves.prove_halves("halves", torch.device("cpu"))
+    product = halves.halves_product
+    monkeypatch.setattr(
+        halves, "halves_product", lambda *both: product(*both).index_add_(1, torch.tensor([69]), torch.ones(5, 1))
+    )
+    assert halves.prove_halves("halves", torch.device("cpu")) == "its numbers are wrong"
+
+
+def test_a_table_says_its_product_is_wrong():
+    """One code of the example, one number."""
+    assert not tables.prove_table("table", torch.device("cpu"))
+    for name in ("summed_product", "expanded_table_product"):
+        product = getattr(tables, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tables, name, lambda x_TI, table, product=product: product(x_TI, spoilt(table)))
+            assert tables.prove_table("table", torch.device("cpu")) == "its numbers are wrong"
+
+
+def spoilt(table):
+    words = table.words.clone()
+    words[-1, -5] ^= 1
+    return table._replace(words=words)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 2.0**-20, 2.0**15])
+def test_packed_halves_are_the_weight_itself(dtype, size, monkeypatch):
+    """Read out with single ones, and within the bound of a dense sum."""
+    monkeypatch.setattr(halves, "OUTPUTS_OF_CALL", 16)
+    size = size if dtype == torch.bfloat16 or size < 1e3 else 1e3
+    weight_OI = (random_rows(40, 32, seed=2) * size).to(dtype)
+    packed, x_TI = halves.pack_halves(weight_OI), random_rows(3, 32)
+    assert len(packed.pieces) == 3
+    assert torch.equal(halves.halves_product(torch.eye(32), packed), weight_OI.float().t())
+    error_TO = (halves.halves_product(x_TI, packed).double() - x_TI.double() @ weight_OI.double().t()).abs()
+    assert (error_TO <= dense_bound(x_TI, weight_OI)).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "packs"), [(2.0**-31, True), (1.5 * 2.0**-33, False), (float("nan"), False), (0.0, True)]
+)
+def test_weights_that_would_be_rounded_are_not_packed(value, packs):
+    weight_OI = torch.ones(8, 8, dtype=torch.bfloat16)
+    weight_OI[3, 5] = value
+    assert (halves.pack_halves(weight_OI) is not None) == packs
 
 
 @pytest.mark.parametrize(("capability", "outputs", "lanes"), [("AVX2", 32, 8), ("AVX512", 32, 16), ("AVX512", 24, 8)])

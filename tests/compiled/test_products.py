@@ -55,7 +55,7 @@ def test_the_next_form_takes_over_from_one_that_is_left_out(left_out, form, monk
 
 
 def test_a_cpu_has_one_form_for_few_rows_and_the_plain_product_for_many():
-    weight = QuantLinear.from_quantized(quantize(torch.randn(8, 128), 128)).prepacked
+    weight = prepacked.prepack(quantize(torch.randn(8, 128), 128))
     for rows, form in ((1, products.WORDS), (32, products.WORDS), (33, products.PLAIN)):
         assert int4_product(weight, None, rows, torch.float32, accepts_all).form is form
     assert int4_product(weight, None, 1, torch.float32, lambda form: False).form is products.PLAIN
@@ -106,7 +106,7 @@ def test_dense_forms_are_the_library_s_product(stored, form, rows, bias, device)
 
 def int4_form(monkeypatch, form, outputs, bias=None, rows=1):
     monkeypatch.setattr(prepacked, "wants_planes", lambda _: form != "WORDS")
-    layer = QuantLinear.from_quantized(quantize(torch.randn(outputs, 256), 128), bias)
+    layer = QuantLinear.from_quantized(quantize(torch.randn(outputs, 256), 128), bias).prepare_to_compile()
     chosen = getattr(products, form)
     return layer, (Product(chosen, products.int4_tensors(chosen, layer.prepacked, layer.bias, rows)),)
 

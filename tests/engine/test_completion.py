@@ -3,12 +3,14 @@
 import copy
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miniawq import generate as generate_module
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.engine.completion import Completion, StopStrings
@@ -16,7 +18,7 @@ from miniawq.engine.memory import bytes_per_token, footprint
 from miniawq.engine.sampling import Sampling, fold_seed
 from miniawq.engine.step import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint
-from miniawq.generate import complete, generate
+from miniawq.generate import complete, generate, load
 from miniawq.model import KVCache, Llama
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints, tiny_tokenizers
@@ -304,3 +306,24 @@ def test_bytes_read_count_packed_weights(tmp_path, dtype, device):
     needed = footprint(checkpoint, dtype, device=device.type, max_seq_len=8)
     model = load_model(checkpoint, device, dtype)
     assert bytes_per_token(model) == needed.weights - model.model.embed_tokens.weight.nbytes
+
+
+@pytest.mark.parametrize("ends", ["closed", "at its end", "at a stop string"])
+def test_a_text_that_has_ended_keeps_no_cache(ends, monkeypatch):
+    model, tokenizer = load(device="cpu")
+    caches, make = [], generate_module.PlainStep
+
+    def made(*arguments):
+        step = make(*arguments)
+        caches.append(weakref.ref(step.cache))
+        return step
+
+    monkeypatch.setattr(generate_module, "PlainStep", made)
+    stop = [" king"] if ends == "at a stop string" else []
+    completion = complete(model, tokenizer, tokenizer.encode("Once upon a time"), max_tokens=8, stop=stop)
+    pieces = iter(completion)
+    next(pieces)
+    assert caches[0]() is not None
+    pieces.close() if ends == "closed" else list(pieces)
+    assert caches[0]() is None
+    assert (completion.finish_reason is None) == (ends == "closed")

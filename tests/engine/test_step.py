@@ -11,15 +11,17 @@ from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.loading import DenseLinear, load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.compiled import Product, multiply, prepacked, prepare, products
+from miniawq.compiled.tables import reads_tables
 from miniawq.engine import attend
 from miniawq.engine.attend import block_attention, blocks_of, first_seen, mask_of
 from miniawq.engine.layer import finish, most_probable
 from miniawq.engine.sampling import NOT_A_NUMBER, Sampling, sample
-from miniawq.engine.start import EagerStart
+from miniawq.engine.start import EagerStart, PlainStep
 from miniawq.engine.step import DecodeStep
 from miniawq.engine.weights import Weights
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.generate import generate
+from miniawq.hardware import threads
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, attention, dense_linear
 from miniawq.packing import quantize
@@ -100,6 +102,21 @@ def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_the
         assert torch.equal(step.step(ids_B), expected_BV.argmax(-1))
     assert step.logits_BV.shape == expected_BV.shape
     torch.testing.assert_close(step.logits_BV, expected_BV, rtol=0, atol=2e-5 * float(expected_BV.abs().max()))
+
+
+def test_plain_steps_of_tables_take_one_thread(monkeypatch):
+    """And the others what there is: so do products that were rearranged for a compiled step."""
+    if not reads_tables("cpu"):
+        pytest.skip("this torch has no FBGEMM")
+    model, seen = int4_model(torch.device("cpu")), []
+    last_logits = model.last_logits
+    monkeypatch.setattr(model, "last_logits", lambda *both: seen.append(torch.get_num_threads()) or last_logits(*both))
+    with threads(2), torch.inference_mode():
+        PlainStep(model, 1, 8, Sampling()).step(torch.ones(1, dtype=torch.long))
+        assert torch.get_num_threads() == 2
+        DecodeStep(model, 1, 8, compiles=False)
+        PlainStep(model, 1, 8, Sampling()).step(torch.ones(1, dtype=torch.long))
+    assert seen == [1, 2]
 
 
 @pytest.mark.compiles

@@ -7,6 +7,7 @@ ARGUMENTS = {
     "generate": ["--prompt", "Once"],
     "quantize": ["OUT", "--calib", "TEXT"],
     "evaluate": ["--text", "TEXT"],
+    "bench": ["--context", "8", "-n", "2", "--repeats", "1"],
     "plan": [],
     "convert": ["OUT", "--format", "compressed-tensors"],
 }

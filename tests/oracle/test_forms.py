@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from miniawq.compiled.eager import arrange_awq, multiply_prepacked
 from miniawq.compiled.prepacked import prepack_awq
 from miniawq.compiled.products import compile_with_forms, int4_product, multiply, prepare
 from miniawq.oracle.door import CHECKS, conformance
@@ -38,6 +39,20 @@ class OneProduct:
 
         chosen = compile_with_forms(product, [form for form, _ in products]) if self.compiled else product
         return chosen(x_TI, products).reshape(*x.shape[:-1], -1)
+
+
+class PlainProduct:
+    """The product of a layer without a compiler, as its device reads the words fastest: a table on a CPU."""
+
+    def matmul(self, x, qweight, qzeros, scales, group_size, bias=None):
+        y_TO = multiply_prepacked(x.reshape(-1, x.shape[-1]), arrange_awq(qweight, qzeros, scales), bias)
+        return y_TO.reshape(*x.shape[:-1], -1) if len(y_TO) else x.new_zeros(*x.shape[:-1], scales.shape[1])
+
+
+@pytest.mark.parametrize("check", marked(PRODUCT_CHECKS))
+def test_plain_products_conform(check):
+    report = conformance(PlainProduct(), [check])
+    assert report.ok, as_text(report)
 
 
 @pytest.mark.parametrize("check", marked(PRODUCT_CHECKS))

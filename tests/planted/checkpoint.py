@@ -102,6 +102,13 @@ FAULTS = [
     Fault("checkpoint/loading.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', OPENING),
     Fault("checkpoint/loading.py", r"tensor\.to\(loaded_dtype\(.*\)\)$", "tensor.to(dtype)", OPENING),
     Fault("checkpoint/loading.py", r"dimensions == 2 and (stored in HALVES)", r"\1", "test_model"),
+    Fault(
+        "checkpoint/loading.py",
+        r"self\.packed = None\n        super\(\)\._load",
+        "super()._load",
+        "test_model",
+    ),
+    Fault("checkpoint/loading.py", r" or not 0 < rows <= MOST_ROWS_PACKED", "", "test_model"),
     Fault("checkpoint/loading.py", r"y\[\.\.\., first : first \+ step\] =", "y[..., :step] =", "test_model"),
     Fault("checkpoint/loading.py", r"return y if bias_O is None else y \+ bias_O", "return y", "test_model"),
     Fault("checkpoint/loading.py", r"and not is_finite\(converted\):", "and False:", HOSTILE),

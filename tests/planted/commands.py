@@ -3,7 +3,14 @@
 from tests.planted.fault import Fault
 
 CONVERT, PLAN, EVALUATE, CONTEST = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate", "contest"))
+BENCH = "commands/test_bench"
 FAULTS = [
+    Fault("commands/bench.py", r"rows \* new_tokens / generation$", "new_tokens / generation", BENCH),
+    Fault("commands/bench.py", r"\(3600 \* tokens_per_s\)", "tokens_per_s", BENCH),
+    Fault("commands/bench.py", r"new_tokens \+ 1\):", "new_tokens):", BENCH),
+    Fault("commands/bench.py", r"PREFILL_CHUNK // rows", "PREFILL_CHUNK", BENCH),
+    Fault("commands/bench.py", r"min\(found\) < 1", "False", BENCH),
+    Fault("engine/memory.py", r"\+ rows \* positions \*", "+ positions *", BENCH),
     Fault("commands/convert.py", r"symmetric = all\(", "symmetric = any(", CONVERT),
     Fault("commands/convert.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', CONVERT),
     Fault("commands/convert.py", r'if key != "compression_config"\}', "if key not in CONFIG_KEYS}", CONVERT),
@@ -11,6 +18,8 @@ FAULTS = [
     Fault("commands/convert.py", r"BYTES_A_WEIGHT \* largest", "largest", CONVERT),
     Fault("commands/plan.py", r"min\(degree, kv_heads\) if part in .* else degree", "degree", PLAN),
     Fault("commands/plan.py", r"1 if whole_rows else linear\.group_size", "1", PLAN),
+    Fault("commands/plan.py", r"outputs=128, ", "outputs=64, ", PLAN),
+    Fault("commands/plan.py", r"for engine in NEED_ZEROS", "for engine in NEED_ZEROS[:1]", PLAN),
     Fault("commands/plan.py", r"if heads % degree or", "if", PLAN),
     Fault(
         "commands/plan.py", r'if name == "lm_head\.weight" and model_config\.tie_word_embeddings:', "if False:", PLAN

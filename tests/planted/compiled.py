@@ -11,6 +11,18 @@ FAULTS = [
     Fault("compiled/prepacked.py", r"movedim\(-1, 1\)", "movedim(-1, 0)", FORMS),
     Fault("compiled/prepacked.py", r"(len\(part\.words\) for part in parts)\]", r"\1[::-1]]", "test_kernel"),
     Fault("compiled/prepacked.py", r"!= ends\[:-1\]", "== ends", STEP),
+    # Tables, and large dense weights on a CPU.
+    Fault("compiled/tables.py", r"codes_IO\[:, 1::2\] << 4", "codes_IO[:, 1::2]", FORMS),
+    Fault("compiled/tables.py", r"\.repeat_interleave\(repeats, 0\)", ".repeat(repeats, 1)", FORMS),
+    Fault("compiled/tables.py", r"\.repeat\(rows\)", "", FORMS),
+    Fault("compiled/tables.py", r"sums_TG1, value=-1", "sums_TG1, value=1", FORMS),
+    Fault("compiled/tables.py", r"first \* step \* inputs, ", "first * inputs, ", FORMS),
+    Fault("compiled/tables.py", r"\) and torch\.equal\(found\[1\], right_TO\)", ")", FORMS),
+    Fault("compiled/tables.py", r"first // 2 : end // 2", "0 : (end - first) // 2", FORMS),
+    Fault("compiled/halves.py", r"2\.0\*\*-packed\.exponent", "1", FORMS),
+    Fault("compiled/halves.py", r"2\.0\*\*-17", "2.0**-19", FORMS),
+    Fault("compiled/halves.py", r"is_right = packed is not None and .*", "is_right = packed is not None", FORMS),
+    Fault("compiled/halves.py", r"not largest\.isfinite\(\)", "False", FORMS),
     # Forms of a GPU.
     Fault("compiled/gpu_forms.py", r"(scales_O1G \* )\(2\.0\*\*11 - 2\.0\*\*7\)", r"\g<1>2.0**11", FORMS),
     Fault("compiled/gpu_forms.py", r"(WORD\)\)\.permute\(3, 0, )2, 1\)", r"\g<1>1, 2)", FORMS),

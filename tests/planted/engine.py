@@ -23,6 +23,10 @@ FAULTS = [
     Fault("engine/delivery.py", r"step\.step\(ids_B\) if left else ids_B", "step.step(ids_B)", DELIVERY),
     Fault("engine/step.py", r"return bool\(self\.graphs\)", "return True", DELIVERY),
     Fault("engine/start.py", r"(?s)(def returns_early.{,200}?)return False", r"\1return True", DELIVERY),
+    Fault("engine/memory.py", r" or len\(weight_OI\) < FEWEST_OUTPUTS_PACKED", "", PLAN),
+    Fault("engine/memory.py", r"(weight_OI\.nbytes) if loaded_dtype\(.*\) != dtype else 0", r"\1", PLAN),
+    Fault("engine/start.py", r"with threads\(self\.threads\):", "with threads(None):", STEP),
+    Fault("engine/start.py", r"return 1 if layers and all\(", "return 1 if layers or all(", STEP),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
     Fault("engine/attend.py", r"position_1 // BLOCK \+ 1 - first_block_B", "position_1 // BLOCK - first_block_B", STEP),

@@ -54,6 +54,7 @@ FAULTS = [
     Fault("quantize/recipes.py", r"return 1\.0 if self\.learns else 0\.5", "return 1.0", JOB),
     Fault("quantize/verify.py", r"reach \* scale_OG", "2 * reach * scale_OG", NEIGHBOURS),
     Fault("awq.py", r"worse_O1 = \(losses\(found\) > plain_O\)", "worse_O1 = (losses(found) > torch.inf)", NEIGHBOURS),
+    Fault("quantize/job.py", r"format_interval\(seconds \* left\)", "format_interval(seconds)", JOB),
     Fault("quantize/job.py", r"^( +)journal\.remove\(\)", r"\1pass", JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
     Fault("quantize/formats.py", r"keepdim=True\) / 127\.5", "keepdim=True) / 127", NUMBERS),

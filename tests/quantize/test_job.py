@@ -248,11 +248,14 @@ def test_ctrl_c_stops_after_the_block_and_the_run_can_go_on(
     def interrupted(job: Quantizer, layer: int, hidden_BLD: torch.Tensor) -> Any:
         if layer == 1:
             signal.raise_signal(signal.SIGINT)
-        return process(job, layer, hidden_BLD)
+        tensors, record = process(job, layer, hidden_BLD)
+        return tensors, record | {"seconds": 60.0}
 
     monkeypatch.setattr(Quantizer, "process", interrupted)
+    caplog.set_level("INFO", "miniawq")
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS)
+    assert "the first block took 60.0 s: about 02:00 for the other 2" in caplog.text
     assert "stopped after block 2 of 3" in caplog.text
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
