@@ -9,7 +9,7 @@ Shapes: B batch, V vocabulary, K candidates, the best first, L positions of a pr
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -153,9 +153,18 @@ def keep_min_p(logits_BK: Tensor, min_p: float) -> Tensor:
     return logits_BK.masked_fill(logits_BK < logits_BK[:, :1] + math.log(min_p), -torch.inf)
 
 
-def draw(logits_BK: Tensor, generator: torch.Generator | None = None) -> Tensor:
+# One for all rows, or one for each, which then has the random numbers of a text alone.
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def draw(logits_BK: Tensor, generators: Generators = None) -> Tensor:
     """Index [B, 1] drawn from softmax(logits_BK): the largest of logits plus Gumbel noise (-log of an exponential)."""
-    exponential_BK = torch.empty_like(logits_BK).exponential_(generator=generator)
+    exponential_BK = torch.empty_like(logits_BK)
+    if isinstance(generators, Sequence):
+        for row_K, generator in zip(exponential_BK, generators, strict=True):
+            row_K.exponential_(generator=generator)
+    else:
+        exponential_BK.exponential_(generator=generators)
     tiniest = torch.finfo(logits_BK.dtype).tiny
     return (logits_BK - exponential_BK.clamp_min_(tiniest).log()).argmax(-1, keepdim=True)
 
@@ -174,7 +183,7 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generator: torch.Generator | None = None
+    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generators: Generators = None
 ) -> Tensor:
     """The next token of each row, int64 ids_B; NOT_A_NUMBER for a row whose logits hold a NaN.
 
@@ -189,5 +198,5 @@ def sample(
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).masked_fill(broken_B, NOT_A_NUMBER)
     logits_BK, ids_BK = candidates(logits_BV, sampling)
-    ids_B = ids_BK.gather(-1, draw(logits_BK, generator)).squeeze(-1)
+    ids_B = ids_BK.gather(-1, draw(logits_BK, generators)).squeeze(-1)
     return ids_B.masked_fill(broken_B, NOT_A_NUMBER)

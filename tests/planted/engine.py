@@ -25,7 +25,7 @@ FAULTS = [
     Fault("engine/start.py", r"(?s)(def returns_early.{,200}?)return False", r"\1return True", DELIVERY),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
-    Fault("engine/attend.py", r"position_1 // BLOCK \+ 1 - first_block_B", "position_1 // BLOCK - first_block_B", STEP),
+    Fault("engine/attend.py", r"position_B // BLOCK \+ 1 - first_block_B", "position_B // BLOCK - first_block_B", STEP),
     Fault(
         "engine/attend.py",
         r"first_block_B\[:, None\] \+ torch\.arange",
@@ -33,7 +33,7 @@ FAULTS = [
         STEP,
     ),
     Fault("engine/attend.py", r" & \(position >= blocks\.first_B\[row\]\)", "", STEP),
-    Fault("engine/attend.py", r"torch\.maximum\(padding_B, position_1 \+ 1 - window\)", "padding_B", STEP),
+    Fault("engine/attend.py", r"torch\.maximum\(padding_B, position_B \+ 1 - window\)", "padding_B", STEP),
     # One token through a layer.
     Fault("engine/layer.py", r"prepared\)\[: layer\.rows\]", "prepared)", STEP),
     Fault("engine/layer.py", r"with_rows\(attended_BHE\.flatten\(1\), len\(h_BD\)\)", "attended_BHE.flatten(1)", STEP),
@@ -42,7 +42,7 @@ FAULTS = [
     Fault("engine/layer.py", r"head_A >= heads \+ kv_heads", "head_A >= heads", STEP),
     Fault("engine/layer.py", r"place_E < size // 2, -sin_1E, sin_1E", "place_E < size // 2, sin_1E, -sin_1E", STEP),
     Fault("engine/layer.py", r"row_B1 \+ rows \* is_value_A\) \* room", "row_B1 + is_value_A) * room", STEP),
-    Fault("engine/layer.py", r"\* room \+ position_1", "* room", STEP),
+    Fault("engine/layer.py", r"\* room \+ position_B\.unsqueeze\(1\)", "* room", STEP),
     Fault("engine/layer.py", r"following\.input_norm_D", "layer.post_norm_D", STEP),
     Fault("engine/layer.py", r"\.masked_fill\(best\.amax\(-1\)\.isnan\(\), NOT_A_NUMBER\)", "", STEP),
     Fault("engine/weights.py", r" and len\(\{weight\.dtype for weight in dense\}\) == 1", "", STEP),
