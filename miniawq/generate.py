@@ -28,6 +28,7 @@ from miniawq.commands import prompts
 from miniawq.commands.figures import figures, in_full, in_one_line
 from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
+from miniawq.commands.many import ManyPrompts
 from miniawq.commands.talking import Talker
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
@@ -147,20 +148,24 @@ def _run(arguments: argparse.Namespace) -> None:
     device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
     stated = read_object(checkpoint.directory / "generation_config.json")
     sampling = Sampling.choose(stated, **sampling_flags(arguments))
-    prompt = None if arguments.interactive else prompts.read_prompt(arguments, tokenizer)
-    if prompt is None and not tokenizer.has_chat_template:
+    if arguments.interactive and not tokenizer.has_chat_template:
         raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
     dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
     writer = Writer(arguments, checkpoint, tokenizer, sampling, device)
+    many = ManyPrompts(writer) if arguments.prompts else None
+    prompt = None if arguments.interactive or many else prompts.read_prompt(arguments, tokenizer)
+    rows, positions = (many.fit(checkpoint, device, dtype), many.positions) if many else (1, writer.positions(prompt))
     if arguments.memory_check:
-        require_memory(checkpoint, device, dtype, max_seq_len=writer.positions(prompt))
+        require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
     model = load_model(checkpoint, device, dtype)
     with threads(threads_for(model)):
         writer.use(model, time.perf_counter() - started)
-        if prompt is None:
-            converse(Talker(writer), prompts.system_message(arguments))
-        else:
+        if many:
+            many.write()
+        elif prompt:
             writer.write_all(*prompt)
+        else:
+            converse(Talker(writer), prompts.system_message(arguments))
         writer.decoders.wait()
 
 
@@ -240,7 +245,6 @@ class Writer:
             cli.say(prompt, limit=None)
         prompt_ids = self.encode(prompt, is_chat)
         seed, self.next_seed = self.next_seed, (self.next_seed + 1) % SEEDS
-        ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
         max_tokens, wanted = self.room(len(prompt_ids)), self.arguments.max_tokens
         if wanted is not None and wanted > max_tokens:
             told = "only %d new tokens fit after a prompt of %d in a context of %d"
@@ -252,7 +256,7 @@ class Writer:
             prompt_ids,
             max_tokens=max_tokens,
             stop=self.arguments.stop,
-            stop_ids=frozenset() if self.arguments.ignore_eos else ends,
+            stop_ids=self.ends(is_chat),
             sampling=self.sampling,
             seed=seed,
             decoder=decoder,
@@ -263,6 +267,11 @@ class Writer:
     def encode(self, prompt: str, is_chat: bool) -> list[int]:
         """The ids of a prompt; a chat template writes its own special tokens."""
         return self.tokenizer.encode(prompt, add_special_tokens=not is_chat)
+
+    def ends(self, is_chat: bool) -> frozenset[int]:
+        """The ids that end an answer; a checkpoint may name only the one that ends a document."""
+        ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
+        return frozenset() if self.arguments.ignore_eos else ends
 
     def room(self, prompt_length: int) -> int:
         """How many tokens to generate: as many as asked for, or as fit."""

@@ -27,6 +27,15 @@ class Writing(Protocol):
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion, and its seed."""
 
+    def encode(self, prompt: str, is_chat: bool) -> list[int]:
+        """The ids of a prompt."""
+
+    def ends(self, is_chat: bool) -> frozenset[int]:
+        """The ids that end an answer."""
+
+    def room(self, prompt_length: int) -> int:
+        """How many tokens to generate after a prompt."""
+
     def report(self, completion: Completion, seed: int) -> None:
         """Say how it went, if the user wants to know."""
 

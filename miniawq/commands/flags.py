@@ -8,6 +8,7 @@ from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags
 from miniawq.checkpoint.loading import DTYPES
 from miniawq.commands import prompts
+from miniawq.commands.many import add_batch_flags, check_batch_flags
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
 
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", nargs="?", help="directory, Hub id or id@revision (default: the demo)")
     add("--model", "-m", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     prompts.add_prompt_flags(parser)
+    add_batch_flags(parser)
     add = parser.add_argument_group("length").add_argument
     most = f"most tokens to generate, -1 for all that fit ({DEFAULT_MAX_TOKENS})"
     add("--max-tokens", "-n", type=int, metavar="N", help=most)
@@ -78,6 +80,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
     arguments.model = arguments.model or arguments.model_flag
     prompts.check_prompt_flags(arguments)
+    check_batch_flags(arguments)
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UsageError("--interactive goes with neither --json nor --num-samples")
     if arguments.num_samples < 1:

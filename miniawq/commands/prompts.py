@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
 DEMO_PROMPT = "Once upon a time"
+Tools = list[dict[str, Any]] | None
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,12 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add("--file", type=Path, help="file with the prompt")
     add("--messages", type=Path, help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
     add("--interactive", "-i", action="store_true", help="talk with a chat model")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line, or JSONL: prompt or messages, and id",
+    )
     add = parser.add_argument_group("chat template").add_argument
     add("--system-prompt", metavar="TEXT", help="system message of the conversation")
     add("--raw", action="store_true", help="continue the text as it is, without the chat template")
@@ -33,14 +41,15 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 def is_given(arguments: argparse.Namespace) -> bool:
     """Whether the user gives a prompt; the demo has one of its own."""
-    return any((arguments.prompt is not None, arguments.file, arguments.messages, arguments.interactive))
+    sources = (arguments.file, arguments.messages, arguments.interactive, arguments.prompts)
+    return arguments.prompt is not None or any(sources)
 
 
 def check_prompt_flags(arguments: argparse.Namespace) -> None:
     """UsageError on flags that do not go together."""
     check_variables(arguments.chat_template_kwargs)
     if arguments.model and not is_given(arguments):
-        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages or --interactive")
+        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages, --prompts or --interactive")
     needs_template = (
         arguments.system_prompt,
         arguments.messages,
@@ -59,33 +68,49 @@ def system_message(arguments: argparse.Namespace) -> list[Message]:
 
 def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, bool]:
     """The text to continue, and whether the chat template wrote it."""
-    tools = None
     if arguments.messages:
-        messages, tools = read_messages(arguments.messages)
-    else:
-        text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
-        if arguments.file or arguments.prompt == "-":
-            text = read_text(arguments.file or "-")
-        if arguments.raw or not (tokenizer.has_chat_template or arguments.system_prompt):
-            return text, False
-        messages = [{"role": "user", "content": text}]
-    conversation = system_message(arguments) + messages
-    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs), True
+        return as_turn(arguments, tokenizer, *read_messages(arguments.messages)), True
+    text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
+    if arguments.file or arguments.prompt == "-":
+        text = read_text(arguments.file or "-")
+    return as_prompt(arguments, tokenizer, text), is_chat(arguments, tokenizer)
 
 
-def read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def is_chat(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:
+    """Whether a text becomes a message; a base model continues it."""
+    return not arguments.raw and bool(tokenizer.has_chat_template or arguments.system_prompt)
+
+
+def as_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer, text: str) -> str:
+    """A text of the user as the model gets it."""
+    return as_turn(arguments, tokenizer, [{"role": "user", "content": text}]) if is_chat(arguments, tokenizer) else text
+
+
+def as_turn(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None
+) -> str:
+    """A conversation as the model gets it, after the system message of the flag."""
+    conversation = [*system_message(arguments), *messages]
+    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs)
+
+
+def read_messages(path: Path) -> tuple[list[Message], Tools]:
     """The messages and tools of a JSON file."""
     text = read_text(path)
     try:
-        given = json.loads(text)
-        messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
-        for name, listed in (("messages", messages), ("tools", tools or [])):
-            if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-                raise TypeError(f"{name} are not a list of objects")
-        return messages, tools
+        return messages_in(json.loads(text))
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         why, fix = f"{path}: {type(error).__name__}: {error}", 'write [{"role": "user", "content": "..."}]'
         raise InvalidInput("the messages cannot be read", why, fix) from error
+
+
+def messages_in(given: Any) -> tuple[list[Message], Tools]:
+    """Those of a list of messages, or of an object that has them; TypeError or KeyError if it is neither."""
+    messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
+    for name, listed in (("messages", messages), ("tools", tools or [])):
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+            raise TypeError(f"{name} are not a list of objects")
+    return messages, tools
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -6,13 +6,12 @@ So no row stands still until the longest text ends, but the last ones.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from miniawq.engine.cached_text import CachedText
+from miniawq.engine.cached_text import CachedText, common_length
 from miniawq.engine.completion import Completion, StopStrings
 from miniawq.engine.fitting import check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK
@@ -122,7 +121,7 @@ class Batch:
                 waiting.append(number)
             except MiniawqError as error:
                 yield Ending(number, None, error)
-        self._share([self.requests[number].prompt_ids for number in waiting])
+        self._share([list(self.requests[number].prompt_ids) for number in waiting])
         while waiting or any(self.rows):
             yield from self._begin_some(waiting)
             yield from self._go_on()
@@ -134,12 +133,13 @@ class Batch:
             raise InvalidInput("prompt and answer do not fit into a row", f"wanted: {positions} positions of {room}")
 
     @torch.inference_mode()
-    def _share(self, prompts: list[Sequence[int]]) -> None:
+    def _share(self, prompts: list[list[int]]) -> None:
         """Run what all prompts begin with; the last token of each is left, because its logits are wanted."""
         if len(prompts) > 1:
-            beginning = commonprefix([list(ids) for ids in prompts])[: min(map(len, prompts)) - 1]
-            share(self.step, beginning)
-            self.shared.kept = len(beginning)
+            # What the first and the last of a sorted list have in common, all have.
+            common = common_length(min(prompts), max(prompts))
+            self.shared.kept = min(common, *(len(ids) - 1 for ids in prompts))
+            share(self.step, prompts[0][: self.shared.kept])
 
     @torch.inference_mode()
     def _begin_some(self, waiting: deque[int]) -> list[Ending]:

@@ -21,9 +21,12 @@ from miniawq.model import Llama, LlamaConfig
 PREFILL_CHUNK = 2048
 # Outside torch's own counters: CUDA context, allocator, graphs; on a CPU the interpreter and the libraries.
 OVERHEAD = {"cuda": 1 << 30, "cpu": 1 << 29}
-# Where packed weights are not expanded by a kernel, a slice of a layer makes temporaries of this many bytes at most.
-SLICE_BYTES = 64 << 20
+# Where packed weights are not expanded by a kernel, a slice of a layer makes temporaries: its codes as integers and in
+# float32, so many bytes a code, and at most so many.
+SLICE_BYTES_PER_CODE, SLICE_BYTES = 16, 64 << 20
 SMALLEST_CACHE = 1024  # positions of the cache of a compiled step
+# Rows of a batch beyond which a step takes about as much longer as it writes more (docs/performance.md).
+MOST_ROWS = {"cuda": 64, "cpu": 32}
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,9 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
     gated = 4 * (width + inner) * tokens * itemsize
     down = (4 * width + 3 * inner) * tokens * itemsize
     if is_packed:
-        gate_up += expanded_bytes(2 * width * inner, dtype) if is_expanded else SLICE_BYTES
-        down += expanded_bytes(width * inner, dtype) if is_expanded else SLICE_BYTES
+        temporaries = expanded_bytes if is_expanded else sliced_bytes
+        gate_up += temporaries(2 * width * inner, dtype)
+        down += temporaries(width * inner, dtype)
     logits = 2 * 4 * batch * config.vocab_size
     return max(attention, gate_up, gated, down) + seen + logits
 
@@ -133,6 +137,11 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
 def expanded_bytes(codes: int, dtype: torch.dtype) -> int:
     """What packed weights take while many rows are multiplied with them: a slice."""
     return min(codes, CODES_PER_EXPANDED_SLICE) * dtype.itemsize
+
+
+def sliced_bytes(codes: int, _dtype: torch.dtype) -> int:
+    """What packed weights take while they are multiplied in float32: a slice."""
+    return min(SLICE_BYTES, SLICE_BYTES_PER_CODE * codes)
 
 
 def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.dtype, free: int) -> int:
@@ -147,6 +156,18 @@ def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.
         total = needed.weights + cache + prefill + needed.overhead
         low, high = (middle, high) if total <= free else (low, middle - 1)
     return low * 64
+
+
+def fitting_rows(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, most: int, max_seq_len: int
+) -> int:
+    """Rows of a batch: as many as there are texts, as fit into what is free, and as MOST_ROWS says; 1 at least."""
+    kind, free = torch.device(device).type, device_memory(device).free
+
+    def fits(rows: int) -> bool:
+        return footprint(checkpoint, dtype, device=kind, batch=rows, max_seq_len=max_seq_len).total <= free
+
+    return next((rows for rows in range(min(most, MOST_ROWS.get(kind, 1)), 1, -1) if fits(rows)), 1)
 
 
 def require_memory(
@@ -170,7 +191,7 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
     if longest:
         fix = f"--max-seq-len {longest} fits"
     elif needed.batch > 1:
-        fix = "try --batch 1"
+        fix = "ask for fewer rows"
     else:
         fix = "use a smaller model, or free memory on this device"
     raise DoesNotFit(

@@ -71,7 +71,10 @@ class RowEnds(KVCache):
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values at the ends of the rows; return all up to the longest, [B, J, M, E]."""
         keys_BMJE, values_BMJE = self.keys_NBMJE[layer], self.values_NBMJE[layer]
-        keys_BMJE[self.row_B, self.position_B], values_BMJE[self.row_B, self.position_B] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
+        keys_BMJE[self.row_B, self.position_B], values_BMJE[self.row_B, self.position_B] = (
+            k_BJLE[:, :, 0],
+            v_BJLE[:, :, 0],
+        )
         return keys_BMJE[:, : self.end].transpose(1, 2), values_BMJE[:, : self.end].transpose(1, 2)
 
 
