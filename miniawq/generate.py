@@ -13,7 +13,8 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch import Tensor
 from miniawq import cli
 from miniawq.checkpoint.hub import hub_options
 from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
-from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
+from miniawq.commands.context import Context
 from miniawq.commands.figures import figures, in_full, in_one_line
-from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
+from miniawq.commands.flags import build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
 from miniawq.commands.many import ManyPrompts
 from miniawq.commands.talking import Talker
@@ -81,6 +83,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     decoder: Step | None = None,
     cached: CachedText | None = None,
+    reading: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
 
@@ -89,7 +92,8 @@ def generate(
     `prefill_chunk` tokens, those of all rows together, to bound the memory they take. `sampling` defaults to greedy,
     `seed` to torch's global generator. A `decoder` computes the steps after the prompt in place of the model; it must
     have the same `sampling`. `cached` says what its cache holds of the last text, and what it shares with this one is
-    not computed again; for prompts without padding.
+    not computed again; for prompts without padding. `reading` is given the pieces and gives them back one by one: a
+    progress bar.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens, padding_B)
@@ -101,7 +105,7 @@ def generate(
     cached, length = cached or CachedText(), decoder.cache.length
     decoder.begin(tokens_BL, padding_B, fold_seed(seed))
     decoder.cache.length = cached.begin(tokens_BL, length)
-    for chunk_BL in tokens_BL[:, decoder.cache.length :].split(max(1, prefill_chunk // batch), dim=1):
+    for chunk_BL in reading(tokens_BL[:, decoder.cache.length :].split(max(1, prefill_chunk // batch), dim=1)):
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
@@ -151,7 +155,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.interactive and not tokenizer.has_chat_template:
         raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
     dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
-    writer = Writer(arguments, checkpoint, tokenizer, sampling, device)
+    context = Context(arguments, checkpoint.model_config.max_position_embeddings)
+    context.fit(checkpoint, device, dtype)
+    writer = Writer(arguments, tokenizer, sampling, context, device)
     many = ManyPrompts(writer) if arguments.prompts else None
     prompt = None if arguments.interactive or many else prompts.read_prompt(arguments, tokenizer)
     rows, positions = (many.fit(checkpoint, device, dtype), many.positions) if many else (1, writer.positions(prompt))
@@ -180,24 +186,19 @@ class Writer:
     def __init__(
         self,
         arguments: argparse.Namespace,
-        checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         sampling: Sampling,
+        context: Context,
         device: torch.device,
     ) -> None:
-        self.arguments, self.tokenizer, self.sampling = arguments, tokenizer, sampling
-        longest = checkpoint.model_config.max_position_embeddings
-        self.limit = longest if arguments.max_seq_len is None else arguments.max_seq_len
-        if not 0 < self.limit <= longest:
-            why = f"config.json: max_position_embeddings = {longest}"
-            raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {longest} or less")
+        self.arguments, self.tokenizer, self.sampling, self.context = arguments, tokenizer, sampling, context
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
         wanted: bool | None = arguments.compile
         self.decoders = Decoders(
             sampling,
-            self.limit,
+            context.limit,
             device,
             wanted=wanted,
             streams=not is_reproducible,
@@ -205,14 +206,8 @@ class Writer:
         )
 
     def positions(self, prompt: tuple[str, bool] | None) -> int:
-        """Positions that the kv cache will have: of prompt and answer, or of a conversation as far as --max-seq-len
-        says.
-        """
-        if prompt is None:
-            wanted = self.arguments.max_seq_len or max(self.arguments.max_tokens or 0, DEFAULT_MAX_TOKENS)
-            return self.decoders.room(min(self.limit, wanted))
-        length = len(self.encode(*prompt))
-        return self.decoders.room(length + self.room(length))
+        """Positions that the kv cache will have: of a prompt and its answer, or of a conversation (None)."""
+        return self.decoders.room(self.context.wanted(None if prompt is None else len(self.encode(*prompt))))
 
     def use(self, model: Llama, load_seconds: float) -> None:
         """Write with this model from now on."""
@@ -245,10 +240,10 @@ class Writer:
             cli.say(prompt, limit=None)
         prompt_ids = self.encode(prompt, is_chat)
         seed, self.next_seed = self.next_seed, (self.next_seed + 1) % SEEDS
-        max_tokens, wanted = self.room(len(prompt_ids)), self.arguments.max_tokens
+        max_tokens, wanted = self.context.room(len(prompt_ids)), self.arguments.max_tokens
         if wanted is not None and wanted > max_tokens:
             told = "only %d new tokens fit after a prompt of %d in a context of %d"
-            log.info(told, max_tokens, len(prompt_ids), self.limit)
+            log.info(told, max_tokens, len(prompt_ids), self.context.limit)
         decoder = self.decoders.for_text(len(prompt_ids) + max_tokens)
         completion = complete(
             self.model,
@@ -261,6 +256,7 @@ class Writer:
             seed=seed,
             decoder=decoder,
             cached=self.decoders.cached,
+            reading=partial(prompts.bar, is_quiet=self.arguments.quiet),
         )
         return completion, seed
 
@@ -272,14 +268,6 @@ class Writer:
         """The ids that end an answer; a checkpoint may name only the one that ends a document."""
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
         return frozenset() if self.arguments.ignore_eos else ends
-
-    def room(self, prompt_length: int) -> int:
-        """How many tokens to generate: as many as asked for, or as fit."""
-        wanted, left = self.arguments.max_tokens, self.limit - prompt_length
-        if left < 1:
-            why = f"it has {prompt_length} tokens, and prompt and answer together may have {self.limit}"
-            raise InvalidInput("the prompt does not fit into the context", why, "shorten it, or begin again")
-        return left if wanted == -1 else min(wanted or DEFAULT_MAX_TOKENS, left)
 
 
 def write_text(completion: Completion) -> None:

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python scripts/bench_batch.py
 
 Prompts are pieces of stories that the demo tells, of 3 to 200 tokens; answers have up to 10 to 120. In each round the
-whole batch runs, and a share of the prompts one by one, so that both meet the same machine. Times are those of the processor. Every text of
-the batch must be that of its prompt alone. Memory is that of tensors: weights, cache, and the most that is alive while
-prompts run; the plan without its overhead.
+whole batch runs, and a share of the prompts one by one, so that both meet the same machine. Times are those of the
+processor. Every text of the batch must be that of its prompt alone. Memory is that of tensors: weights, cache, and the
+most that is alive while prompts run; the plan without its overhead.
 """
 
 import argparse

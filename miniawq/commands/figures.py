@@ -4,6 +4,7 @@ import dataclasses
 from argparse import Namespace
 from typing import Any, Protocol
 
+from miniawq.commands.context import Context
 from miniawq.engine.completion import Completion
 from miniawq.engine.memory import bytes_per_token
 from miniawq.engine.sampling import Sampling
@@ -23,6 +24,7 @@ class Writing(Protocol):
     tokenizer: Tokenizer
     load_seconds: float
     next_seed: int
+    context: Context
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion, and its seed."""
@@ -32,9 +34,6 @@ class Writing(Protocol):
 
     def ends(self, is_chat: bool) -> frozenset[int]:
         """The ids that end an answer."""
-
-    def room(self, prompt_length: int) -> int:
-        """How many tokens to generate after a prompt."""
 
     def report(self, completion: Completion, seed: int) -> None:
         """Say how it went, if the user wants to know."""

@@ -2,13 +2,13 @@
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags
 from miniawq.checkpoint.loading import DTYPES
 from miniawq.commands import prompts
-from miniawq.commands.many import add_batch_flags, check_batch_flags
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
 
@@ -34,11 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", nargs="?", help="directory, Hub id or id@revision (default: the demo)")
     add("--model", "-m", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     prompts.add_prompt_flags(parser)
-    add_batch_flags(parser)
+    _add_batch_flags(parser)
     add = parser.add_argument_group("length").add_argument
     most = f"most tokens to generate, -1 for all that fit ({DEFAULT_MAX_TOKENS})"
     add("--max-tokens", "-n", type=int, metavar="N", help=most)
     add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together (the model's context)")
+    shift = "leave out the oldest turns when a conversation fills it, or stop there"
+    add("--context-shift", action=argparse.BooleanOptionalAction, default=True, help=shift)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="go on after the model's own end")
     _add_sampling_flags(parser)
@@ -72,6 +74,24 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help=samples)
 
 
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("many prompts (--prompts)").add_argument
+    add("--batch-size", type=int, metavar="N", help="texts at once (what memory allows; at most 64, on a CPU 32)")
+    add("--output", "-o", type=Path, metavar="FILE", help="file for the records (stdout)")
+    add("--resume", action="store_true", help="go on where the file of --output ends")
+
+
+def _check_batch_flags(arguments: argparse.Namespace) -> None:
+    if not arguments.prompts and (arguments.batch_size is not None or arguments.output or arguments.resume):
+        raise UsageError("--batch-size, --output and --resume are for --prompts", "", "give --prompts FILE")
+    if arguments.prompts and arguments.num_samples > 1:
+        raise UsageError("--prompts does not go with --num-samples", "", "write the prompt on several lines")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise UsageError(f"--batch-size {arguments.batch_size} makes no sense", "", "give 1 or more")
+    if arguments.resume and not arguments.output:
+        raise UsageError("--resume needs --output FILE", "what has been written to stdout cannot be read again")
+
+
 def check_flags(arguments: argparse.Namespace) -> None:
     """UsageError on flags that make no sense, or not together. Afterwards `model` is set, however it was given."""
     if arguments.quiet:
@@ -80,7 +100,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
     arguments.model = arguments.model or arguments.model_flag
     prompts.check_prompt_flags(arguments)
-    check_batch_flags(arguments)
+    _check_batch_flags(arguments)
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
         raise UsageError("--interactive goes with neither --json nor --num-samples")
     if arguments.num_samples < 1:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 class Speaker(Protocol):
     """What answers."""
 
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """Those that fit into the context, the latest ones."""
+
     def answer(self, messages: list[Message]) -> Iterator[str]:
         """The next message in pieces."""
 
@@ -71,7 +74,7 @@ class Conversation:
         command.act(self, words)
 
     def _ask(self, question: str) -> None:
-        self.messages.append({"role": "user", "content": question})
+        self.messages = self.speaker.fit([*self.messages, {"role": "user", "content": question}])
         text = write_answer(self.speaker.answer(list(self.messages)))
         self.messages.append({"role": "assistant", "content": text})
 

@@ -1,11 +1,9 @@
 """`--prompts FILE`: many prompts at once, and one JSON object a line for each, in the order of the file."""
 
-import argparse
 import json
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +17,7 @@ from miniawq.engine.batch import Batch, Request
 from miniawq.engine.memory import fitting_rows
 from miniawq.engine.rows import CompiledRows, PlainRows, RowsStep
 from miniawq.engine.sampling import SEEDS
-from miniawq.errors import InvalidInput, MiniawqError, UsageError
+from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.text.plain import read_text
 
 log = logging.getLogger(__name__)
@@ -27,26 +25,6 @@ log = logging.getLogger(__name__)
 FIX = 'write {"id": 1, "prompt": "..."} or {"id": 1, "messages": [...]}'
 # Of all that `Completion.record` says: what is true of one text of many, where rates are not.
 SAID = ("text", "prompt_tokens", "generation_tokens", "finish_reason", "stop_reason")
-
-
-def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that belong to --prompts."""
-    add = parser.add_argument_group("many prompts (--prompts)").add_argument
-    add("--batch-size", type=int, metavar="N", help="texts at once (what memory allows; at most 64, on a CPU 32)")
-    add("--output", "-o", type=Path, metavar="FILE", help="file for the records (stdout)")
-    add("--resume", action="store_true", help="go on where the file of --output ends")
-
-
-def check_batch_flags(arguments: argparse.Namespace) -> None:
-    """UsageError on flags that do not go together."""
-    if not arguments.prompts and (arguments.batch_size is not None or arguments.output or arguments.resume):
-        raise UsageError("--batch-size, --output and --resume are for --prompts", "", "give --prompts FILE")
-    if arguments.prompts and arguments.num_samples > 1:
-        raise UsageError("--prompts does not go with --num-samples", "", "write the prompt on several lines")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UsageError(f"--batch-size {arguments.batch_size} makes no sense", "", "give 1 or more")
-    if arguments.resume and not arguments.output:
-        raise UsageError("--resume needs --output FILE", "what has been written to stdout cannot be read again")
 
 
 class Entry(NamedTuple):
@@ -76,7 +54,7 @@ class Reading:
             given = json.loads(line) if is_json else {"prompt": line}
             name = name_in(given, number)
             ids = self.run.encode(self._prompt_in(given), prompts.is_chat(self.arguments, self.run.tokenizer))
-            self.run.room(len(ids))
+            self.run.context.room(len(ids))
             return Entry(name, ids)
         except MiniawqError as error:
             return Entry(name, [], error)
@@ -121,7 +99,7 @@ class ManyPrompts:
     def positions(self) -> int:
         """Of the longest text, prompt and answer together."""
         lengths = [len(entry.ids) for entry in self.entries if entry.error is None]
-        return max((length + self.run.room(length) for length in lengths), default=1)
+        return max(map(self.run.context.wanted, lengths), default=1)
 
     def fit(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
         """Choose how many rows there are."""
@@ -183,7 +161,7 @@ class ManyPrompts:
         return Batch(
             run.tokenizer,
             self._step(),
-            [Request(ids, run.room(len(ids)), (run.next_seed + number) % SEEDS) for number, ids in entries],
+            [Request(ids, run.context.room(len(ids)), (run.next_seed + number) % SEEDS) for number, ids in entries],
             sampling=run.sampling,
             stop=self.arguments.stop,
             stop_ids=run.ends(prompts.is_chat(self.arguments, run.tokenizer)),

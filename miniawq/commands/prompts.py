@@ -2,9 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
 
 from miniawq.errors import InvalidInput, UsageError
 from miniawq.text.chat import Message, check_variables
@@ -111,6 +114,11 @@ def messages_in(given: Any) -> tuple[list[Message], Tools]:
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise TypeError(f"{name} are not a list of objects")
     return messages, tools
+
+
+def bar(pieces: Sequence[Tensor], is_quiet: bool) -> Iterable[Tensor]:
+    """The pieces of a prompt, with a bar at a terminal if they take longer than a second."""
+    return tqdm(pieces, "reading the prompt", unit="piece", leave=False, delay=1, disable=is_quiet or None)
 
 
 def _json_object(text: str) -> dict[str, Any]:

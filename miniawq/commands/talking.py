@@ -1,5 +1,6 @@
 """What answers in a conversation, and the settings that may change meanwhile (`/set NAME VALUE`)."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,10 @@ from miniawq.engine.sampling import SEEDS
 from miniawq.errors import InvalidInput
 from miniawq.text.chat import Message
 
+log = logging.getLogger(__name__)
+
 KINDS: dict[str, type] = {"temperature": float} | {name: kind for name, (kind, _) in FILTERS.items()}
+SHARE_OF_ANSWER = 4  # an answer gets one part in so many of the context, or as much as it may have
 RANGES = {"max_tokens": (-1, 1 << 40), "seed": (0, SEEDS - 1)}
 
 
@@ -35,6 +39,12 @@ def read_setting(name: str, value: str) -> tuple[str, int | float]:
     return known, number
 
 
+def without_oldest_turn(messages: list[Message]) -> list[Message]:
+    """Without the first question and what came after it, up to the next; empty if there is no next."""
+    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    return messages[: asked[0]] + messages[asked[1] :] if len(asked) > 1 else []
+
+
 class Talker:
     """Answers with the model and the settings of a run: what `interactive.converse` talks with."""
 
@@ -42,10 +52,31 @@ class Talker:
         self.run = run
         self.last: tuple[Completion, int] | None = None
 
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """The messages; if they fill the context, without the oldest turns, so that half of it is free.
+
+        With --no-context-shift all of them, and the answer is as long as there is room.
+        """
+        limit, kept = self.run.context.limit, messages
+        least = min(self.run.context.room(0), limit // SHARE_OF_ANSWER)
+        if not self.run.arguments.context_shift or self._length(messages) + least <= limit:
+            return messages
+        while self._length(kept) > limit // 2 and (fewer := without_oldest_turn(kept)):
+            kept = fewer
+        if len(kept) < len(messages):
+            log.info("the context is full: the oldest %d messages are forgotten", len(messages) - len(kept))
+        return kept
+
+    def _length(self, messages: list[Message]) -> int:
+        return len(self.run.encode(self._prompt(messages), True))
+
+    def _prompt(self, messages: list[Message]) -> str:
+        return self.run.tokenizer.render_chat(messages, **self.run.arguments.chat_template_kwargs)
+
     def answer(self, messages: list[Message]) -> Iterator[str]:
         """The next message in pieces."""
         run = self.run
-        prompt = run.tokenizer.render_chat(messages, **run.arguments.chat_template_kwargs)
+        prompt = self._prompt(messages)
         self.last = completion, seed = run.begin(prompt, is_chat=True)
         try:
             yield from completion

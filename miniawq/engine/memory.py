@@ -5,6 +5,7 @@ would.
 """
 
 import dataclasses
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -145,17 +146,19 @@ def sliced_bytes(codes: int, _dtype: torch.dtype) -> int:
 
 
 def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.dtype, free: int) -> int:
-    """The longest context that fits beside the same weights and batch, in steps of 64 tokens; 0 if none does."""
-    model, batch = checkpoint.skeleton, needed.batch
-    low, high = 0, model.config.max_position_embeddings // 64
-    while low < high:
-        middle = (low + high + 1) // 2
-        length = middle * 64
+    """The longest context that fits beside the same weights and batch, the model's own or one in steps of 64 tokens;
+    0 if none does.
+    """
+    model, batch, longest = checkpoint.skeleton, needed.batch, checkpoint.model_config.max_position_embeddings
+
+    def fits(length: int) -> bool:
         cache = batch * length * kv_bytes_per_token(model.config, dtype)
         prefill = prefill_bytes(model, dtype, needed.device, batch, length)
-        total = needed.weights + cache + prefill + needed.overhead
-        low, high = (middle, high) if total <= free else (low, middle - 1)
-    return low * 64
+        return needed.weights + cache + prefill + needed.overhead <= free
+
+    if fits(longest):
+        return longest
+    return 64 * bisect_left(range(1, longest // 64 + 1), True, key=lambda blocks: not fits(64 * blocks))
 
 
 def fitting_rows(
@@ -168,6 +171,12 @@ def fitting_rows(
         return footprint(checkpoint, dtype, device=kind, batch=rows, max_seq_len=max_seq_len).total <= free
 
     return next((rows for rows in range(min(most, MOST_ROWS.get(kind, 1)), 1, -1) if fits(rows)), 1)
+
+
+def fitting_context(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1) -> int:
+    """The longest context that fits into what is free now; 0 if none does."""
+    needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=1)
+    return largest_max_seq_len(needed, checkpoint, dtype, device_memory(device).free)
 
 
 def require_memory(

@@ -27,6 +27,9 @@ class Echo:
     def __init__(self):
         self.asked, self.changed = [], []
 
+    def fit(self, messages):
+        return messages
+
     def answer(self, messages):
         self.asked.append(messages)
         if messages[-1]["content"] == "too much":
