@@ -32,6 +32,7 @@ from miniawq.commands.flags import build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
 from miniawq.commands.many import ManyPrompts
 from miniawq.commands.talking import Talker
+from miniawq.commands.thoughts import begins_in_thought, styled
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
@@ -39,7 +40,7 @@ from miniawq.engine.fitting import check_decoder, check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.start import Decoders, PlainStep, Step
-from miniawq.errors import InvalidInput, UsageError
+from miniawq.errors import InvalidInput
 from miniawq.hardware import pick_device, threads
 from miniawq.model import Llama
 from miniawq.text.tokenizer import Tokenizer, read_object
@@ -152,8 +153,7 @@ def _run(arguments: argparse.Namespace) -> None:
     device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
     stated = read_object(checkpoint.directory / "generation_config.json")
     sampling = Sampling.choose(stated, **sampling_flags(arguments))
-    if arguments.interactive and not tokenizer.has_chat_template:
-        raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
+    prompts.check_template(arguments, tokenizer)
     dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
     context = Context(arguments, checkpoint.model_config.max_position_embeddings)
     context.fit(checkpoint, device, dtype)
@@ -224,8 +224,9 @@ class Writer:
                     print(json.dumps({"prompt": prompt} | figures(self, completion, seed), ensure_ascii=False))
                 else:
                     is_story = not prompts.is_given(self.arguments)
-                    print("\n" if number else "", prompt if is_story else "", sep="", end="")
-                    write_text(completion)
+                    begun = prompt if is_story else self.arguments.prefill_response or ""
+                    print("\n" if number else "", begun, sep="", end="")
+                    write_text(styled(completion, begins_in_thought(prompt)))
             finally:
                 self.report(completion, seed)
 
@@ -270,10 +271,10 @@ class Writer:
         return frozenset() if self.arguments.ignore_eos else ends
 
 
-def write_text(completion: Completion) -> None:
+def write_text(pieces: Iterable[str]) -> None:
     """Each piece as it comes, and an end of line even if it is interrupted."""
     try:
-        for piece in completion:
+        for piece in pieces:
             print(piece, end="", flush=True)
     finally:
         print(flush=True)

@@ -26,9 +26,10 @@ from tests.helpers.chat_models import make_chat_model
 FLAGS = """
 --batch-size --cache-dir --chat-template-kwargs --compile --context-shift --debug --device --dtype --file
 --frequency-penalty --greedy --help --ignore-eos --interactive --json --local-files-only --max-seq-len --max-tokens
---messages --min-p --model --no-compile --no-context-shift --no-memory-check --num-samples --offline --output
---presence-penalty --prompt --prompts --quiet --raw --repetition-penalty --resume --revision --seed --show-prompt
---stats --stop --system-prompt --temperature --token --top-k --top-p --version
+--messages --min-p --model --no-compile --no-context-shift --no-memory-check --no-think --num-samples --offline
+--output --prefill-response --presence-penalty --prompt --prompts --quiet --raw --repetition-penalty --resume
+--revision --seed --show-prompt --stats --stop --system-prompt --temperature --think --token --top-k --top-p
+--version
 -h -i -m -n -o -p -q
 """
 
@@ -398,7 +399,7 @@ def test_a_full_context_forgets_the_oldest_turns(capsys, caplog, monkeypatch, ch
     assert code == 0
     assert caplog.text.count("the context is full: the oldest 4 messages are forgotten") == 1
     sent = re.findall(r"<\|im_start\|>system.*?<\|im_start\|>assistant\n(?=\n)", err, re.DOTALL)
-    assert [prompt.count("<|im_start|>user") for prompt in sent] == [1, 2, 3, 1]
+    assert [prompt.count("<|im_start|>user") for prompt in sent] == [1, 2, 1, 2]
     assert all(prompt.startswith("<|im_start|>system\nSo.") for prompt in sent)
     assert "does not fit" not in err
     lines_of_user(monkeypatch, *["What do you know of it?"] * 4, "/bye")

@@ -33,6 +33,12 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("chat template").add_argument
     add("--system-prompt", metavar="TEXT", help="system message of the conversation")
+    add(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        help="whether a thinking model thinks (as its template says)",
+    )
+    add("--prefill-response", metavar="TEXT", help="what the answer begins with")
     add("--raw", action="store_true", help="continue the text as it is, without the chat template")
     add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
     add(
@@ -55,13 +61,24 @@ def check_prompt_flags(arguments: argparse.Namespace) -> None:
         raise UsageError("there is no prompt", "", "give --prompt, --file, --messages, --prompts or --interactive")
     needs_template = (
         arguments.system_prompt,
+        arguments.prefill_response,
+        arguments.think is not None,
         arguments.messages,
         arguments.chat_template_kwargs,
         arguments.interactive,
     )
     if arguments.raw and any(needs_template):
-        what = "--raw goes with none of --system-prompt, --messages, --interactive and --chat-template-kwargs"
-        raise UsageError(what, "they are for the chat template, which --raw leaves out")
+        names = "--system-prompt, --prefill-response, --think, --messages, --interactive and --chat-template-kwargs"
+        raise UsageError(f"--raw goes with none of {names}", "they are for the chat template, which --raw leaves out")
+
+
+def check_template(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """UsageError if the checkpoint's template, or its absence, does not go with the flags."""
+    if (arguments.interactive or arguments.prefill_response) and not tokenizer.has_chat_template:
+        raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
+    if arguments.think is not None and not tokenizer.template_mentions("enable_thinking"):
+        why = "its chat template never asks for enable_thinking"
+        raise UsageError("this model cannot be told to think, or not to", why, "leave --think and --no-think out")
 
 
 def system_message(arguments: argparse.Namespace) -> list[Message]:
@@ -93,8 +110,17 @@ def as_turn(
     arguments: argparse.Namespace, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None
 ) -> str:
     """A conversation as the model gets it, after the system message of the flag."""
-    conversation = [*system_message(arguments), *messages]
-    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs)
+    return rendered(arguments, tokenizer, [*system_message(arguments), *messages], tools)
+
+
+def rendered(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None
+) -> str:
+    """A conversation as the template writes it, up to the beginning of the answer."""
+    thinks = {} if arguments.think is None else {"enable_thinking": arguments.think}
+    return tokenizer.render_chat(messages, tools=tools, **arguments.chat_template_kwargs | thinks) + (
+        arguments.prefill_response or ""
+    )
 
 
 def read_messages(path: Path) -> tuple[list[Message], Tools]:

@@ -8,6 +8,8 @@ from typing import Any
 from miniawq import cli
 from miniawq.commands.figures import Writing, in_full
 from miniawq.commands.flags import DEFAULT_MAX_TOKENS, FILTERS
+from miniawq.commands.prompts import rendered
+from miniawq.commands.thoughts import begins_in_thought
 from miniawq.engine.completion import Completion
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import InvalidInput
@@ -51,6 +53,7 @@ class Talker:
     def __init__(self, run: Writing) -> None:
         self.run = run
         self.last: tuple[Completion, int] | None = None
+        self.begins_in_thought = False
 
     def fit(self, messages: list[Message]) -> list[Message]:
         """The messages; if they fill the context, without the oldest turns, so that half of it is free.
@@ -71,14 +74,19 @@ class Talker:
         return len(self.run.encode(self._prompt(messages), True))
 
     def _prompt(self, messages: list[Message]) -> str:
-        return self.run.tokenizer.render_chat(messages, **self.run.arguments.chat_template_kwargs)
+        return rendered(self.run.arguments, self.run.tokenizer, messages)
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
         """The next message in pieces."""
-        run = self.run
-        prompt = self._prompt(messages)
+        run, prompt = self.run, self._prompt(messages)
+        self.begins_in_thought = begins_in_thought(prompt)
         self.last = completion, seed = run.begin(prompt, is_chat=True)
+        return self._pieces(completion, seed)
+
+    def _pieces(self, completion: Completion, seed: int) -> Iterator[str]:
+        run = self.run
         try:
+            yield run.arguments.prefill_response or ""
             yield from completion
         finally:
             if run.arguments.stats:
