@@ -8,7 +8,6 @@ Shapes: B batch, L positions of the prompt, V vocabulary.
 """
 
 import argparse
-import json
 import logging
 import secrets
 import sys
@@ -27,12 +26,13 @@ from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
 from miniawq.commands.context import Context
-from miniawq.commands.figures import figures, in_full, in_one_line
+from miniawq.commands.figures import in_full, in_one_line
 from miniawq.commands.flags import build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
 from miniawq.commands.many import ManyPrompts
+from miniawq.commands.samples import Samples
 from miniawq.commands.talking import Talker
-from miniawq.commands.thoughts import begins_in_thought, styled
+from miniawq.commands.telling import tell
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
@@ -158,18 +158,18 @@ def _run(arguments: argparse.Namespace) -> None:
     context = Context(arguments, checkpoint.model_config.max_position_embeddings)
     context.fit(checkpoint, device, dtype)
     writer = Writer(arguments, tokenizer, sampling, context, device)
-    many = ManyPrompts(writer) if arguments.prompts else None
-    prompt = None if arguments.interactive or many else prompts.read_prompt(arguments, tokenizer)
-    rows, positions = (many.fit(checkpoint, device, dtype), many.positions) if many else (1, writer.positions(prompt))
+    prompt = None if arguments.interactive or arguments.prompts else prompts.read_prompt(arguments, tokenizer)
+    several = writer.several(prompt)
+    rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
     if arguments.memory_check:
         require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
     model = load_model(checkpoint, device, dtype)
     with threads(threads_for(model)):
         writer.use(model, time.perf_counter() - started)
-        if many:
-            many.write()
-        elif prompt:
-            writer.write_all(*prompt)
+        if several is not None:
+            several.write()
+        elif prompt is not None:
+            tell(writer, prompt[0], *writer.begin(*prompt))
         else:
             converse(Talker(writer), prompts.system_message(arguments))
         writer.decoders.wait()
@@ -192,6 +192,7 @@ class Writer:
         device: torch.device,
     ) -> None:
         self.arguments, self.tokenizer, self.sampling, self.context = arguments, tokenizer, sampling, context
+        self.texts_told = 0
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
@@ -205,6 +206,13 @@ class Writer:
             converses=arguments.interactive,
         )
 
+    def several(self, prompt: tuple[str, bool] | None) -> ManyPrompts | Samples | None:
+        """What is written at once: --prompts, or --num-samples; None for one text, or a conversation."""
+        if self.arguments.prompts:
+            return ManyPrompts(self)
+        wants_rows = self.arguments.num_samples > 1 or self.arguments.logprobs is not None
+        return Samples(self, *prompt) if prompt is not None and wants_rows else None
+
     def positions(self, prompt: tuple[str, bool] | None) -> int:
         """Positions that the kv cache will have: of a prompt and its answer, or of a conversation (None)."""
         return self.decoders.room(self.context.wanted(None if prompt is None else len(self.encode(*prompt))))
@@ -213,22 +221,6 @@ class Writer:
         """Write with this model from now on."""
         self.model, self.load_seconds = model, load_seconds
         self.decoders.use(model)
-
-    def write_all(self, prompt: str, is_chat: bool) -> None:
-        """All samples of one prompt."""
-        for number in range(self.arguments.num_samples):
-            completion, seed = self.begin(prompt, is_chat)
-            try:
-                if self.arguments.json:
-                    list(completion)
-                    print(json.dumps({"prompt": prompt} | figures(self, completion, seed), ensure_ascii=False))
-                else:
-                    is_story = not prompts.is_given(self.arguments)
-                    begun = prompt if is_story else self.arguments.prefill_response or ""
-                    print("\n" if number else "", begun, sep="", end="")
-                    write_text(styled(completion, begins_in_thought(prompt)))
-            finally:
-                self.report(completion, seed)
 
     def report(self, completion: Completion, seed: int) -> None:
         """Say on stderr how it went."""
@@ -269,15 +261,6 @@ class Writer:
         """The ids that end an answer; a checkpoint may name only the one that ends a document."""
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
         return frozenset() if self.arguments.ignore_eos else ends
-
-
-def write_text(pieces: Iterable[str]) -> None:
-    """Each piece as it comes, and an end of line even if it is interrupted."""
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    finally:
-        print(flush=True)
 
 
 if __name__ == "__main__":

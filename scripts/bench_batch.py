@@ -55,7 +55,7 @@ def at_once(model: Llama, tokenizer: Tokenizer, requests: list[Request], rows: i
     """Seconds of the processor, and the texts."""
     started = time.process_time()
     batch = Batch(tokenizer, PlainRows(model, rows, room_of(requests)), requests)
-    texts = {ending.number: ending.completion.text for ending in batch}
+    texts = {ending.number: "".join(ending.completion) for ending in batch}
     return time.process_time() - started, texts
 
 

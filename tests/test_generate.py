@@ -24,13 +24,14 @@ from tests.helpers import tiny_checkpoints
 from tests.helpers.chat_models import make_chat_model
 
 FLAGS = """
---batch-size --cache-dir --chat-template-kwargs --compile --context-shift --debug --device --dtype --file
---frequency-penalty --greedy --help --ignore-eos --interactive --json --local-files-only --max-seq-len --max-tokens
---messages --min-p --model --no-compile --no-context-shift --no-memory-check --no-think --num-samples --offline
---output --prefill-response --presence-penalty --prompt --prompts --quiet --raw --repetition-penalty --resume
---revision --seed --show-prompt --stats --stop --system-prompt --temperature --think --token --top-k --top-p
---version
--h -i -m -n -o -p -q
+--batch-size --cache-dir --chat --chat-template-config --chat-template-kwargs --compile --context-shift --ctx-size
+--debug --device --dtype --file --frequency-penalty --greedy --help --help-all --ignore-eos --interactive --json
+--local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p
+--model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples
+--offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw
+--repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --stats --stop --system
+--system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version
+-c -f -h -i -m -n -o -p -q -v
 """
 
 
@@ -315,7 +316,8 @@ def test_errors_say_what_why_and_what_to_do(capsys, flags, code, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-p", "a", "--file", "b"], "not allowed with argument"),
+        (["--max-token", "3"], "unrecognized arguments: --max-token; did you mean --max-tokens?"),
+        (["--temprature=1"], "did you mean --temperature?"),
         (["--greedy", "--temperature", "1"], "not allowed with argument"),
         (["--stats", "--quiet"], "not allowed with argument"),
         (["--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object"),
@@ -375,14 +377,13 @@ def test_the_compiled_step_writes_the_same_text(capsys, monkeypatch, chat_model)
 
     monkeypatch.setattr("miniawq.engine.start.DecodeStep", step)
     monkeypatch.setattr("miniawq.engine.memory.SMALLEST_CACHE", 8)
-    flags = [chat_model, "-p", "Once", "--raw", "-n", 9, "--temperature", 2, "--seed", 1, "--num-samples", 2, "--json"]
-    plain = [json.loads(line) for line in run(capsys, *flags, "--no-compile")[1].splitlines()]
+    flags = [chat_model, "-p", "Once", "--raw", "-n", 9, "--temperature", 2, "--seed", 1, "--json"]
+    plain = json.loads(run(capsys, *flags, "--no-compile")[1])
     assert not made
-    quick = [json.loads(line) for line in run(capsys, *flags, "--compile")[1].splitlines()]
-    assert [record["text"] for record in quick] == [record["text"] for record in plain]
-    assert len(made) == 1, "one step for all samples"
+    quick = json.loads(run(capsys, *flags, "--compile")[1])
+    assert quick["text"] == plain["text"]
     assert made[0].cache.max_seq_len == 16
-    assert (plain[0]["compile_s"], quick[0]["compile_s"]) == (0, 1000)
+    assert (plain["compile_s"], quick["compile_s"]) == (0, 1000)
 
 
 def lines_of_user(monkeypatch, *lines):

@@ -25,6 +25,7 @@ class Writing(Protocol):
     load_seconds: float
     next_seed: int
     context: Context
+    texts_told: int
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion, and its seed."""

@@ -6,16 +6,14 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from miniawq.checkpoint.opening import Checkpoint
 from miniawq.commands import prompts
 from miniawq.commands.figures import Writing
 from miniawq.commands.records import Name, OrderedRecords
+from miniawq.commands.telling import readable
+from miniawq.commands.together import Together
 from miniawq.engine.batch import Batch, Request
-from miniawq.engine.memory import fitting_rows
-from miniawq.engine.rows import CompiledRows, PlainRows, RowsStep
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.text.plain import read_text
@@ -85,7 +83,7 @@ class ManyPrompts:
     """The prompts of a file, answered with the settings of a run."""
 
     def __init__(self, run: Writing) -> None:
-        self.run, self.arguments, self.rows = run, run.arguments, 1
+        self.run, self.arguments = run, run.arguments
         self.entries = list(Reading(run).entries())
         if not self.entries:
             raise InvalidInput(f"{self.arguments.prompts} has no prompts", "all its lines are empty")
@@ -93,83 +91,52 @@ class ManyPrompts:
         self.records = OrderedRecords(self.arguments.output, self.arguments.resume, names)
         # An interrupted run goes on with its seeds.
         if self.arguments.seed is None and self.records.earlier:
-            run.next_seed = int(self.records.earlier[0].get("seed", run.next_seed))
-
-    @property
-    def positions(self) -> int:
-        """Of the longest text, prompt and answer together."""
-        lengths = [len(entry.ids) for entry in self.entries if entry.error is None]
-        return max(map(self.run.context.wanted, lengths), default=1)
-
-    def fit(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
-        """Choose how many rows there are."""
-        most = len(self.entries) - self.records.written
-        if self.arguments.batch_size:
-            self.rows = max(1, min(self.arguments.batch_size, most))
-            return self.rows
-        self.rows = fitting_rows(checkpoint, device, dtype, most=most, max_seq_len=self.positions)
-        if self.run.decoders.compiles:
-            self.rows = 1 << (self.rows.bit_length() - 1)  # so that few steps are ever compiled
-        return self.rows
+            run.next_seed = int(self.records.earlier[0]["seed"])
+        self.todo = range(self.records.written, len(self.entries))
+        self.seeds = [(run.next_seed + number) % SEEDS for number in range(len(self.entries))]
+        # Their numbers: the requests have others.
+        self.asked = [number for number in self.todo if self.entries[number].error is None]
+        asked = [(self.entries[number].ids, self.seeds[number]) for number in self.asked]
+        requests = [Request(ids, run.context.room(len(ids)), seed) for ids, seed in asked]
+        self.together = Together(run, requests, prompts.is_chat(self.arguments, run.tokenizer))
 
     def write(self) -> None:
         """Answer all that have no record yet. MiniawqError at the end if there is none for some."""
-        todo = range(self.records.written, len(self.entries))
-        asked = [number for number in todo if self.entries[number].error is None]
-        batch, started = self._batch(asked), time.perf_counter()
+        batch, started, total = self.together.batch(), time.perf_counter(), len(self.entries)
         failed: dict[Name, MiniawqError] = {}
-        bar = tqdm(total=len(self.entries), initial=todo.start, unit="prompt", disable=self.arguments.quiet or None)
+        bar = tqdm(total=total, initial=self.todo.start, unit="prompt", disable=self.arguments.quiet or None)
         try:
             with self.records, bar:
-                for number, record, error in self._answers(batch, asked, todo):
+                for number, record, error in self._answers(batch):
                     if error is not None:
                         failed[self.entries[number].name] = error
-                    self.records.put(number, record)
+                    self.records.put(number, {"id": self.entries[number].name} | record | {"seed": self.seeds[number]})
                     bar.update()
         finally:
-            if self.arguments.output and self.records.written < len(self.entries):
-                log.info("%d of %d are written; --resume goes on", self.records.written, len(self.entries))
+            if self.arguments.output and self.records.written < total:
+                log.info("%d of %d are written; --resume goes on", self.records.written, total)
         seconds = time.perf_counter() - started
         told = "%d prompts, %d tokens in %.1f s: %.1f tokens-per-sec, %d rows at once"
-        log.info(told, len(todo), batch.tokens, seconds, batch.tokens / seconds, self.rows)
+        log.info(told, len(self.todo), batch.tokens, seconds, batch.tokens / seconds, self.together.rows)
         if batch.shared.kept:
             log.info("their first %d tokens are the same and were read once", batch.shared.kept)
         if failed:
             name, error = next(iter(failed.items()))
-            what = f"{len(failed)} of {len(todo)} prompts have no answer"
+            what = f"{len(failed)} of {len(self.todo)} prompts have no answer"
             raise MiniawqError(what, f"the first is {name}: {error.what}", "see the key error of their records")
 
-    def _answers(
-        self, batch: Batch, asked: list[int], todo: range
-    ) -> Iterator[tuple[int, dict[str, Any], MiniawqError | None]]:
-        """Numbers of entries, their records, and what went wrong, as they come."""
-        for number in todo:
+    def _answers(self, batch: Batch) -> Iterator[tuple[int, dict[str, Any], MiniawqError | None]]:
+        """Numbers of entries, what is told of them, and what went wrong, as they come."""
+        for number in self.todo:
             if (error := self.entries[number].error) is not None:
-                yield number, {"id": self.entries[number].name, "error": str(error)}, error
+                yield number, {"error": str(error)}, error
         for ending in batch:
-            number = asked[ending.number]
-            entry, seed = self.entries[number], batch.requests[ending.number].seed
+            number = self.asked[ending.number]
             if ending.completion is None:
-                yield number, {"id": entry.name, "error": str(ending.error), "seed": seed}, ending.error
-            else:
-                record = ending.completion.record()
-                yield number, {"id": entry.name} | {key: record[key] for key in SAID} | {"seed": seed}, None
-
-    def _batch(self, asked: list[int]) -> Batch:
-        run = self.run
-        entries = [(number, self.entries[number].ids) for number in asked]
-        return Batch(
-            run.tokenizer,
-            self._step(),
-            [Request(ids, run.context.room(len(ids)), (run.next_seed + number) % SEEDS) for number, ids in entries],
-            sampling=run.sampling,
-            stop=self.arguments.stop,
-            stop_ids=run.ends(prompts.is_chat(self.arguments, run.tokenizer)),
-        )
-
-    def _step(self) -> RowsStep:
-        if not self.run.decoders.compiles:
-            return PlainRows(self.run.model, self.rows, self.positions)
-        step = CompiledRows(self.run.model, self.rows, self.positions)
-        step.make_ready()
-        return step
+                yield number, {"error": str(ending.error)}, ending.error
+                continue
+            list(ending.completion)
+            record = {key: value for key, value in ending.completion.record().items() if key in SAID}
+            if ending.logprobs is not None:
+                record["logprobs"] = readable(ending.logprobs, self.run.tokenizer)
+            yield number, record, None

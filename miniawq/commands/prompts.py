@@ -2,6 +2,11 @@
 
 import argparse
 import json
+import logging
+import os
+import stat
+import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,50 +19,53 @@ from miniawq.text.chat import Message, check_variables
 from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0  # seconds until a wait is told
 DEMO_PROMPT = "Once upon a time"
 Tools = list[dict[str, Any]] | None
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `read_prompt` and `system_message` read."""
-    add = parser.add_argument_group("prompt").add_mutually_exclusive_group().add_argument
-    add("--prompt", "-p", metavar="TEXT", help="text, or - for stdin")
-    add("--file", type=Path, help="file with the prompt")
-    add("--messages", type=Path, help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
-    add("--interactive", "-i", action="store_true", help="talk with a chat model")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="one prompt a line, or JSONL: prompt or messages, and id",
-    )
+    together = "text, file and pipe follow each other, if several are given"
+    add = parser.add_argument_group("prompt", together).add_argument
+    add("--prompt", "-p", metavar="TEXT", help="text to answer or to continue; - for stdin")
+    add("--file", "-f", type=Path, metavar="FILE", help="file with the prompt")
+    add("--messages", type=Path, metavar="FILE", help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
+    add("--interactive", "--chat", "-i", action="store_true", help="talk with a chat model")
+    add("--prompts", type=Path, metavar="FILE", help="one a line, or JSONL: prompt or messages, and id")
     add = parser.add_argument_group("chat template").add_argument
-    add("--system-prompt", metavar="TEXT", help="system message of the conversation")
-    add(
-        "--think",
-        action=argparse.BooleanOptionalAction,
-        help="whether a thinking model thinks (as its template says)",
-    )
+    add("--system-prompt", "--system", metavar="TEXT", help="system message of the conversation")
+    thinks = "whether a thinking model thinks (the template's)"
+    add("--think", action=argparse.BooleanOptionalAction, help=thinks)
     add("--prefill-response", metavar="TEXT", help="what the answer begins with")
-    add("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
-    add(
-        "--show-prompt",
-        action="store_true",
-        help="show the text that the model continues, on stderr, control characters as escapes",
-    )
+    add("--raw", "--no-chat-template", action="store_true", help="continue the text as it is, without the template")
+    names = "--chat-template-kwargs", "--chat-template-config"
+    add(*names, metavar="JSON", type=_json_object, default={}, help="variables for the template")
+    shown = "show the text that the model continues, on stderr, control characters as escapes"
+    add("--show-prompt", action="store_true", help=shown)
 
 
-def is_given(arguments: argparse.Namespace) -> bool:
-    """Whether the user gives a prompt; the demo has one of its own."""
-    sources = (arguments.file, arguments.messages, arguments.interactive, arguments.prompts)
-    return arguments.prompt is not None or any(sources)
+def is_story(arguments: argparse.Namespace, prompt: str) -> bool:
+    """Whether the demo begins in its own words, which are part of what it tells."""
+    return arguments.prompt is None and not arguments.messages and prompt == DEMO_PROMPT
 
 
 def check_prompt_flags(arguments: argparse.Namespace) -> None:
     """UsageError on flags that do not go together."""
     check_variables(arguments.chat_template_kwargs)
-    if arguments.model and not is_given(arguments):
+    text = arguments.prompt is not None or arguments.file is not None
+    sources = {
+        "--prompt or --file": text,
+        "--messages": arguments.messages,
+        "--prompts": arguments.prompts,
+        "--interactive": arguments.interactive,
+    }
+    given = [flag for flag, value in sources.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} do not go together", "each of them is the whole prompt", "give one")
+    if arguments.model and not given and not is_piped():
         raise UsageError("there is no prompt", "", "give --prompt, --file, --messages, --prompts or --interactive")
     needs_template = (
         arguments.system_prompt,
@@ -90,10 +98,34 @@ def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[st
     """The text to continue, and whether the chat template wrote it."""
     if arguments.messages:
         return as_turn(arguments, tokenizer, *read_messages(arguments.messages)), True
-    text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
-    if arguments.file or arguments.prompt == "-":
-        text = read_text(arguments.file or "-")
+    parts = [] if arguments.prompt in (None, "-") else [arguments.prompt]
+    parts += [read_text(arguments.file)] if arguments.file else []
+    parts += [read_stdin()] if arguments.prompt == "-" or is_piped() else []
+    given = [part for part in parts if part]
+    if arguments.model and not given and arguments.prompt is None:
+        raise UsageError("there is no prompt", "the pipe was empty", "give --prompt, or write into the pipe")
+    text = "\n\n".join(given) if parts else DEMO_PROMPT
     return as_prompt(arguments, tokenizer, text), is_chat(arguments, tokenizer)
+
+
+def is_piped() -> bool:
+    """Whether stdin is a pipe or a file, which somebody has chosen; not a terminal, nor /dev/null."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed, or no file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def read_stdin() -> str:
+    """All of stdin. After a while it is said what is waited for: the pipe of another program may stay open."""
+    waits = threading.Timer(PATIENCE, lambda: log.info("reading the prompt from stdin, until it is closed"))
+    waits.daemon = True
+    waits.start()
+    try:
+        return read_text("-")
+    finally:
+        waits.cancel()
 
 
 def is_chat(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:

@@ -3,6 +3,7 @@
 So no row stands still until the longest text ends, but the last ones.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -16,7 +17,16 @@ from miniawq.engine.completion import Completion, StopStrings
 from miniawq.engine.fitting import check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK
 from miniawq.engine.rows import RowsStep, clear, prefill, share
-from miniawq.engine.sampling import NOT_A_NUMBER, History, Sampling, fold_seed, not_a_number, sample
+from miniawq.engine.sampling import (
+    NOT_A_NUMBER,
+    History,
+    Sampling,
+    TokenLogprobs,
+    fold_seed,
+    logprobs_of,
+    not_a_number,
+    sample,
+)
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.text.tokenizer import Tokenizer
 
@@ -33,24 +43,28 @@ class Request(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What became of the request with this number: its text, or why there is none."""
+    """What became of the request with this number: its text, to be taken in pieces, or why there is none."""
 
     number: int
     completion: Completion | None
     error: MiniawqError | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
-class Row:
+class RowText:
     """A text that is being written."""
 
     def __init__(self, number: int, request: Request, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.number, self.request = number, request
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.times = [time.perf_counter()]  # of its beginning, and of each id
         self._stream, self._stops = tokenizer.stream(request.prompt_ids), StopStrings(stop)
 
     def take(self, token_id: int, stop_ids: frozenset[int]) -> bool:
         """Note the next id; whether the text ends with it."""
         self.ids.append(token_id)
+        self.times.append(time.perf_counter())
         self._stops.push(self._stream.push(token_id))
         is_full = len(self.ids) == self.request.max_tokens
         return is_full or token_id in stop_ids or self._stops.found is not None
@@ -92,7 +106,8 @@ class Chooser:
 class Batch:
     """Iterate to get the endings in the order in which they come. `tokens` counts what has been written.
 
-    `stop_ids` and `stop` end every text. `step` has the rows, and room for each text.
+    `stop_ids` and `stop` end every text. `step` has the rows, and room for each text. With `logprobs` the endings have
+    the log-probabilities of their tokens, and of so many of the best in each place.
     """
 
     def __init__(
@@ -104,12 +119,14 @@ class Batch:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         stop_ids: frozenset[int] | None = None,
+        logprobs: int | None = None,
     ) -> None:
+        self.logprobs = logprobs
         self.tokenizer, self.step, self.requests, self.stop = tokenizer, step, requests, stop
         self.stop_ids = tokenizer.eos_ids if stop_ids is None else stop_ids
         count, vocab_size = step.cache.keys_NBMJE.shape[1], step.model.config.vocab_size
         self.chooser = Chooser(sampling or Sampling(), count, vocab_size, step.model.device)
-        self.rows: list[Row | None] = [None] * count
+        self.rows: list[RowText | None] = [None] * count
         self.shared = CachedText()
         self.tokens = 0
 
@@ -170,7 +187,7 @@ class Batch:
     def _begin(self, first: int, numbers: list[int]) -> list[Ending]:
         """Run prompts into neighbouring rows, and choose their first ids."""
         past = self.shared.kept
-        rows = [Row(number, self.requests[number], self.tokenizer, self.stop) for number in numbers]
+        rows = [RowText(number, self.requests[number], self.tokenizer, self.stop) for number in numbers]
         self.rows[first : first + len(rows)] = rows
         logits_BV = prefill(self.step, first, [row.request.prompt_ids[past:] for row in rows], past)
         for place, row in enumerate(rows, first):
@@ -189,7 +206,9 @@ class Batch:
     def _take(self, first: int, logits_BV: Tensor) -> list[Ending]:
         """Give the rows from `first` on the ids that follow; what ends with them."""
         endings: list[Ending] = []
-        for place, token_id in enumerate(self.chooser.choose(logits_BV, first), first):
+        ids = self.chooser.choose(logits_BV, first)
+        told = [] if self.logprobs is None else logprobs_of(logits_BV, ids, self.logprobs)
+        for place, token_id in enumerate(ids, first):
             row = self.rows[place]
             if row is None:
                 continue
@@ -200,21 +219,21 @@ class Batch:
                 self.rows[place] = None
                 continue
             self.tokens += 1
+            row.logprobs += told[place - first : place - first + 1]
             if row.take(token_id, self.stop_ids):
-                endings.append(Ending(row.number, self._completed(row)))
+                logprobs = None if self.logprobs is None else row.logprobs
+                endings.append(Ending(row.number, self._completed(row), None, logprobs))
                 self.rows[place] = None
         return endings
 
-    def _completed(self, row: Row) -> Completion:
-        """The whole text of a row that has ended."""
-        completion = Completion(
+    def _completed(self, row: RowText) -> Completion:
+        """The text of a row that has ended, with the times at which it came."""
+        return Completion(
             self.tokenizer,
             row.request.prompt_ids,
             row.ids,
             stop_ids=self.stop_ids,
             stop=self.stop,
             cached=self.shared,
+            clock=iter(row.times).__next__,
         )
-        for _ in completion:
-            pass
-        return completion

@@ -3,7 +3,22 @@
 from tests.planted.fault import Fault
 
 CONVERT, PLAN, EVALUATE = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate"))
+MANY, FLAGS, THOUGHTS = (f"commands/test_{name}" for name in ("many", "flags", "thoughts"))
 FAULTS = [
+    Fault("commands/records.py", r'split\("\\n"\)\[:-1\]', "splitlines()", MANY),
+    Fault("commands/records.py", r"number < len\(names\) and", "", MANY),
+    Fault("commands/records.py", r"while self\.written in", "if self.written in", MANY),
+    Fault("commands/records.py", r"self\._file\.truncate\(\)", "pass", MANY),
+    Fault("commands/many.py", r"= self\.asked\[ending\.number\]", "= ending.number", MANY),
+    Fault("commands/many.py", r"and self\.records\.earlier:", "and False:", MANY),
+    Fault("commands/samples.py", r"waiting\.pop\(told, None\)", "waiting.pop(ending.number, None)", FLAGS),
+    Fault("commands/talking.py", r"limit // 2 and", "limit and", "test_generate"),
+    Fault("commands/talking.py", r"messages\[: asked\[0\]\] \+ ", "", "test_generate"),
+    Fault("commands/context.py", r"if 0 < most < longest:", "if False:", "test_generate"),
+    Fault("commands/thoughts.py", r"len\(held\) - overlap\(held, tag\)", "len(held)", THOUGHTS),
+    Fault("commands/thoughts.py", r' and not os\.environ\.get\("NO_COLOR"\)', "", THOUGHTS),
+    Fault("cli.py", r"0\], known, 1\)", "0], known, 0 + 1, 0.99)", FLAGS),
+    Fault("engine/sampling.py", r"logits_BV\.float\(\)\.log_softmax", "(logits_BV.float() * 2).log_softmax", FLAGS),
     Fault("commands/convert.py", r"symmetric = all\(", "symmetric = any(", CONVERT),
     Fault("commands/convert.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', CONVERT),
     Fault("commands/convert.py", r'if key != "compression_config"\}', "if key not in CONFIG_KEYS}", CONVERT),
