@@ -37,7 +37,7 @@ from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
 from miniawq.engine.fitting import check_decoder, check_prompt
-from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_token, require_memory
+from miniawq.engine.memory import PREFILL_CHUNK, against_plan, bytes_per_token, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.start import Decoders, PlainStep, Step
 from miniawq.errors import InvalidInput
@@ -161,10 +161,11 @@ def _run(arguments: argparse.Namespace) -> None:
     prompt = None if arguments.interactive or arguments.prompts else prompts.read_prompt(arguments, tokenizer)
     several = writer.several(prompt)
     rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
-    if arguments.memory_check:
-        require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
-    model = load_model(checkpoint, device, dtype)
-    with threads(threads_for(model)):
+    checked = arguments.memory_check
+    needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions) if checked else None
+    with against_plan(needed):
+        model = load_model(checkpoint, device, dtype)
+    with against_plan(needed), threads(threads_for(model)):
         writer.use(model, time.perf_counter() - started)
         if several is not None:
             several.write()

@@ -464,7 +464,8 @@ def test_a_full_device_is_told_apart(capsys, monkeypatch, fairytales):
     monkeypatch.setattr(generate, "load_model", load_model)
     code, _, err = run(capsys, fairytales, "-p", "Once")
     assert code == 4
-    assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.\n" in err
+    assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.; planned 0." in err
+    assert re.search(r" GiB, measured \d+\.\d\d [MG]iB\n  give a smaller --max-seq-len or --batch-size", err)
 
 
 def test_what_cannot_fit_is_told_before_the_weights_are_read(capsys, monkeypatch, fairytales):

@@ -25,7 +25,7 @@ FIX = 'write {"id": 1, "prompt": "..."} or {"id": 1, "messages": [...]}'
 SAID = ("text", "prompt_tokens", "generation_tokens", "finish_reason", "stop_reason")
 
 
-class Entry(NamedTuple):
+class PromptLine(NamedTuple):
     """One prompt of the file: its name, and its ids or why it has none."""
 
     name: Name
@@ -39,26 +39,26 @@ class Reading:
     def __init__(self, run: Writing) -> None:
         self.run, self.arguments = run, run.arguments
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[PromptLine]:
         """Those of the file; empty lines count, and are left out."""
         lines = read_text(self.arguments.prompts).splitlines()
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         is_json = bool(numbered) and numbered[0][1].lstrip().startswith("{")
         return (self._entry(number, line, is_json) for number, line in numbered)
 
-    def _entry(self, number: int, line: str, is_json: bool) -> Entry:
+    def _entry(self, number: int, line: str, is_json: bool) -> PromptLine:
         name: Name = number
         try:
             given = json.loads(line) if is_json else {"prompt": line}
             name = name_in(given, number)
             ids = self.run.encode(self._prompt_in(given), prompts.is_chat(self.arguments, self.run.tokenizer))
             self.run.context.room(len(ids))
-            return Entry(name, ids)
+            return PromptLine(name, ids)
         except MiniawqError as error:
-            return Entry(name, [], error)
+            return PromptLine(name, [], error)
         except (TypeError, KeyError, ValueError, RecursionError) as error:
             why = f"{self.arguments.prompts}, line {number}: {type(error).__name__}: {error}"
-            return Entry(name, [], InvalidInput("the prompt cannot be read", why, FIX))
+            return PromptLine(name, [], InvalidInput("the prompt cannot be read", why, FIX))
 
     def _prompt_in(self, given: dict[str, Any]) -> str:
         """The text that the model continues."""

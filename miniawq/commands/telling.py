@@ -25,10 +25,10 @@ def tell(
                 write_text(styled(completion, begins_in_thought(prompt)))
             case "json":
                 list(completion)
-                print_json(record_of(run, prompt, completion, seed, logprobs))
+                print_json(full_record(run, prompt, completion, seed, logprobs))
             case "jsonl":
                 write_pieces(completion)
-                record = record_of(run, prompt, completion, seed, logprobs)
+                record = full_record(run, prompt, completion, seed, logprobs)
                 print_json({key: value for key, value in record.items() if key not in ("text", "tokens")})
         run.texts_told += 1
     finally:
@@ -57,7 +57,7 @@ def print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
-def record_of(
+def full_record(
     run: Writing, prompt: str, completion: Completion, seed: int, logprobs: list[TokenLogprobs] | None
 ) -> dict[str, Any]:
     """All that is known about one text."""

@@ -6,6 +6,8 @@ would.
 
 import dataclasses
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from miniawq.checkpoint.loading import loaded_dtype
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.compiled import CODES_PER_EXPANDED_SLICE, prepacked_bytes
 from miniawq.errors import DoesNotFit
-from miniawq.hardware import DeviceMemory, device_memory, size
+from miniawq.hardware import DeviceMemory, device_memory, peak_memory, size
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama, LlamaConfig
 
@@ -208,6 +210,19 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
         f"it needs {size(needed.total)} ({', '.join(parts)}); {supply}",
         fix,
     )
+
+
+@contextmanager
+def against_plan(needed: Footprint | None) -> Iterator[None]:
+    """DoesNotFit with the plan beside what was measured, if memory ends in the `with` block."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        why = str(error).partition("\n")[0] or "Python could not get more"
+        if needed is not None:
+            why += f"; planned {size(needed.total)}, measured {size(peak_memory(needed.device))}"
+        fix = "give a smaller --max-seq-len or --batch-size, or end what else uses the device"
+        raise DoesNotFit("the memory of the device is full", why, fix) from error
 
 
 def parts_of(needed: Footprint) -> dict[str, int]:
