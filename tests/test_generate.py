@@ -428,7 +428,17 @@ def test_a_context_that_nobody_has_set_is_fitted_to_free_memory(capsys, caplog, 
     assert "too many: prompt and answer together may have 192, as many as fit into free memory" in err
 
 
-def test_a_prompt_in_pieces_has_a_bar(monkeypatch, chat_model):
+@pytest.mark.parametrize(("share", "is_told"), [(1.05, True), (1.2, False)])
+def test_the_plan_is_told_before_loading_where_memory_is_tight(share, is_told, capsys, caplog, monkeypatch, fairytales):
+    needed = footprint(open_checkpoint(fairytales), torch.float32, device="cpu", max_seq_len=5).total
+    memory = DeviceMemory("cpu", 1 << 33, int(share * needed))
+    monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: memory)
+    with caplog.at_level(logging.INFO, logger="miniawq"):
+        assert run(capsys, fairytales, "-p", "Once", "-n", 2, "--greedy")[0] == 0
+    assert ("memory is tight: 0." in caplog.text) == is_told
+
+
+def test_a_prompt_in_pieces_has_a_bar(chat_model):
     model, tokenizer = load(chat_model)
     seen = []
 

@@ -5,6 +5,7 @@ would.
 """
 
 import dataclasses
+import logging
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from miniawq.hardware import DeviceMemory, device_memory, peak_memory, size
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama, LlamaConfig
 
+log = logging.getLogger(__name__)
+
 # Tokens of a prompt that run at once, of all rows together.
 PREFILL_CHUNK = 2048
 # Outside torch's own counters: CUDA context, allocator, graphs; on a CPU the interpreter and the libraries.
@@ -30,6 +33,7 @@ SLICE_BYTES_PER_CODE, SLICE_BYTES = 16, 64 << 20
 SMALLEST_CACHE = 1024  # positions of the cache of a compiled step
 # Rows of a batch beyond which a step takes about as much longer as it writes more (docs/performance.md).
 MOST_ROWS = {"cuda": 64, "cpu": 32}
+TIGHT = 0.9  # of what is free
 
 
 @dataclass(frozen=True)
@@ -184,9 +188,16 @@ def fitting_context(checkpoint: Checkpoint, device: torch.device | str, dtype: t
 def require_memory(
     checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1, max_seq_len: int
 ) -> Footprint:
-    """The footprint on a device, for callers about to load; DoesNotFit when there is not that much free."""
+    """The footprint on a device, for callers about to load, which is told where it is tight; DoesNotFit when there is
+    not that much free.
+    """
     needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=max_seq_len)
-    check_fit(needed, device_memory(device), checkpoint, dtype)
+    memory = device_memory(device)
+    check_fit(needed, memory, checkpoint, dtype)
+    if needed.total > TIGHT * memory.free:
+        log.info(
+            "memory is tight: %s of %s that are free (%s)", size(needed.total), size(memory.free), told_parts(needed)
+        )
     return needed
 
 
@@ -194,7 +205,6 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
     """DoesNotFit with the need, the supply, who holds the rest, and what would fit."""
     if needed.total <= memory.free:
         return
-    parts = [f"{field} {size(value)}" for field, value in parts_of(needed).items()]
     supply = f"{size(memory.free)} of {size(memory.total)} are free"
     if memory.free < memory.total:
         supply += f", other processes hold {size(memory.total - memory.free)}"
@@ -207,7 +217,7 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
         fix = "use a smaller model, or free memory on this device"
     raise DoesNotFit(
         f"this model does not fit on {memory.name}",
-        f"it needs {size(needed.total)} ({', '.join(parts)}); {supply}",
+        f"it needs {size(needed.total)} ({told_parts(needed)}); {supply}",
         fix,
     )
 
@@ -229,6 +239,11 @@ def parts_of(needed: Footprint) -> dict[str, int]:
     """The bytes by name, in the order they are told."""
     names = ("weights", "kv_cache", "prefill", "overhead")
     return {name.replace("_", " "): value for name, value in dataclasses.asdict(needed).items() if name in names}
+
+
+def told_parts(needed: Footprint) -> str:
+    """The same in one line."""
+    return ", ".join(f"{field} {size(value)}" for field, value in parts_of(needed).items())
 
 
 def bytes_per_token(model: Llama) -> int:

@@ -129,6 +129,20 @@ def test_text_file_and_pipe_follow_each_other(chat_model, tmp_path):
     assert "there is no prompt\n  the pipe was empty" in done.stderr
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("flags", [["--json"], ["--output-format", "jsonl"], ["--prompts", "-"]])
+def test_another_program_reads_what_comes_through_a_pipe(flags, fairytales):
+    """As `miniawq ... | jq` does; nothing but JSON is on stdout, whatever is said meanwhile."""
+    reader = "import json, sys; print(sum('text' in json.loads(line) for line in sys.stdin))"
+    given, prompt = ("Once\nThere\n", []) if "--prompts" in flags else (None, ["-p", "Once"])
+    words = [sys.executable, "-m", "miniawq.generate", str(fairytales), *prompt, *flags, "-n", "5", "--greedy"]
+    command = f"{shlex.join(words)} | {shlex.join([sys.executable, '-c', reader])}"
+    options = {"input": given} if given else {"stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True, **options)
+    assert int(done.stdout) == {"--json": 1, "--prompts": 2}.get(flags[0], 5)
+    assert "tokens-per-sec" in done.stderr
+
+
 def run(capsys, *flags):
     code = generate([str(flag) for flag in flags])
     out, err = capsys.readouterr()
