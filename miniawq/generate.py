@@ -230,8 +230,7 @@ class Writer:
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion with the next seed."""
-        if self.arguments.show_prompt:
-            cli.say(prompt, limit=None)
+        prompts.show(self.arguments, prompt)
         prompt_ids = self.encode(prompt, is_chat)
         seed, self.next_seed = self.next_seed, (self.next_seed + 1) % SEEDS
         max_tokens, wanted = self.context.room(len(prompt_ids)), self.arguments.max_tokens

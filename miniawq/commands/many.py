@@ -41,7 +41,8 @@ class Reading:
 
     def entries(self) -> Iterator[PromptLine]:
         """Those of the file; empty lines count, and are left out."""
-        lines = read_text(self.arguments.prompts).splitlines()
+        # Not splitlines: a text in JSON may hold other characters that end a line.
+        lines = [line.removesuffix("\r") for line in read_text(self.arguments.prompts).split("\n")]
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         is_json = bool(numbered) and numbered[0][1].lstrip().startswith("{")
         return (self._entry(number, line, is_json) for number, line in numbered)
@@ -51,7 +52,9 @@ class Reading:
         try:
             given = json.loads(line) if is_json else {"prompt": line}
             name = name_in(given, number)
-            ids = self.run.encode(self._prompt_in(given), prompts.is_chat(self.arguments, self.run.tokenizer))
+            prompt = self._prompt_in(given)
+            prompts.show(self.arguments, prompt)
+            ids = self.run.encode(prompt, prompts.is_chat(self.arguments, self.run.tokenizer))
             self.run.context.room(len(ids))
             return PromptLine(name, ids)
         except MiniawqError as error:
@@ -91,7 +94,7 @@ class ManyPrompts:
         self.records = OrderedRecords(self.arguments.output, self.arguments.resume, names)
         # An interrupted run goes on with its seeds.
         if self.arguments.seed is None and self.records.earlier:
-            run.next_seed = int(self.records.earlier[0]["seed"])
+            run.next_seed = self.records.earlier[0]["seed"]
         self.todo = range(self.records.written, len(self.entries))
         self.seeds = [(run.next_seed + number) % SEEDS for number in range(len(self.entries))]
         # Their numbers: the requests have others.
@@ -103,13 +106,13 @@ class ManyPrompts:
     def write(self) -> None:
         """Answer all that have no record yet. MiniawqError at the end if there is none for some."""
         batch, started, total = self.together.batch(), time.perf_counter(), len(self.entries)
-        failed: dict[Name, MiniawqError] = {}
+        failed: list[tuple[Name, MiniawqError]] = []
         bar = tqdm(total=total, initial=self.todo.start, unit="prompt", disable=self.arguments.quiet or None)
         try:
             with self.records, bar:
                 for number, record, error in self._answers(batch):
                     if error is not None:
-                        failed[self.entries[number].name] = error
+                        failed.append((self.entries[number].name, error))
                     self.records.put(number, {"id": self.entries[number].name} | record | {"seed": self.seeds[number]})
                     bar.update()
         finally:
@@ -121,7 +124,7 @@ class ManyPrompts:
         if batch.shared.kept:
             log.info("their first %d tokens are the same and were read once", batch.shared.kept)
         if failed:
-            name, error = next(iter(failed.items()))
+            name, error = failed[0]
             what = f"{len(failed)} of {len(self.todo)} prompts have no answer"
             raise MiniawqError(what, f"the first is {name}: {error.what}", "see the key error of their records")
 

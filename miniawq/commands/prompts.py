@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from miniawq import cli
 from miniawq.errors import InvalidInput, UsageError
 from miniawq.text.chat import Message, check_variables
 from miniawq.text.plain import read_text
@@ -172,6 +173,12 @@ def messages_in(given: Any) -> tuple[list[Message], Tools]:
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise TypeError(f"{name} are not a list of objects")
     return messages, tools
+
+
+def show(arguments: argparse.Namespace, prompt: str) -> None:
+    """Say what the model continues, if --show-prompt asks for it."""
+    if arguments.show_prompt:
+        cli.say(prompt, limit=None)
 
 
 def bar(pieces: Sequence[Tensor], is_quiet: bool) -> Iterable[Tensor]:

@@ -18,7 +18,7 @@ class OrderedRecords:
     """Use it in a `with` block. A record is written when all before it are; `written` of them are there.
 
     Without a path they go to stdout. `resumes` keeps what an earlier run has written, whose records must have the first
-    of `names` as their ids. `earlier` is what it kept.
+    of `names` as their ids, and seeds. `earlier` is what it kept.
     """
 
     def __init__(self, path: Path | None, resumes: bool, names: Sequence[Name]) -> None:
@@ -73,7 +73,7 @@ def records_of(path: Path, names: Sequence[Name]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines_of(path)):
         try:
             record = json.loads(line)
-            is_ours = number < len(names) and record["id"] == names[number]
+            is_ours = number < len(names) and record["id"] == names[number] and type(record["seed"]) is int
         except (ValueError, TypeError, KeyError, RecursionError):
             is_ours = False
         if not is_ours:

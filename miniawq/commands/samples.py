@@ -1,6 +1,7 @@
 """`--num-samples N`: several texts of one prompt, written at once and told in the order of their seeds."""
 
 from miniawq.commands.figures import Writing
+from miniawq.commands.prompts import show
 from miniawq.commands.telling import tell
 from miniawq.commands.together import Together
 from miniawq.engine.batch import Ending, Request
@@ -12,6 +13,7 @@ class Samples:
 
     def __init__(self, run: Writing, prompt: str, is_chat: bool) -> None:
         self.run, self.prompt = run, prompt
+        show(run.arguments, prompt)
         ids, first = run.encode(prompt, is_chat), run.next_seed
         self.seeds = [(first + number) % SEEDS for number in range(run.arguments.num_samples)]
         self.together = Together(run, [Request(ids, run.context.room(len(ids)), seed) for seed in self.seeds], is_chat)

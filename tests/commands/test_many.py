@@ -77,6 +77,8 @@ def test_json_lines_have_prompts_or_messages_and_names_of_their_own(capsys, chat
     (tmp_path / "messages.json").write_text(json.dumps(lines[2]))
     expected = alone(capsys, chat_model, "--messages", tmp_path / "messages.json", "-n", 5, "--greedy")
     assert records[2]["text"] == expected["text"]
+    _, _, err = run(capsys, chat_model, "--prompts", path, "-n", 5, "--greedy", "-q", "--show-prompt")
+    assert err.count("<|im_start|>user\nOnce<|im_end|>") == 3
 
 
 def test_a_line_that_fails_is_told_and_the_others_are_answered(capsys, chat_model, tmp_path):
@@ -92,6 +94,17 @@ def test_a_line_that_fails_is_told_and_the_others_are_answered(capsys, chat_mode
     assert 'write {"id": 1, "prompt": "..."}' in records[1]["error"]
     assert "does not fit into the context" in records[6]["error"]
     assert "7 of 9 prompts have no answer\n  the first is 2: the prompt cannot be read" in err
+
+
+def test_only_the_end_of_a_line_ends_it(capsys, chat_model, tmp_path):
+    path = tmp_path / "prompts"
+    path.write_bytes(json.dumps({"prompt": "a\u2028b\x0bc"}, ensure_ascii=False).encode() + b"\r\n")
+    code, records, _ = run(capsys, chat_model, "--prompts", path, "-n", 2, "-q")
+    assert (code, len(records)) == (0, 1)
+    path.write_bytes("a\u2028b\r\nc\r\n".encode())
+    _, records, err = run(capsys, chat_model, "--prompts", path, "-n", 2, "-q", "--show-prompt")
+    assert len(records) == 2
+    assert "user\nc<|im_end|>" in err
 
 
 def test_a_base_model_continues_each_line(capsys, fairytales, file):
@@ -147,9 +160,11 @@ def test_records_are_written_in_order_as_soon_as_they_can_be(capsys):
     assert records.written == 3
 
 
-@pytest.mark.parametrize(
-    "content", [b'{"id": 2}\n', b'{"id": 1}\n{"id": 4}\n', b"text\n", b"[1]\n", b'{"id": 1}\n' * 3]
-)
+OURS = b'{"id": 1, "seed": 5}\n'
+OTHERS = [b'{"id": 2, "seed": 5}\n', OURS + b'{"id": 4, "seed": 6}\n', b"text\n", b"[1]\n", OURS * 2, b'{"id": 1}\n']
+
+
+@pytest.mark.parametrize("content", OTHERS)
 def test_a_file_of_another_run_is_left_alone(content, tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_bytes(content)
