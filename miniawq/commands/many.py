@@ -114,6 +114,7 @@ class ManyPrompts:
                     if error is not None:
                         failed.append((self.entries[number].name, error))
                     self.records.put(number, {"id": self.entries[number].name} | record | {"seed": self.seeds[number]})
+                    bar.set_postfix_str(f"{batch.tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
                     bar.update()
         finally:
             if self.arguments.output and self.records.written < total:
@@ -125,8 +126,8 @@ class ManyPrompts:
             log.info("their first %d tokens are the same and were read once", batch.shared.kept)
         if failed:
             name, error = failed[0]
-            what = f"{len(failed)} of {len(self.todo)} prompts have no answer"
-            raise MiniawqError(what, f"the first is {name}: {error.what}", "see the key error of their records")
+            what = f"there is no answer for {len(failed)} of {len(self.todo)} prompts"
+            raise MiniawqError(what, f"the first has the id {name}: {error.what}", "see the key error of their records")
 
     def _answers(self, batch: Batch) -> Iterator[tuple[int, dict[str, Any], MiniawqError | None]]:
         """Numbers of entries, what is told of them, and what went wrong, as they come."""

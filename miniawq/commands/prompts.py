@@ -151,9 +151,8 @@ def rendered(
 ) -> str:
     """A conversation as the template writes it, up to the beginning of the answer."""
     thinks = {} if arguments.think is None else {"enable_thinking": arguments.think}
-    return tokenizer.render_chat(messages, tools=tools, **arguments.chat_template_kwargs | thinks) + (
-        arguments.prefill_response or ""
-    )
+    text = tokenizer.render_chat(messages, tools=tools, **arguments.chat_template_kwargs | thinks)
+    return text + (arguments.prefill_response or "")
 
 
 def read_messages(path: Path) -> tuple[list[Message], Tools]:

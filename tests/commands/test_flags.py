@@ -4,14 +4,17 @@ import argparse
 import functools
 import json
 import operator
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from miniawq.__main__ import VERBS, main
+from miniawq.commands import prompts
 from miniawq.commands.flags import ESSENTIAL, EXAMPLES, build_parser
 from miniawq.engine.sampling import Sampling
 from miniawq.generate import main as generate
@@ -127,6 +130,24 @@ def test_text_file_and_pipe_follow_each_other(chat_model, tmp_path):
     done = piped(chat_model, "")
     assert done.returncode == 2
     assert "there is no prompt\n  the pipe was empty" in done.stderr
+
+
+def test_a_pipe_and_a_file_are_read_and_nothing_else_is(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("text")
+    reading, writing = os.pipe()
+    with open(reading) as pipe, open(tmp_path / "file") as file, open(os.devnull) as nothing:
+        for stream, is_read in ((pipe, True), (file, True), (nothing, False), (None, False)):
+            monkeypatch.setattr(sys, "stdin", stream)
+            assert prompts.is_piped() == is_read
+    os.close(writing)
+
+
+def test_a_pipe_that_stays_open_is_told(monkeypatch):
+    said = threading.Event()
+    monkeypatch.setattr(prompts, "PATIENCE", 0.0)
+    monkeypatch.setattr(prompts.log, "info", lambda *_: said.set())
+    monkeypatch.setattr(prompts, "read_text", lambda _: "text" if said.wait(60) else "not told")
+    assert prompts.read_stdin() == "text"
 
 
 @pytest.mark.thorough

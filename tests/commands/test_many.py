@@ -93,7 +93,7 @@ def test_a_line_that_fails_is_told_and_the_others_are_answered(capsys, chat_mode
     assert "prompts.jsonl, line 2: JSONDecodeError" in records[1]["error"]
     assert 'write {"id": 1, "prompt": "..."}' in records[1]["error"]
     assert "does not fit into the context" in records[6]["error"]
-    assert "7 of 9 prompts have no answer\n  the first is 2: the prompt cannot be read" in err
+    assert "there is no answer for 7 of 9 prompts\n  the first has the id 2: the prompt cannot be read" in err
 
 
 def test_only_the_end_of_a_line_ends_it(capsys, chat_model, tmp_path):
