@@ -161,8 +161,9 @@ def _run(arguments: argparse.Namespace) -> None:
     prompt = None if arguments.interactive or arguments.prompts else prompts.read_prompt(arguments, tokenizer)
     several = writer.several(prompt)
     rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
-    checked = arguments.memory_check
-    needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions) if checked else None
+    needed = None
+    if arguments.memory_check:
+        needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
     with against_plan(needed):
         model = load_model(checkpoint, device, dtype)
     with against_plan(needed), threads(threads_for(model)):

@@ -188,7 +188,8 @@ def test_a_chat_model_gets_its_template_unless_raw(capsys, tmp_path, chat_model)
     assert prompt_of(capsys, chat_model, "--messages", tmp_path / "object.json") == user + answer + "1 tools"
 
 
-def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_model):
+def test_a_conversation_remembers_and_can_be_cleared(capsys, caplog, monkeypatch, chat_model):
+    caplog.set_level(logging.INFO, logger="miniawq")
     lines = iter(["Hi", "", "/what", "And?", "/clear", "Again", "x" * 500, "/bye", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     code, out, err = run(capsys, chat_model, "-i", "-n", 3, "--greedy", "--show-prompt", "--system-prompt", "Be brief.")
@@ -203,6 +204,7 @@ def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_m
     assert "there is no /what" in err
     assert err.count("begin again with this system message") == 1
     assert "the prompt does not fit into the context" in err
+    assert "forgotten" not in caplog.text
     assert list(lines) == ["never read"]
 
 

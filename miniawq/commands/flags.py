@@ -30,8 +30,6 @@ FILTERS: dict[str, tuple[type, str]] = {
     "presence_penalty": (float, "subtract X from the logits of tokens in the answer; 0 is off"),
     "frequency_penalty": (float, "subtract X for each time a token is in the answer; 0 is off"),
 }
-
-
 ALIASES = {"repetition_penalty": ["--repeat-penalty"]}
 
 

@@ -99,13 +99,14 @@ def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[st
     """The text to continue, and whether the chat template wrote it."""
     if arguments.messages:
         return as_turn(arguments, tokenizer, *read_messages(arguments.messages)), True
-    parts = [] if arguments.prompt in (None, "-") else [arguments.prompt]
-    parts += [read_text(arguments.file)] if arguments.file else []
-    parts += [read_stdin()] if arguments.prompt == "-" or is_piped() else []
-    given = [part for part in parts if part]
-    if arguments.model and not given and arguments.prompt is None:
-        raise UsageError("there is no prompt", "the pipe was empty", "give --prompt, or write into the pipe")
-    text = "\n\n".join(given) if parts else DEMO_PROMPT
+    typed = "" if arguments.prompt in (None, "-") else arguments.prompt
+    read = read_text(arguments.file) if arguments.file else ""
+    piped = read_stdin() if arguments.prompt == "-" or is_piped() else ""
+    text = "\n\n".join(part for part in (typed, read, piped) if part)
+    if not text and arguments.prompt is None and not arguments.file:
+        if arguments.model:
+            raise UsageError("there is no prompt", "the pipe was empty", "give --prompt, or write into the pipe")
+        text = DEMO_PROMPT
     return as_prompt(arguments, tokenizer, text), is_chat(arguments, tokenizer)
 
 

@@ -66,8 +66,9 @@ class Talker:
             return messages
         while self._length(kept) > limit // 2 and (fewer := without_oldest_turn(kept)):
             kept = fewer
-        if len(kept) < len(messages):
-            log.info("the context is full: the oldest %d messages are forgotten", len(messages) - len(kept))
+        if len(kept) == len(messages) or self._length(kept) >= limit:
+            return messages  # There is nothing to leave out, or it would not help: the question itself is too long.
+        log.info("the context is full: the oldest %d messages are forgotten", len(messages) - len(kept))
         return kept
 
     def _length(self, messages: list[Message]) -> int:

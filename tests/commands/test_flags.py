@@ -1,9 +1,7 @@
 """One table of flags: --help, --help-all and docs/generate.md say the same, and a screen holds the first."""
 
 import argparse
-import functools
 import json
-import operator
 import os
 import re
 import shlex
@@ -12,11 +10,13 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from miniawq.__main__ import VERBS, main
 from miniawq.commands import prompts
 from miniawq.commands.flags import ESSENTIAL, EXAMPLES, build_parser
 from miniawq.engine.sampling import Sampling
+from miniawq.generate import load
 from miniawq.generate import main as generate
 from tests.helpers import ROOT
 from tests.helpers.chat_models import make_chat_model
@@ -175,7 +175,7 @@ def test_json_lines_come_piece_by_piece(capsys, fairytales):
     whole = json.loads(run(capsys, *flags, "--json")[1])
     *pieces, end = [json.loads(line) for line in run(capsys, *flags, "--output-format", "jsonl")[1].splitlines()]
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
-    assert functools.reduce(operator.iadd, (piece["tokens"] for piece in pieces), []) == whole["tokens"]
+    assert [token for piece in pieces for token in piece["tokens"]] == whole["tokens"]
     assert len(pieces) > 5
     assert end.keys() == whole.keys() - {"text", "tokens"}
     assert end["finish_reason"] == "length"
@@ -192,10 +192,6 @@ def test_samples_are_those_of_their_seeds_and_their_order(capsys, fairytales):
 
 
 def test_log_probabilities_are_those_of_the_model(capsys, fairytales):
-    import torch
-
-    from miniawq.generate import load
-
     flags = [fairytales, "-p", "Once upon", "-n", 4, "--temperature", 1.5, "--seed", 1, "-q"]
     code, out, _ = run(capsys, *flags, "--logprobs", 3, "--json")
     record = json.loads(out)
