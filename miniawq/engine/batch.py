@@ -90,8 +90,8 @@ class Chooser:
         self.generators[row].manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         if self.history is not None:
             tokens_BL = torch.tensor([list(request.prompt_ids)], device=self.device)
-            for kept_BV, new_BV in zip(self.history, History.of_prompt(tokens_BL, self.vocab_size), strict=True):
-                kept_BV[row] = new_BV[0]
+            for kept, new in zip(self.history, History.of_prompt(tokens_BL, self.vocab_size), strict=True):
+                kept[row] = new[0]
 
     def choose(self, logits_BV: Tensor, first: int) -> list[int]:
         """The next ids of neighbouring rows from `first` on."""

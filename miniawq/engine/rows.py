@@ -46,12 +46,12 @@ class PlainRows:
         decoder, config = self.model.model, self.model.config
         end, position_B = max(lengths) + 1, torch.tensor(lengths, device=ids_B.device)
         tables = rope_tables(config.rope, position_B, end, self.model.dtype)
-        cos_B11E, sin_B11E = (table_BE[:, None, None] for table_BE in tables)
+        rope = tuple(table_BE[:, None, None] for table_BE in tables)
         masks = {window: mask_of(position_B, first, end) for window, first in first_of_rows(self.model, position_B)}
         ends = RowEnds(self.cache, position_B, end)
         h_BLD = decoder.embed_tokens(ids_B[:, None]).to(self.model.dtype)
         for block, window in zip(decoder.layers, config.layer_windows, strict=True):
-            h_BLD = block(h_BLD, (cos_B11E, sin_B11E), masks[window], ends)
+            h_BLD = block(h_BLD, rope, masks[window], ends)
         return self.model.lm_head(decoder.norm(h_BLD)[:, -1])
 
 

@@ -23,7 +23,7 @@ FAULTS = [
     Fault("engine/batch.py", r"longest \* len\(lengths\) > PREFILL_CHUNK", "False", BATCH),
     Fault("engine/batch.py", r"len\(ids\) - 1 for ids in prompts", "len(ids) for ids in prompts", BATCH),
     Fault("engine/batch.py", r"self\.generators\[rows\]\)", "self.generators[0])", BATCH),
-    Fault("engine/batch.py", r"kept_BV\[row\] = new_BV\[0\]", "pass", BATCH),
+    Fault("engine/batch.py", r"kept\[row\] = new\[0\]", "pass", BATCH),
     Fault("engine/batch.py", r"row\.length if row else self\.shared\.kept", "row.length if row else 0", BATCH),
     Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=generator\)", r"\1row_K.exponential_()", BATCH),
     Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
