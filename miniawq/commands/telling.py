@@ -45,11 +45,13 @@ def write_text(pieces: Iterable[str]) -> None:
 
 
 def write_pieces(completion: Completion) -> None:
-    """An object for each piece, with the ids that have made it."""
+    """An object for each piece, with the ids that have made it, and one for ids at the end that have no text."""
     told = 0
     for piece in completion:
         print_json({"text": piece, "tokens": completion.ids[told:]})
         told = len(completion.ids)
+    if completion.ids[told:]:
+        print_json({"text": "", "tokens": completion.ids[told:]})
 
 
 def print_json(record: dict[str, Any]) -> None:

@@ -45,20 +45,16 @@ class PlainRows:
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
         decoder, config = self.model.model, self.model.config
         end, position_B = max(lengths) + 1, torch.tensor(lengths, device=ids_B.device)
+        none_B = torch.zeros_like(position_B)  # of padding
         tables = rope_tables(config.rope, position_B, end, self.model.dtype)
         rope = tuple(table_BE[:, None, None] for table_BE in tables)
-        masks = {window: mask_of(position_B, first, end) for window, first in first_of_rows(self.model, position_B)}
+        starts = {window: first_seen(position_B, none_B, window) for window in set(config.layer_windows)}
+        masks = {window: mask_of(position_B, first_B, end) for window, first_B in starts.items()}
         ends = RowEnds(self.cache, position_B, end)
         h_BLD = decoder.embed_tokens(ids_B[:, None]).to(self.model.dtype)
         for block, window in zip(decoder.layers, config.layer_windows, strict=True):
             h_BLD = block(h_BLD, rope, masks[window], ends)
         return self.model.lm_head(decoder.norm(h_BLD)[:, -1])
-
-
-def first_of_rows(model: Llama, position_B: Tensor) -> list[tuple[int | None, Tensor]]:
-    """The first position that each row sees, by window: there is no padding."""
-    none_B = torch.zeros_like(position_B)
-    return [(window, first_seen(position_B, none_B, window)) for window in set(model.config.layer_windows)]
 
 
 class RowEnds(KVCache):

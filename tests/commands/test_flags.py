@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from miniawq.__main__ import VERBS, main
 from miniawq.commands import prompts
 from miniawq.commands.flags import ESSENTIAL, EXAMPLES, build_parser
+from miniawq.commands.telling import write_pieces
 from miniawq.engine.sampling import Sampling
 from miniawq.generate import load
 from miniawq.generate import main as generate
@@ -181,8 +183,21 @@ def test_json_lines_come_piece_by_piece(capsys, fairytales):
     assert end["finish_reason"] == "length"
 
 
-def test_samples_are_those_of_their_seeds_and_their_order(capsys, fairytales):
-    flags = [fairytales, "-p", "Once", "-n", 9, "--temperature", 2, "-q"]
+def test_ids_without_a_text_are_told_too(capsys):
+    class Ended:
+        ids: ClassVar = [5, 6, 2]
+
+        def __iter__(self):
+            yield "word"
+            self.ids = [5, 6, 2, 0]
+
+    write_pieces(Ended())
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told == [{"text": "word", "tokens": [5, 6, 2]}, {"text": "", "tokens": [0]}]
+
+
+def test_samples_are_those_of_their_seeds_and_their_order(capsys, chat_model):
+    flags = [chat_model, "-p", "Once", "-n", 9, "--temperature", 2, "-q"]
     together = run(capsys, *flags, "--num-samples", 3, "--seed", 7)[1]
     assert together == "\n".join(run(capsys, *flags, "--seed", seed)[1] for seed in (7, 8, 9))
     _code, out, err = run(capsys, *flags[:-1], "--num-samples", 2, "--seed", 7, "--json")
@@ -191,13 +206,13 @@ def test_samples_are_those_of_their_seeds_and_their_order(capsys, fairytales):
     assert len(re.findall(r"Generation: \d+ tokens, [1-9][\d.]* tokens-per-sec", err)) == 2
 
 
-def test_log_probabilities_are_those_of_the_model(capsys, fairytales):
-    flags = [fairytales, "-p", "Once upon", "-n", 4, "--temperature", 1.5, "--seed", 1, "-q"]
+def test_log_probabilities_are_those_of_the_model(capsys, chat_model):
+    flags = [chat_model, "--raw", "-p", "Once upon", "-n", 4, "--temperature", 1.5, "--seed", 1, "-q"]
     code, out, _ = run(capsys, *flags, "--logprobs", 3, "--json")
     record = json.loads(out)
     assert code == 0
     assert record["text"] == json.loads(run(capsys, *flags, "--json")[1])["text"]
-    model, tokenizer = load(fairytales, device="cpu")
+    model, tokenizer = load(chat_model, device="cpu")
     ids = [*tokenizer.encode("Once upon"), *record["tokens"]]
     with torch.no_grad():
         logprobs_LV = model(torch.tensor([ids]))[0].log_softmax(-1)[-len(record["tokens"]) - 1 :]

@@ -24,6 +24,11 @@ def uncompiled_rows(model, count, room):
     return CompiledRows(model, count, room, compiles=False)
 
 
+def thorough(name):
+    return pytest.param(name, marks=pytest.mark.thorough)
+
+
+OTHERS = ["llama-yarn", "llama-biases", "llama-dynamic", "qwen2-window"]
 KINDS = [PlainRows, uncompiled_rows]
 
 
@@ -33,7 +38,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("name", ["llama", "llama-yarn", "llama-biases", "mistral-window", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", *map(thorough, OTHERS)])
 def test_rows_of_any_lengths_have_the_logits_of_each_alone(name, make, device):
     """The bound is that of the decode step: sums in another order, in float32."""
     model = load_model(open_checkpoint(MODELS / name), device, torch.float32)
