@@ -172,14 +172,14 @@ def keep_min_p(logits_BK: Tensor, min_p: float) -> Tensor:
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def draw(logits_BK: Tensor, generators: Generators = None) -> Tensor:
+def draw(logits_BK: Tensor, generator: Generators = None) -> Tensor:
     """Index [B, 1] drawn from softmax(logits_BK): the largest of logits plus Gumbel noise (-log of an exponential)."""
     exponential_BK = torch.empty_like(logits_BK)
-    if isinstance(generators, Sequence):
-        for row_K, generator in zip(exponential_BK, generators, strict=True):
-            row_K.exponential_(generator=generator)
+    if isinstance(generator, Sequence):
+        for row_K, own in zip(exponential_BK, generator, strict=True):
+            row_K.exponential_(generator=own)
     else:
-        exponential_BK.exponential_(generator=generators)
+        exponential_BK.exponential_(generator=generator)
     tiniest = torch.finfo(logits_BK.dtype).tiny
     return (logits_BK - exponential_BK.clamp_min_(tiniest).log()).argmax(-1, keepdim=True)
 
@@ -217,7 +217,7 @@ def logprobs_of(logits_BV: Tensor, ids: Sequence[int], count: int) -> list[Token
 
 
 def sample(
-    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generators: Generators = None
+    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generator: Generators = None
 ) -> Tensor:
     """The next token of each row, int64 ids_B; NOT_A_NUMBER for a row whose logits hold a NaN.
 
@@ -232,5 +232,5 @@ def sample(
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).masked_fill(broken_B, NOT_A_NUMBER)
     logits_BK, ids_BK = candidates(logits_BV, sampling)
-    ids_B = ids_BK.gather(-1, draw(logits_BK, generators)).squeeze(-1)
+    ids_B = ids_BK.gather(-1, draw(logits_BK, generator)).squeeze(-1)
     return ids_B.masked_fill(broken_B, NOT_A_NUMBER)

@@ -122,9 +122,10 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys, chat_model, file, tmp_p
     seeds = [json.loads(line)["seed"] for line in content.splitlines()]
     assert seeds == [5, 6, 7, 8, 9]
     first = content.index(b"\n") + 1
-    for cut in (first, first + 10, len(content) - 1, len(content)):
+    long = content[:first] + b'{"id": 2, "text": "' + b"x" * 10_000
+    for left in (long, *(content[:cut] for cut in (first, first + 10, len(content) - 1, len(content)))):
         part = tmp_path / "part.jsonl"
-        part.write_bytes(content[:cut])
+        part.write_bytes(left)
         assert run(capsys, *flags, "--output", part, "--resume")[:2] == (0, [])  # with the seeds of the first run
         assert part.read_bytes() == content
     part.write_bytes(content[:3])
@@ -161,7 +162,15 @@ def test_records_are_written_in_order_as_soon_as_they_can_be(capsys):
 
 
 OURS = b'{"id": 1, "seed": 5}\n'
-OTHERS = [b'{"id": 2, "seed": 5}\n', OURS + b'{"id": 4, "seed": 6}\n', b"text\n", b"[1]\n", OURS * 2, b'{"id": 1}\n']
+OTHERS = [
+    b'{"id": 2, "seed": 5}\n',
+    OURS + b'{"id": 4, "seed": 6}\n',
+    b"text\n",
+    b"[1]\n",
+    OURS * 2,
+    OURS + b'{"id": 2, "seed": 6}\n' * 2,
+    b'{"id": 1}\n',
+]
 
 
 @pytest.mark.parametrize("content", OTHERS)

@@ -25,7 +25,7 @@ FAULTS = [
     Fault("engine/batch.py", r"self\.generators\[rows\]\)", "self.generators[0])", BATCH),
     Fault("engine/batch.py", r"kept\[row\] = new\[0\]", "pass", BATCH),
     Fault("engine/batch.py", r"row\.length if row else self\.shared\.kept", "row.length if row else 0", BATCH),
-    Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=generator\)", r"\1row_K.exponential_()", BATCH),
+    Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=own\)", r"\1row_K.exponential_()", BATCH),
     Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
     # What fits.
     Fault("engine/fitting.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
