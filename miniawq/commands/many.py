@@ -95,7 +95,8 @@ class ManyPrompts:
         # An interrupted run goes on with its seeds.
         if self.arguments.seed is None and self.records.earlier:
             run.next_seed = self.records.earlier[0]["seed"]
-        self.todo = range(self.records.written, len(self.entries))
+        left = range(self.records.written, len(self.entries))
+        self.todo = [number for number in left if number not in self.records.ahead]
         self.seeds = [(run.next_seed + number) % SEEDS for number in range(len(self.entries))]
         # Their numbers: the requests have others.
         self.asked = [number for number in self.todo if self.entries[number].error is None]
@@ -107,7 +108,8 @@ class ManyPrompts:
         """Answer all that have no record yet. MiniawqError at the end if there is none for some."""
         batch, started, total = self.together.batch(), time.perf_counter(), len(self.entries)
         failed: list[tuple[Name, MiniawqError]] = []
-        bar = tqdm(total=total, initial=self.todo.start, unit="prompt", disable=self.arguments.quiet or None)
+        done = total - len(self.todo)
+        bar = tqdm(total=total, initial=done, unit="prompt", disable=self.arguments.quiet or None)
         try:
             with self.records, bar:
                 for number, record, error in self._answers(batch):
@@ -118,7 +120,9 @@ class ManyPrompts:
                     bar.update()
         finally:
             if self.arguments.output and self.records.written < total:
-                log.info("%d of %d are written; --resume goes on", self.records.written, total)
+                log.info(
+                    "%d of %d are answered; --resume goes on", self.records.written + len(self.records.ahead), total
+                )
         seconds = time.perf_counter() - started
         told = "%d prompts, %d tokens in %.1f s: %.1f tokens-per-sec, %d rows at once"
         log.info(told, len(self.todo), batch.tokens, seconds, batch.tokens / seconds, self.together.rows)

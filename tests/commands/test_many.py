@@ -8,7 +8,7 @@ import torch
 
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands.records import OrderedRecords
-from miniawq.engine.batch import Batch
+from miniawq.engine.batch import Batch, Request
 from miniawq.engine.memory import MOST_ROWS, fitting_rows, footprint
 from miniawq.errors import UsageError
 from miniawq.generate import main
@@ -146,11 +146,50 @@ def test_what_was_written_before_ctrl_c_is_kept(capsys, caplog, monkeypatch, cha
     flags = [chat_model, "--prompts", file, "-n", 3, "--greedy", "--ignore-eos", "--output", out, "--batch-size", 1]
     with caplog.at_level(logging.INFO, "miniawq"):
         assert run(capsys, *flags)[0] == 130
-    assert "2 of 5 are written; --resume goes on" in caplog.text
+    assert "2 of 5 are answered; --resume goes on" in caplog.text
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [1, 2]
     monkeypatch.setattr(Batch, "_go_on", go_on)
     assert run(capsys, *flags, "--resume")[0] == 0
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [1, 2, 4, 5, 6]
+
+
+def test_what_has_come_before_its_turn_is_kept_too(capsys, monkeypatch, chat_model, tmp_path):
+    """The first prompt goes on while all others end; then the run is killed, in the middle of a line."""
+    file, out, whole = (tmp_path / name for name in ("prompts.txt", "out.jsonl", "whole.jsonl"))
+    file.write_text("\n".join(["Once upon a time"] * 6))
+    flags = [chat_model, "--prompts", file, "-n", 4, "--temperature", 3, "--seed", 3, "--batch-size", 2, "-q"]
+    assert run(capsys, *flags, "--output", whole)[0] == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    ahead = [json.dumps({"number": number, "record": json.loads(lines[number])}) + "\n" for number in (2, 4, 3)]
+    others = ['{"number": 5, "record": {"id": 9, "seed": 1}}\n', "text\n", '{"number": 2.5, "record": 3}\n']
+    out.write_text(lines[0])
+    aside = tmp_path / "out.jsonl.ahead"
+    aside.write_text("".join([*ahead, *others]) + ahead[0][:9])
+    asked = []
+    monkeypatch.setattr("miniawq.commands.many.Request", lambda *fields: asked.append(fields[2]) or Request(*fields))
+    assert run(capsys, *flags, "--output", out, "--resume")[0] == 0
+    assert asked == [4, 8], "the second and the last"
+    assert out.read_bytes() == whole.read_bytes()
+    assert not aside.exists()
+
+
+def test_what_waits_for_its_turn_lies_beside_the_file(tmp_path):
+    out, aside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.ahead"
+    records = [{"id": name, "seed": 1} for name in "abc"]
+    with OrderedRecords(out, False, ["a", "b", "c"]) as first:
+        first.put(2, records[2])
+        assert not out.read_text()
+    with OrderedRecords(out, True, ["a", "b", "c"]) as again:
+        assert again.ahead == {2: records[2]}
+        for number in (0, 1):
+            again.put(number, records[number])
+        assert again.written == 3
+    assert [json.loads(line) for line in out.read_text().splitlines()] == records
+    assert not aside.exists()
+    aside.write_text("of another run\n")
+    out.unlink()
+    with OrderedRecords(out, False, ["a"]):
+        assert not aside.exists()
 
 
 def test_records_are_written_in_order_as_soon_as_they_can_be(capsys):

@@ -6,7 +6,9 @@ CONVERT, PLAN, EVALUATE = (f"commands/test_{name}" for name in ("convert", "plan
 MANY, FLAGS, THOUGHTS = (f"commands/test_{name}" for name in ("many", "flags", "thoughts"))
 FAULTS = [
     Fault("commands/records.py", r'split\("\\n"\)\[:-1\]', "splitlines()", MANY),
-    Fault("commands/records.py", r"number < len\(names\) and", "", MANY),
+    Fault("commands/records.py", r"if number >= len\(names\) or", "if", MANY),
+    Fault("commands/records.py", r"if number > self\.written:", "if False:", MANY),
+    Fault("commands/records.py", r"written < number < len\(names\) and", "", MANY),
     Fault("commands/records.py", r"while self\.written in", "if self.written in", MANY),
     Fault("commands/records.py", r"self\._file\.truncate\(\)", "pass", MANY),
     Fault("commands/many.py", r"= self\.asked\[ending\.number\]", "= ending.number", MANY),
