@@ -8,7 +8,7 @@ from miniawq.checkpoint.opening import Checkpoint
 from miniawq.commands.figures import Writing
 from miniawq.engine.batch import Batch, Request
 from miniawq.engine.memory import fitting_rows
-from miniawq.engine.rows import CompiledRows, PlainRows, RowsStep
+from miniawq.engine.rows import PlainRows, compiled_rows
 
 
 class Together:
@@ -34,19 +34,13 @@ class Together:
     def batch(self) -> Batch:
         """What answers them, when the run has its model."""
         run = self.run
+        make = compiled_rows if run.decoders.compiles else PlainRows
         return Batch(
             run.tokenizer,
-            self._step(),
+            make(run.model, self.rows, self.positions),
             self.requests,
             sampling=run.sampling,
             stop=run.arguments.stop,
             stop_ids=run.ends(self.is_chat),
             logprobs=run.arguments.logprobs,
         )
-
-    def _step(self) -> RowsStep:
-        if not self.run.decoders.compiles:
-            return PlainRows(self.run.model, self.rows, self.positions)
-        step = CompiledRows(self.run.model, self.rows, self.positions)
-        step.make_ready()
-        return step

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from miniawq.compiled import are_here, kept
+from miniawq.compiled import are_here, first_line, kept
 from miniawq.engine.attend import first_seen, mask_of
 from miniawq.engine.memory import PREFILL_CHUNK
 from miniawq.engine.step import DecodeStep
@@ -67,10 +67,8 @@ class RowEnds(KVCache):
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values at the ends of the rows; return all up to the longest, [B, J, M, E]."""
         keys_BMJE, values_BMJE = self.keys_NBMJE[layer], self.values_NBMJE[layer]
-        keys_BMJE[self.row_B, self.position_B], values_BMJE[self.row_B, self.position_B] = (
-            k_BJLE[:, :, 0],
-            v_BJLE[:, :, 0],
-        )
+        ends = self.row_B, self.position_B
+        keys_BMJE[ends], values_BMJE[ends] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
         return keys_BMJE[:, : self.end].transpose(1, 2), values_BMJE[:, : self.end].transpose(1, 2)
 
 
@@ -91,6 +89,20 @@ class CompiledRows(DecodeStep):
         log.info("%s for %d rows", "loading the compiled step" if is_warm else "compiling, this once,", len(self.ids_B))
         with torch.inference_mode(), kept(self.described()) as directory:
             self.compile(directory)
+
+
+def compiled_rows(model: Llama, rows: int, max_seq_len: int) -> RowsStep:
+    """Compiled rows that are ready; plain ones, with a warning, if they cannot be compiled."""
+    try:
+        step = CompiledRows(model, rows, max_seq_len)
+        step.make_ready()
+        return step
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        log.warning("the decode step cannot be compiled, and stays slow: %s", first_line(error))
+        log.debug("this is why", exc_info=True)
+    return PlainRows(model, rows, max_seq_len)
 
 
 def prefill(step: RowsStep, first: int, prompts: Sequence[Sequence[int]], past: int) -> Tensor:

@@ -10,6 +10,7 @@ from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands.records import OrderedRecords
 from miniawq.engine.batch import Batch, Request
 from miniawq.engine.memory import MOST_ROWS, fitting_rows, footprint
+from miniawq.engine.rows import CompiledRows
 from miniawq.errors import UsageError
 from miniawq.generate import main
 from miniawq.hardware import DeviceMemory
@@ -58,6 +59,21 @@ def test_each_line_gets_the_record_of_its_prompt_in_the_order_of_the_file(capsys
     assert "5 prompts, " in caplog.text
     assert "tokens-per-sec, 2 rows at once" in caplog.text
     assert "tokens are the same and were read once" in caplog.text
+
+
+def test_a_compiled_step_has_a_power_of_two_of_rows_and_gives_the_same(capsys, monkeypatch, chat_model, file):
+    made = []
+
+    def uncompiled(model, count, room):
+        made.append((count, room))
+        return CompiledRows(model, count, room, compiles=False)
+
+    monkeypatch.setattr("miniawq.commands.together.compiled_rows", uncompiled)
+    flags = [chat_model, "--prompts", file, "-n", 5, "--greedy", "-q"]
+    plain = run(capsys, *flags)
+    assert run(capsys, *flags, "--compile") == plain
+    longest = max(record["prompt_tokens"] for record in plain[1])
+    assert made == [(4, longest + 5)], "the cache has what the longest of five prompts needs"
 
 
 def test_json_lines_have_prompts_or_messages_and_names_of_their_own(capsys, chat_model, tmp_path):

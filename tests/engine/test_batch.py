@@ -1,6 +1,7 @@
 """Many texts at once: each is the text of its prompt alone, whatever stands beside it, before it and after it."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.engine import batch, rows
 from miniawq.engine.batch import Batch, Request
-from miniawq.engine.rows import CompiledRows, PlainRows, prefill, share
+from miniawq.engine.rows import CompiledRows, PlainRows, compiled_rows, prefill, share
 from miniawq.engine.sampling import Sampling
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.generate import complete, load
@@ -238,14 +239,25 @@ def test_a_beginning_is_copied_into_all_rows(device):
     assert not keys_NBMJE[:, :, 3:].any()
 
 
+def test_rows_that_cannot_be_compiled_are_plain(tiny, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(CompiledRows, "compile", fail)
+    monkeypatch.setattr(rows, "are_here", lambda _: False)
+    monkeypatch.setattr(rows, "kept", lambda _: nullcontext())
+    assert isinstance(compiled_rows(tiny[0], 2, 16), PlainRows)
+    assert "the decode step cannot be compiled, and stays slow: no compiler" in caplog.text
+
+
 @pytest.mark.compiles
 def test_one_compiled_step_serves_rows_of_all_lengths(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("MINIAWQ_CACHE", str(tmp_path))
     model, tokenizer = tiny
     requests, graphs = some_requests(tokenizer), []
     for room in (96, 128):
-        step = CompiledRows(model, 4, room)
-        step.make_ready()
+        step = compiled_rows(model, 4, room)
+        assert isinstance(step, CompiledRows)
         found = {e.number: outcome(e.completion) for e in Batch(tokenizer, step, requests)}
         assert found == {number: alone(tiny, request) for number, request in enumerate(requests)}
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

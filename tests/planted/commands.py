@@ -17,6 +17,7 @@ FAULTS = [
     Fault("commands/prompts.py", r"\+ \(arguments\.prefill_response or \"\"\)", "", THOUGHTS),
     Fault("commands/prompts.py", r'"enable_thinking": arguments\.think', '"enable_thinking": True', THOUGHTS),
     Fault("commands/telling.py", r"if completion\.ids\[told:\]:", "if False:", FLAGS),
+    Fault("commands/together.py", r"1 << \(self\.rows\.bit_length\(\) - 1\)", "self.rows", MANY),
     Fault("commands/samples.py", r"waiting\.pop\(told, None\)", "waiting.pop(ending.number, None)", FLAGS),
     Fault("commands/talking.py", r"limit // 2 and", "limit and", "test_generate"),
     Fault("commands/talking.py", r"messages\[: asked\[0\]\] \+ ", "", "test_generate"),
