@@ -69,7 +69,7 @@ def test_a_compiled_step_has_a_power_of_two_of_rows_and_gives_the_same(capsys, m
         return CompiledRows(model, count, room, compiles=False)
 
     monkeypatch.setattr("miniawq.commands.together.compiled_rows", uncompiled)
-    flags = [chat_model, "--prompts", file, "-n", 5, "--greedy", "-q"]
+    flags = [chat_model, "--prompts", file, "-n", 5, "--greedy", "--seed", 1, "-q"]
     plain = run(capsys, *flags)
     assert run(capsys, *flags, "--compile") == plain
     longest = max(record["prompt_tokens"] for record in plain[1])
