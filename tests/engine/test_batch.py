@@ -187,6 +187,14 @@ def test_a_row_whose_text_has_ended_takes_the_next_prompt(tiny):
     assert len(calls) == 39
 
 
+def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
+    """The first and the third of four end together, and two prompts take their places."""
+    _, tokenizer = tiny
+    texts = zip(("Once", "Twice", "So", "There", "A wolf", "The king"), (3, 9, 3, 9, 5, 5), strict=True)
+    requests = [Request(tokenizer.encode(text), tokens) for text, tokens in texts]
+    compare_with_each_alone(tiny, requests, PlainRows, 4, stop_ids=frozenset())
+
+
 def test_prompts_wait_until_it_pays_to_run_them(tiny):
     """Of 16 rows two must be free; but no row waits when there is nothing else to do."""
     model, tokenizer = tiny

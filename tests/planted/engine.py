@@ -12,7 +12,6 @@ FAULTS = [
         "engine/rows.py", r"torch\.tensor\(lengths, device", "torch.tensor([max(lengths)] * len(lengths), device", BATCH
     ),
     Fault("engine/rows.py", r"max\(lengths\) \+ 1, ", "max(lengths), ", BATCH),
-    Fault("engine/rows.py", r"\*ids\[-1:\] \*", "*ids[:1] *", BATCH),
     Fault("engine/rows.py", r"cache\.length = past", "cache.length = 0", BATCH),
     Fault("engine/rows.py", r"\(len\(ids\) - 1\) % PREFILL_CHUNK", "-1", BATCH),
     Fault("engine/rows.py", r"self\._compute\(ids_B, max", "self._compute(ids_B, min", BATCH),
