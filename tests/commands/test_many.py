@@ -177,7 +177,7 @@ def test_what_has_come_before_its_turn_is_kept_too(capsys, monkeypatch, chat_mod
     assert run(capsys, *flags, "--output", whole)[0] == 0
     lines = whole.read_text().splitlines(keepends=True)
     ahead = [json.dumps({"number": number, "record": json.loads(lines[number])}) + "\n" for number in (2, 4, 3)]
-    others = ['{"number": 5, "record": {"id": 9, "seed": 1}}\n', "text\n", '{"number": 2.5, "record": 3}\n']
+    others = ['{"number": 5, "record": {"id": 9, "seed": 1}}\n', "text\n", '{"number": 77, "record": {}}\n']
     out.write_text(lines[0])
     aside = tmp_path / "out.jsonl.ahead"
     aside.write_text("".join([*ahead, *others]) + ahead[0][:9])

@@ -196,7 +196,7 @@ def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
 
 
 def test_prompts_wait_until_it_pays_to_run_them(tiny):
-    """Of 16 rows two must be free; but no row waits when there is nothing else to do."""
+    """Of 16 rows two must be free, unless there is nothing else to do; a row that waits keeps its beginning."""
     model, tokenizer = tiny
     step, ids = PlainRows(model, 16, 64), tokenizer.encode("Once upon")
     begun = []
@@ -207,8 +207,15 @@ def test_prompts_wait_until_it_pays_to_run_them(tiny):
             return super()._begin(first, numbers)
 
     lengths = [*range(2, 18), 3, 3, 3]
-    list(Spied(tokenizer, step, [Request(ids, length) for length in lengths], stop_ids=frozenset()))
+    requests, options = [Request(ids, length) for length in lengths], {"stop_ids": frozenset()}
+    endings = list(Spied(tokenizer, step, requests, **options))
     assert begun == [16, 2, 1]
+    longest = alone(tiny, Request(ids, max(lengths)), **options)[0]
+    for ending in endings:
+        assert outcome(ending.completion)[0] == longest[: lengths[ending.number]]
+    begun_NBMJE = step.cache.keys_NBMJE[:, :, : endings[0].completion.cached_tokens]
+    assert begun_NBMJE.shape[2] > 0
+    assert torch.equal(begun_NBMJE, begun_NBMJE[:, :1].expand_as(begun_NBMJE))
 
 
 def test_a_row_that_is_not_a_number_fails_and_leaves_the_others_alone(tiny):
