@@ -196,10 +196,14 @@ def test_ids_without_a_text_are_told_too(capsys):
     assert told == [{"text": "word", "tokens": [5, 6, 2]}, {"text": "", "tokens": [0]}]
 
 
-def test_samples_are_those_of_their_seeds_and_their_order(capsys, chat_model):
+def test_samples_are_those_of_their_seeds_and_in_their_order(capsys, monkeypatch, chat_model):
     flags = [chat_model, "-p", "Once", "-n", 9, "--temperature", 2, "-q"]
     together = run(capsys, *flags, "--num-samples", 3, "--seed", 7)[1]
     assert together == "\n".join(run(capsys, *flags, "--seed", seed)[1] for seed in (7, 8, 9))
+    endings = Batch.__iter__
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "__iter__", lambda batch: reversed(list(endings(batch))))
+        assert run(capsys, *flags, "--num-samples", 3, "--seed", 7)[1] == together
     _code, out, err = run(capsys, *flags[:-1], "--num-samples", 2, "--seed", 7, "--json")
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["seed"] for record in records] == [7, 8]
