@@ -17,6 +17,7 @@ from miniawq.__main__ import VERBS, main
 from miniawq.commands import prompts
 from miniawq.commands.flags import ESSENTIAL, EXAMPLES, build_parser
 from miniawq.commands.telling import write_pieces
+from miniawq.engine.batch import Batch
 from miniawq.engine.sampling import Sampling
 from miniawq.generate import load
 from miniawq.generate import main as generate
