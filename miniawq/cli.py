@@ -5,6 +5,7 @@ stays as it was written. A closed stream reads as empty and swallows what is wri
 """
 
 import argparse
+import difflib
 import errno
 import io
 import logging
@@ -12,8 +13,8 @@ import mmap
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TextIO
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -25,14 +26,58 @@ LEAST_BYTES = 64 << 20
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes `--max_tokens` for `--max-tokens`."""
+    """An ArgumentParser that takes `--max_tokens` for `--max-tokens`, and tells which flag a mistyped one may be.
+
+    Its help has the flags with the destinations `essential` alone, if there are some: --help-all has all.
+    """
+
+    essential: Collection[str] = ()
+    examples: Collection[str] = ()
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_kebab(argument) for argument in args], namespace)
 
     def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[:1] if "unrecognized" in message else []
+        for flag in unknown:
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            nearest = difflib.get_close_matches(flag.partition("=")[0], known, 1)
+            message += f"; did you mean {nearest[0]}?" if nearest and flag.startswith("-") else ""
         super().error(clean(message))
+
+    def format_help(self) -> str:
+        if not self.essential:
+            return super().format_help()
+        actions = [action for action in self._actions if action.dest in self.essential and action.help]
+        lines = [f"  {names_of(action):26} {action.help}" for action in actions]
+        examples = [f"  {example}" for example in self.examples]
+        more = f"{self.prog} --help-all lists every flag, and docs/generate.md tells more."
+        return "\n".join(
+            [self.format_usage(), self.description or "", "", *lines, "", "examples:", *examples, "", more, ""]
+        )
+
+    def format_whole_help(self) -> str:
+        """With every flag."""
+        return super().format_help()
+
+
+class _WholeHelp(argparse.Action):
+    """--help-all."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        assert isinstance(parser, _Parser)
+        parser._print_message(parser.format_whole_help(), sys.stdout)
+        parser.exit()
+
+
+def names_of(action: argparse.Action) -> str:
+    """How a flag is written: its short name, its first long one, and what follows them."""
+    short = [name for name in action.option_strings if not name.startswith("--")]
+    long = [name for name in action.option_strings if name.startswith("--")]
+    value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+    names = ", ".join([*short[:1], *long[:1]])
+    return (names + value) if names else str(action.metavar or action.dest)
 
 
 def _kebab(argument: str) -> str:
@@ -40,9 +85,22 @@ def _kebab(argument: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
 
 
-def parser(verb: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser for `miniawq VERB` with the flags that every verb has."""
-    made = _Parser(prog=f"miniawq {verb}", description=description, epilog=epilog, allow_abbrev=False)
+def parser(
+    verb: str,
+    description: str,
+    epilog: str | None = None,
+    *,
+    essential: Collection[str] = (),
+    examples: Collection[str] = (),
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
+    """A parser for `miniawq VERB` with the flags that every verb has. `essential` and those after it are for a verb
+    with so many flags that its help has the most important ones alone.
+    """
+    made = _Parser(prog=f"miniawq {verb}", description=description, epilog=epilog, usage=usage, allow_abbrev=False)
+    made.essential, made.examples = essential, examples
+    if essential:
+        made.add_argument("--help-all", nargs=0, action=_WholeHelp, help="show every flag")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error, and debug messages")
     made.add_argument("--version", action="version", version=f"miniawq {__version__}")
     return made

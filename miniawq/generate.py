@@ -8,12 +8,12 @@ Shapes: B batch, L positions of the prompt, V vocabulary.
 """
 
 import argparse
-import json
 import logging
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,24 @@ from torch import Tensor
 from miniawq import cli
 from miniawq.checkpoint.hub import hub_options
 from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
-from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
-from miniawq.commands.figures import figures, in_full, in_one_line
-from miniawq.commands.flags import DEFAULT_MAX_TOKENS, build_parser, check_flags, sampling_flags
+from miniawq.commands.context import Context
+from miniawq.commands.figures import in_full, in_one_line
+from miniawq.commands.flags import build_parser, check_flags, sampling_flags
 from miniawq.commands.interactive import converse
+from miniawq.commands.many import ManyPrompts
+from miniawq.commands.samples import Samples
 from miniawq.commands.talking import Talker
+from miniawq.commands.telling import tell
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered
 from miniawq.engine.fitting import check_decoder, check_prompt
-from miniawq.engine.memory import PREFILL_CHUNK, require_memory
+from miniawq.engine.memory import PREFILL_CHUNK, against_plan, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.start import Decoders, PlainStep, Step, threads_for
-from miniawq.errors import InvalidInput, UsageError
+from miniawq.errors import InvalidInput
 from miniawq.hardware import pick_device, threads
 from miniawq.model import Llama
 from miniawq.text.tokenizer import Tokenizer, read_object
@@ -79,6 +83,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     decoder: Step | None = None,
     cached: CachedText | None = None,
+    reading: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
 
@@ -87,7 +92,8 @@ def generate(
     `prefill_chunk` tokens, those of all rows together, to bound the memory they take. `sampling` defaults to greedy,
     `seed` to torch's global generator. A `decoder` computes the steps after the prompt in place of the model; it must
     have the same `sampling`. `cached` says what its cache holds of the last text, and what it shares with this one is
-    not computed again; for prompts without padding.
+    not computed again; for prompts without padding. `reading` is given the pieces and gives them back one by one: a
+    progress bar.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens, padding_B)
@@ -99,7 +105,7 @@ def generate(
     cached, length = cached or CachedText(), decoder.cache.length
     decoder.begin(tokens_BL, padding_B, fold_seed(seed))
     decoder.cache.length = cached.begin(tokens_BL, length)
-    for chunk_BL in tokens_BL[:, decoder.cache.length :].split(max(1, prefill_chunk // batch), dim=1):
+    for chunk_BL in reading(tokens_BL[:, decoder.cache.length :].split(max(1, prefill_chunk // batch), dim=1)):
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
@@ -146,20 +152,27 @@ def _run(arguments: argparse.Namespace) -> None:
     device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
     stated = read_object(checkpoint.directory / "generation_config.json")
     sampling = Sampling.choose(stated, **sampling_flags(arguments))
-    prompt = None if arguments.interactive else prompts.read_prompt(arguments, tokenizer)
-    if prompt is None and not tokenizer.has_chat_template:
-        raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
+    prompts.check_template(arguments, tokenizer)
     dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
-    writer = Writer(arguments, checkpoint, tokenizer, sampling, device)
+    context = Context(arguments, checkpoint.model_config.max_position_embeddings)
+    context.fit(checkpoint, device, dtype)
+    writer = Writer(arguments, tokenizer, sampling, context, device)
+    prompt = None if arguments.interactive or arguments.prompts else prompts.read_prompt(arguments, tokenizer)
+    several = writer.several(prompt)
+    rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
+    needed = None
     if arguments.memory_check:
-        require_memory(checkpoint, device, dtype, max_seq_len=writer.positions(prompt))
-    model = load_model(checkpoint, device, dtype)
-    with threads(threads_for(model)):
+        needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
+    with against_plan(needed):
+        model = load_model(checkpoint, device, dtype)
+    with against_plan(needed), threads(threads_for(model)):
         writer.use(model, time.perf_counter() - started)
-        if prompt is None:
-            converse(Talker(writer), prompts.system_message(arguments))
+        if several is not None:
+            several.write()
+        elif prompt is not None:
+            tell(writer, prompt[0], *writer.begin(*prompt))
         else:
-            writer.write_all(*prompt)
+            converse(Talker(writer), prompts.system_message(arguments))
         writer.decoders.wait()
 
 
@@ -169,59 +182,41 @@ class Writer:
     def __init__(
         self,
         arguments: argparse.Namespace,
-        checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         sampling: Sampling,
+        context: Context,
         device: torch.device,
     ) -> None:
-        self.arguments, self.tokenizer, self.sampling = arguments, tokenizer, sampling
-        longest = checkpoint.model_config.max_position_embeddings
-        self.limit = longest if arguments.max_seq_len is None else arguments.max_seq_len
-        if not 0 < self.limit <= longest:
-            why = f"config.json: max_position_embeddings = {longest}"
-            raise UsageError(f"--max-seq-len {arguments.max_seq_len} is out of range", why, f"give {longest} or less")
+        self.arguments, self.tokenizer, self.sampling, self.context = arguments, tokenizer, sampling, context
+        self.texts_told = 0
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
         wanted: bool | None = arguments.compile
         self.decoders = Decoders(
             sampling,
-            self.limit,
+            context.limit,
             device,
             wanted=wanted,
             streams=not is_reproducible,
             converses=arguments.interactive,
         )
 
+    def several(self, prompt: tuple[str, bool] | None) -> ManyPrompts | Samples | None:
+        """What is written at once: --prompts, or --num-samples; None for one text, or a conversation."""
+        if self.arguments.prompts:
+            return ManyPrompts(self)
+        wants_rows = self.arguments.num_samples > 1 or self.arguments.logprobs is not None
+        return Samples(self, *prompt) if prompt is not None and wants_rows else None
+
     def positions(self, prompt: tuple[str, bool] | None) -> int:
-        """Positions that the kv cache will have: of prompt and answer, or of a conversation as far as --max-seq-len
-        says.
-        """
-        if prompt is None:
-            wanted = self.arguments.max_seq_len or max(self.arguments.max_tokens or 0, DEFAULT_MAX_TOKENS)
-            return self.decoders.room(min(self.limit, wanted))
-        length = len(self.encode(*prompt))
-        return self.decoders.room(length + self.room(length))
+        """Positions that the kv cache will have: of a prompt and its answer, or of a conversation (None)."""
+        return self.decoders.room(self.context.wanted(None if prompt is None else len(self.encode(*prompt))))
 
     def use(self, model: Llama, load_seconds: float) -> None:
         """Write with this model from now on."""
         self.model, self.load_seconds = model, load_seconds
         self.decoders.use(model)
-
-    def write_all(self, prompt: str, is_chat: bool) -> None:
-        """All samples of one prompt."""
-        for number in range(self.arguments.num_samples):
-            completion, seed = self.begin(prompt, is_chat)
-            try:
-                if self.arguments.json:
-                    list(completion)
-                    print(json.dumps({"prompt": prompt} | figures(self, completion, seed), ensure_ascii=False))
-                else:
-                    is_story = not prompts.is_given(self.arguments)
-                    print("\n" if number else "", prompt if is_story else "", sep="", end="")
-                    write_text(completion)
-            finally:
-                self.report(completion, seed)
 
     def report(self, completion: Completion, seed: int) -> None:
         """Say on stderr how it went."""
@@ -230,15 +225,13 @@ class Writer:
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion with the next seed."""
-        if self.arguments.show_prompt:
-            cli.say(prompt, limit=None)
+        prompts.show(self.arguments, prompt)
         prompt_ids = self.encode(prompt, is_chat)
         seed, self.next_seed = self.next_seed, (self.next_seed + 1) % SEEDS
-        ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
-        max_tokens, wanted = self.room(len(prompt_ids)), self.arguments.max_tokens
+        max_tokens, wanted = self.context.room(len(prompt_ids)), self.arguments.max_tokens
         if wanted is not None and wanted > max_tokens:
             told = "only %d new tokens fit after a prompt of %d in a context of %d"
-            log.info(told, max_tokens, len(prompt_ids), self.limit)
+            log.info(told, max_tokens, len(prompt_ids), self.context.limit)
         decoder = self.decoders.for_text(len(prompt_ids) + max_tokens)
         completion = complete(
             self.model,
@@ -246,11 +239,12 @@ class Writer:
             prompt_ids,
             max_tokens=max_tokens,
             stop=self.arguments.stop,
-            stop_ids=frozenset() if self.arguments.ignore_eos else ends,
+            stop_ids=self.ends(is_chat),
             sampling=self.sampling,
             seed=seed,
             decoder=decoder,
             cached=self.decoders.cached,
+            reading=partial(prompts.bar, is_quiet=self.arguments.quiet),
         )
         return completion, seed
 
@@ -258,22 +252,10 @@ class Writer:
         """The ids of a prompt; a chat template writes its own special tokens."""
         return self.tokenizer.encode(prompt, add_special_tokens=not is_chat)
 
-    def room(self, prompt_length: int) -> int:
-        """How many tokens to generate: as many as asked for, or as fit."""
-        wanted, left = self.arguments.max_tokens, self.limit - prompt_length
-        if left < 1:
-            why = f"it has {prompt_length} tokens, and prompt and answer together may have {self.limit}"
-            raise InvalidInput("the prompt does not fit into the context", why, "shorten it, or begin again")
-        return left if wanted == -1 else min(wanted or DEFAULT_MAX_TOKENS, left)
-
-
-def write_text(completion: Completion) -> None:
-    """Each piece as it comes, and an end of line even if it is interrupted."""
-    try:
-        for piece in completion:
-            print(piece, end="", flush=True)
-    finally:
-        print(flush=True)
+    def ends(self, is_chat: bool) -> frozenset[int]:
+        """The ids that end an answer; a checkpoint may name only the one that ends a document."""
+        ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
+        return frozenset() if self.arguments.ignore_eos else ends
 
 
 if __name__ == "__main__":

@@ -133,10 +133,10 @@ def rope_tables(rope: RopeConfig, positions_L: Tensor, length: int, dtype: torch
 
 
 def apply_rope(x_BHLE: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair of channels (e, e + E/2) by its angle."""
-    cos_LE, sin_LE = rope
+    """Turn each pair of channels (e, e + E/2) by its angle, of tables [L, E] for all rows, or [B, 1, L, E]."""
+    cos, sin = rope
     first, second = x_BHLE.chunk(2, dim=-1)
-    return x_BHLE * cos_LE + torch.cat((-second, first), dim=-1) * sin_LE
+    return x_BHLE * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class KVCache:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from miniawq import generate, hardware
+from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
+from miniawq.engine.memory import footprint
 from miniawq.engine.step import DecodeStep
 from miniawq.errors import DoesNotFit, NotFound, UsageError
 from miniawq.generate import build_parser, complete, load, main
@@ -22,11 +24,14 @@ from tests.helpers import tiny_checkpoints
 from tests.helpers.chat_models import make_chat_model
 
 FLAGS = """
---cache-dir --chat-template-kwargs --compile --debug --device --dtype --file --frequency-penalty --greedy --help
---ignore-eos --interactive --json --local-files-only --max-seq-len --max-tokens --messages --min-p --model
---no-compile --no-memory-check --num-samples --offline --presence-penalty --prompt --quiet --raw --repetition-penalty
---revision --seed --show-prompt --stats --stop --system-prompt --temperature --token --top-k --top-p --version
--h -i -m -n -p -q
+--batch-size --cache-dir --chat --chat-template-config --chat-template-kwargs --compile --context-shift --ctx-size
+--debug --device --dtype --file --frequency-penalty --greedy --help --help-all --ignore-eos --interactive --json
+--local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p
+--model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples
+--offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw
+--repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --stats --stop --system
+--system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version
+-c -f -h -i -m -n -o -p -q -v
 """
 
 
@@ -183,7 +188,8 @@ def test_a_chat_model_gets_its_template_unless_raw(capsys, tmp_path, chat_model)
     assert prompt_of(capsys, chat_model, "--messages", tmp_path / "object.json") == user + answer + "1 tools"
 
 
-def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_model):
+def test_a_conversation_remembers_and_can_be_cleared(capsys, caplog, monkeypatch, chat_model):
+    caplog.set_level(logging.INFO, logger="miniawq")
     lines = iter(["Hi", "", "/what", "And?", "/clear", "Again", "x" * 500, "/bye", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     code, out, err = run(capsys, chat_model, "-i", "-n", 3, "--greedy", "--show-prompt", "--system-prompt", "Be brief.")
@@ -198,6 +204,7 @@ def test_a_conversation_remembers_and_can_be_cleared(capsys, monkeypatch, chat_m
     assert "there is no /what" in err
     assert err.count("begin again with this system message") == 1
     assert "the prompt does not fit into the context" in err
+    assert "forgotten" not in caplog.text
     assert list(lines) == ["never read"]
 
 
@@ -277,7 +284,7 @@ def test_sigint_ends_a_story_at_once():
     ("flags", "code", "message"),
     [
         (["-m", "here", "there", "-p", "x"], 2, "two models are given"),
-        (["here"], 2, "there is no prompt\n  give --prompt, --file, --messages or --interactive"),
+        (["here"], 2, "there is no prompt\n  give --prompt, --file, --messages, --prompts or --interactive"),
         (["here", "-i", "--json"], 2, "--interactive goes with neither --json nor --num-samples"),
         (["here", "-i", "--raw"], 2, "--raw goes with none of"),
         (["here", "-p", "x", "--raw", "--system-prompt", "y"], 2, "--raw goes with none of"),
@@ -294,7 +301,7 @@ def test_sigint_ends_a_story_at_once():
         (["--device", "warp"], 2, "device 'warp' cannot be used"),
         (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be a number above 0 and at most 1"),
         (["-p", "x", "--system-prompt", "y"], 1, "this checkpoint has no chat template"),
-        (["-p", "king " * 600], 1, "the prompt does not fit into the context\n  it has 6"),
+        (["-p", "king " * 600], 1, "the prompt does not fit into the context\n  it has 602 tokens, 91 too many"),
         (["-p", "king", "--max-seq-len", "2"], 1, "prompt and answer together may have 2"),
         (["--file", "no/such/file"], 5, "cannot read the text no/such/file"),
         (["no/such/directory/", "-p", "x"], 5, "there is no directory no/such/directory/"),
@@ -311,7 +318,8 @@ def test_errors_say_what_why_and_what_to_do(capsys, flags, code, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-p", "a", "--file", "b"], "not allowed with argument"),
+        (["--max-token", "3"], "unrecognized arguments: --max-token; did you mean --max-tokens?"),
+        (["--temprature=1"], "did you mean --temperature?"),
         (["--greedy", "--temperature", "1"], "not allowed with argument"),
         (["--stats", "--quiet"], "not allowed with argument"),
         (["--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object"),
@@ -371,14 +379,78 @@ def test_the_compiled_step_writes_the_same_text(capsys, monkeypatch, chat_model)
 
     monkeypatch.setattr("miniawq.engine.start.DecodeStep", step)
     monkeypatch.setattr("miniawq.engine.memory.SMALLEST_CACHE", 8)
-    flags = [chat_model, "-p", "Once", "--raw", "-n", 9, "--temperature", 2, "--seed", 1, "--num-samples", 2, "--json"]
-    plain = [json.loads(line) for line in run(capsys, *flags, "--no-compile")[1].splitlines()]
+    flags = [chat_model, "-p", "Once", "--raw", "-n", 9, "--temperature", 2, "--seed", 1, "--json"]
+    plain = json.loads(run(capsys, *flags, "--no-compile")[1])
     assert not made
-    quick = [json.loads(line) for line in run(capsys, *flags, "--compile")[1].splitlines()]
-    assert [record["text"] for record in quick] == [record["text"] for record in plain]
-    assert len(made) == 1, "one step for all samples"
+    quick = json.loads(run(capsys, *flags, "--compile")[1])
+    assert quick["text"] == plain["text"]
     assert made[0].cache.max_seq_len == 16
-    assert (plain[0]["compile_s"], quick[0]["compile_s"]) == (0, 1000)
+    assert (plain["compile_s"], quick["compile_s"]) == (0, 1000)
+
+
+def lines_of_user(monkeypatch, *lines):
+    typed = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+
+
+def test_a_full_context_forgets_the_oldest_turns(capsys, caplog, monkeypatch, chat_model):
+    """And never the system message; the answer has the room that it is to have."""
+    lines_of_user(monkeypatch, *["What do you know of it?"] * 4, "/bye")
+    flags = [chat_model, "-i", "-n", 9, "--ignore-eos", "--greedy", "--show-prompt", "--system-prompt", "So."]
+    with caplog.at_level(logging.INFO, logger="miniawq"):
+        code, _, err = run(capsys, *flags)
+    assert code == 0
+    assert caplog.text.count("the context is full: the oldest 4 messages are forgotten") == 1
+    sent = re.findall(r"<\|im_start\|>system.*?<\|im_start\|>assistant\n(?=\n)", err, re.DOTALL)
+    assert [prompt.count("<|im_start|>user") for prompt in sent] == [1, 2, 1, 2]
+    assert all(prompt.startswith("<|im_start|>system\nSo.") for prompt in sent)
+    assert "does not fit" not in err
+    lines_of_user(monkeypatch, *["What do you know of it?"] * 4, "/bye")
+    code, _, err = run(capsys, *flags, "--no-context-shift")
+    assert code == 0
+    assert "the prompt does not fit into the context" in err
+
+
+def test_a_context_that_nobody_has_set_is_fitted_to_free_memory(capsys, caplog, monkeypatch, fairytales):
+    checkpoint, dtype = open_checkpoint(fairytales), torch.float32
+    free = footprint(checkpoint, dtype, device="cpu", max_seq_len=200).total
+    monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: DeviceMemory("cpu", 1 << 33, free))
+    flags = [fairytales, "-p", "Once", "-n", -1, "--greedy", "--ignore-eos", "--json"]
+    with caplog.at_level(logging.INFO, logger="miniawq"):
+        code, out, _ = run(capsys, *flags)
+    assert code == 0
+    record = json.loads(out)
+    assert record["prompt_tokens"] + record["generation_tokens"] == 192
+    assert "the context has 192 tokens, as many as fit into free memory; the model's own has 512" in caplog.text
+    code, _, err = run(capsys, *flags, "--max-seq-len", 300)
+    assert code == 4
+    assert "--max-seq-len 192 fits" in err
+    code, _, err = run(capsys, fairytales, "-p", "king " * 300, "-n", 1)
+    assert code == 1
+    assert "too many: prompt and answer together may have 192, as many as fit into free memory" in err
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(1.05, True), (1.2, False)])
+def test_the_plan_is_told_before_loading_where_memory_is_tight(share, is_told, capsys, caplog, monkeypatch, fairytales):
+    needed = footprint(open_checkpoint(fairytales), torch.float32, device="cpu", max_seq_len=5).total
+    memory = DeviceMemory("cpu", 1 << 33, int(share * needed))
+    monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: memory)
+    with caplog.at_level(logging.INFO, logger="miniawq"):
+        assert run(capsys, fairytales, "-p", "Once", "-n", 2, "--greedy")[0] == 0
+    assert ("memory is tight: 0." in caplog.text) == is_told
+
+
+def test_a_prompt_in_pieces_has_a_bar(chat_model):
+    model, tokenizer = load(chat_model)
+    seen = []
+
+    def bar(pieces):
+        for piece in pieces:
+            seen.append(piece.shape[1])
+            yield piece
+
+    list(complete(model, tokenizer, [5] * 10, max_tokens=1, prefill_chunk=4, reading=bar))
+    assert seen == [4, 4, 2]
 
 
 def test_a_longer_conversation_gets_a_longer_cache(capsys, monkeypatch, chat_model):
@@ -404,7 +476,8 @@ def test_a_full_device_is_told_apart(capsys, monkeypatch, fairytales):
     monkeypatch.setattr(generate, "load_model", load_model)
     code, _, err = run(capsys, fairytales, "-p", "Once")
     assert code == 4
-    assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.\n" in err
+    assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.; planned 0." in err
+    assert re.search(r" GiB, measured \d+\.\d\d [MG]iB\n  give a smaller --max-seq-len or --batch-size", err)
 
 
 def test_what_cannot_fit_is_told_before_the_weights_are_read(capsys, monkeypatch, fairytales):
@@ -434,7 +507,7 @@ def test_the_plan_counts_prompt_and_answer_and_the_room_of_a_compiled_step(
     """All positions of the cache that will be made: with -1, a long prompt, and a step that rounds up."""
     prompt, seen = "king " * words, []
 
-    def refuse(*_, max_seq_len):
+    def refuse(*_, batch, max_seq_len):
         seen.append(max_seq_len)
         raise DoesNotFit("seen")
 

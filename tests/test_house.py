@@ -18,6 +18,9 @@ from miniawq import compiled
 from miniawq.__main__ import VERBS, main
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.compiled import products, proof
+from miniawq.engine.batch import Batch, Request
+from miniawq.engine.rows import PlainRows
+from miniawq.engine.sampling import Sampling
 from miniawq.engine.step import DecodeStep
 from miniawq.generate import generate, load
 from miniawq.oracle.contract import FUNCTIONS
@@ -226,6 +229,9 @@ def write_text() -> None:
     model, tokenizer = load(None, device="cpu")
     prompt_BL = torch.tensor([tokenizer.encode("Once upon a time")] * 2)
     list(generate(model, prompt_BL, max_tokens=3))
+    sampling = Sampling(temperature=1.0, top_k=5, presence_penalty=0.5)
+    requests = [Request(tokenizer.encode(text), 3) for text in ("Once", "Once upon a time", "A wolf")]
+    list(Batch(tokenizer, PlainRows(model, 2, 16), requests, sampling=sampling, logprobs=2))
     for encode, decode in LAYOUTS.values():
         decode(encode(quantize(torch.randn(24, 64), 32, symmetric_grid)), 32)
 

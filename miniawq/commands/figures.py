@@ -4,6 +4,7 @@ import dataclasses
 from argparse import Namespace
 from typing import Any, Protocol
 
+from miniawq.commands.context import Context
 from miniawq.engine.completion import Completion
 from miniawq.engine.memory import bytes_per_token
 from miniawq.engine.sampling import Sampling
@@ -23,9 +24,17 @@ class Writing(Protocol):
     tokenizer: Tokenizer
     load_seconds: float
     next_seed: int
+    context: Context
+    texts_told: int
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion, and its seed."""
+
+    def encode(self, prompt: str, is_chat: bool) -> list[int]:
+        """The ids of a prompt."""
+
+    def ends(self, is_chat: bool) -> frozenset[int]:
+        """The ids that end an answer."""
 
     def report(self, completion: Completion, seed: int) -> None:
         """Say how it went, if the user wants to know."""

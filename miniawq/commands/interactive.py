@@ -11,6 +11,7 @@ from miniawq.checkpoint.shards import disk_errors
 from miniawq.cli import say
 from miniawq.commands.editor import Reader
 from miniawq.commands.prompts import read_messages
+from miniawq.commands.thoughts import styled
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.text.chat import Message
 
@@ -18,7 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class Speaker(Protocol):
-    """What answers."""
+    """What answers; `begins_in_thought` says whether its last answer did."""
+
+    begins_in_thought: bool
+
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """Those that fit into the context, the latest ones."""
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
         """The next message in pieces."""
@@ -71,8 +77,9 @@ class Conversation:
         command.act(self, words)
 
     def _ask(self, question: str) -> None:
-        self.messages.append({"role": "user", "content": question})
-        text = write_answer(self.speaker.answer(list(self.messages)))
+        self.messages = self.speaker.fit([*self.messages, {"role": "user", "content": question}])
+        pieces = self.speaker.answer(list(self.messages))
+        text = write_answer(pieces, self.speaker.begins_in_thought)
         self.messages.append({"role": "assistant", "content": text})
 
     def clear(self, _: list[str]) -> None:
@@ -148,12 +155,17 @@ def converse(speaker: Speaker, opening: Sequence[Message] = ()) -> None:
         conversation.take(line)
 
 
-def write_answer(pieces: Iterator[str]) -> str:
+def write_answer(pieces: Iterator[str], in_thought: bool) -> str:
     """An answer, written as it comes; what there was of it if the user stops it."""
     text: list[str] = []
-    try:
+
+    def noted() -> Iterator[str]:
         for piece in pieces:
             text.append(piece)
+            yield piece
+
+    try:
+        for piece in styled(noted(), in_thought):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         say(" [stopped]", end="")

@@ -2,54 +2,92 @@
 
 import argparse
 import json
+import logging
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
+from miniawq import cli
 from miniawq.errors import InvalidInput, UsageError
 from miniawq.text.chat import Message, check_variables
 from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0  # seconds until a wait is told
 DEMO_PROMPT = "Once upon a time"
+Tools = list[dict[str, Any]] | None
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `read_prompt` and `system_message` read."""
-    add = parser.add_argument_group("prompt").add_mutually_exclusive_group().add_argument
-    add("--prompt", "-p", metavar="TEXT", help="text, or - for stdin")
-    add("--file", type=Path, help="file with the prompt")
-    add("--messages", type=Path, help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
-    add("--interactive", "-i", action="store_true", help="talk with a chat model")
+    together = "text, file and pipe follow each other, if several are given"
+    add = parser.add_argument_group("prompt", together).add_argument
+    add("--prompt", "-p", metavar="TEXT", help="text to answer or to continue; - for stdin")
+    add("--file", "-f", type=Path, metavar="FILE", help="file with the prompt")
+    add("--messages", type=Path, metavar="FILE", help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
+    add("--interactive", "--chat", "-i", action="store_true", help="talk with a chat model")
+    add("--prompts", type=Path, metavar="FILE", help="one a line, or JSONL: prompt or messages, and id")
     add = parser.add_argument_group("chat template").add_argument
-    add("--system-prompt", metavar="TEXT", help="system message of the conversation")
-    add("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    add("--chat-template-kwargs", metavar="JSON", type=_json_object, default={}, help="variables for the template")
-    add(
-        "--show-prompt",
-        action="store_true",
-        help="show the text that the model continues, on stderr, control characters as escapes",
-    )
+    add("--system-prompt", "--system", metavar="TEXT", help="system message of the conversation")
+    thinks = "whether a thinking model thinks (the template's)"
+    add("--think", action=argparse.BooleanOptionalAction, help=thinks)
+    add("--prefill-response", metavar="TEXT", help="what the answer begins with")
+    add("--raw", "--no-chat-template", action="store_true", help="continue the text as it is, without the template")
+    names = "--chat-template-kwargs", "--chat-template-config"
+    add(*names, metavar="JSON", type=_json_object, default={}, help="variables for the template")
+    shown = "show the text that the model continues, on stderr, control characters as escapes"
+    add("--show-prompt", action="store_true", help=shown)
 
 
-def is_given(arguments: argparse.Namespace) -> bool:
-    """Whether the user gives a prompt; the demo has one of its own."""
-    return any((arguments.prompt is not None, arguments.file, arguments.messages, arguments.interactive))
+def is_story(arguments: argparse.Namespace, prompt: str) -> bool:
+    """Whether the demo begins in its own words, which are part of what it tells."""
+    return arguments.prompt is None and not arguments.messages and prompt == DEMO_PROMPT
 
 
 def check_prompt_flags(arguments: argparse.Namespace) -> None:
     """UsageError on flags that do not go together."""
     check_variables(arguments.chat_template_kwargs)
-    if arguments.model and not is_given(arguments):
-        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages or --interactive")
+    text = arguments.prompt is not None or arguments.file is not None
+    sources = {
+        "--prompt or --file": text,
+        "--messages": arguments.messages,
+        "--prompts": arguments.prompts,
+        "--interactive": arguments.interactive,
+    }
+    given = [flag for flag, value in sources.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} do not go together", "each of them is the whole prompt", "give one")
+    if arguments.model and not given and not is_piped():
+        raise UsageError("there is no prompt", "", "give --prompt, --file, --messages, --prompts or --interactive")
     needs_template = (
         arguments.system_prompt,
+        arguments.prefill_response,
+        arguments.think is not None,
         arguments.messages,
         arguments.chat_template_kwargs,
         arguments.interactive,
     )
     if arguments.raw and any(needs_template):
-        what = "--raw goes with none of --system-prompt, --messages, --interactive and --chat-template-kwargs"
-        raise UsageError(what, "they are for the chat template, which --raw leaves out")
+        names = "--system-prompt, --prefill-response, --think, --messages, --interactive and --chat-template-kwargs"
+        raise UsageError(f"--raw goes with none of {names}", "they are for the chat template, which --raw leaves out")
+
+
+def check_template(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """UsageError if the checkpoint's template, or its absence, does not go with the flags."""
+    if (arguments.interactive or arguments.prefill_response) and not tokenizer.has_chat_template:
+        raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
+    if arguments.think is not None and not tokenizer.template_mentions("enable_thinking"):
+        why = "its chat template never asks for enable_thinking"
+        raise UsageError("this model cannot be told to think, or not to", why, "leave --think and --no-think out")
 
 
 def system_message(arguments: argparse.Namespace) -> list[Message]:
@@ -59,33 +97,93 @@ def system_message(arguments: argparse.Namespace) -> list[Message]:
 
 def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, bool]:
     """The text to continue, and whether the chat template wrote it."""
-    tools = None
     if arguments.messages:
-        messages, tools = read_messages(arguments.messages)
-    else:
-        text = DEMO_PROMPT if arguments.prompt is None else arguments.prompt
-        if arguments.file or arguments.prompt == "-":
-            text = read_text(arguments.file or "-")
-        if arguments.raw or not (tokenizer.has_chat_template or arguments.system_prompt):
-            return text, False
-        messages = [{"role": "user", "content": text}]
-    conversation = system_message(arguments) + messages
-    return tokenizer.render_chat(conversation, tools=tools, **arguments.chat_template_kwargs), True
+        return as_turn(arguments, tokenizer, *read_messages(arguments.messages)), True
+    typed = "" if arguments.prompt in (None, "-") else arguments.prompt
+    read = read_text(arguments.file) if arguments.file else ""
+    piped = read_stdin() if arguments.prompt == "-" or is_piped() else ""
+    text = "\n\n".join(part for part in (typed, read, piped) if part)
+    if not text and arguments.prompt is None and not arguments.file:
+        if arguments.model:
+            raise UsageError("there is no prompt", "the pipe was empty", "give --prompt, or write into the pipe")
+        text = DEMO_PROMPT
+    return as_prompt(arguments, tokenizer, text), is_chat(arguments, tokenizer)
 
 
-def read_messages(path: Path) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def is_piped() -> bool:
+    """Whether stdin is a pipe or a file, which somebody has chosen; not a terminal, nor /dev/null."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed, or no file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def read_stdin() -> str:
+    """All of stdin. After a while it is said what is waited for: the pipe of another program may stay open."""
+    waits = threading.Timer(PATIENCE, lambda: log.info("reading the prompt from stdin, until it is closed"))
+    waits.daemon = True
+    waits.start()
+    try:
+        return read_text("-")
+    finally:
+        waits.cancel()
+
+
+def is_chat(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:
+    """Whether a text becomes a message; a base model continues it."""
+    return not arguments.raw and bool(tokenizer.has_chat_template or arguments.system_prompt)
+
+
+def as_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer, text: str) -> str:
+    """A text of the user as the model gets it."""
+    return as_turn(arguments, tokenizer, [{"role": "user", "content": text}]) if is_chat(arguments, tokenizer) else text
+
+
+def as_turn(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None
+) -> str:
+    """A conversation as the model gets it, after the system message of the flag."""
+    return rendered(arguments, tokenizer, [*system_message(arguments), *messages], tools)
+
+
+def rendered(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None
+) -> str:
+    """A conversation as the template writes it, up to the beginning of the answer."""
+    thinks = {} if arguments.think is None else {"enable_thinking": arguments.think}
+    text = tokenizer.render_chat(messages, tools=tools, **arguments.chat_template_kwargs | thinks)
+    return text + (arguments.prefill_response or "")
+
+
+def read_messages(path: Path) -> tuple[list[Message], Tools]:
     """The messages and tools of a JSON file."""
     text = read_text(path)
     try:
-        given = json.loads(text)
-        messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
-        for name, listed in (("messages", messages), ("tools", tools or [])):
-            if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-                raise TypeError(f"{name} are not a list of objects")
-        return messages, tools
+        return messages_in(json.loads(text))
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         why, fix = f"{path}: {type(error).__name__}: {error}", 'write [{"role": "user", "content": "..."}]'
         raise InvalidInput("the messages cannot be read", why, fix) from error
+
+
+def messages_in(given: Any) -> tuple[list[Message], Tools]:
+    """Those of a list of messages, or of an object that has them; TypeError or KeyError if it is neither."""
+    messages, tools = (given["messages"], given.get("tools")) if isinstance(given, dict) else (given, None)
+    for name, listed in (("messages", messages), ("tools", tools or [])):
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+            raise TypeError(f"{name} are not a list of objects")
+    return messages, tools
+
+
+def show(arguments: argparse.Namespace, prompt: str) -> None:
+    """Say what the model continues, if --show-prompt asks for it."""
+    if arguments.show_prompt:
+        cli.say(prompt, limit=None)
+
+
+def bar(pieces: Sequence[Tensor], is_quiet: bool) -> Iterable[Tensor]:
+    """The pieces of a prompt, with a bar at a terminal if they take longer than a second."""
+    return tqdm(pieces, "reading the prompt", unit="piece", leave=False, delay=1, disable=is_quiet or None)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -20,33 +20,33 @@ SMALLEST_HEAD = 16  # channels that FlexAttention's kernel can multiply
 WANTED_PROGRAMS, NEEDED_PROGRAMS, FEWEST_PARTS, MANY_PARTS, MOST_PARTS = 512, 128, 2, 8, 16
 
 
-def first_seen(position_1: Tensor, padding_B: Tensor, window: int | None) -> Tensor:
+def first_seen(position_B: Tensor, padding_B: Tensor, window: int | None) -> Tensor:
     """The first position that the new token of each row sees: after the padding, and of the last `window`."""
-    return padding_B if window is None else torch.maximum(padding_B, position_1 + 1 - window)
+    return padding_B if window is None else torch.maximum(padding_B, position_B + 1 - window)
 
 
-def mask_of(position_1: Tensor, first_B: Tensor, end: int) -> Tensor:
+def mask_of(position_B: Tensor, first_B: Tensor, end: int) -> Tensor:
     """What is seen among the first `end` positions of the cache, bool [B, 1, 1, M]."""
     key_M = torch.arange(end, device=first_B.device)
-    return ((key_M <= position_1) & (key_M >= first_B[:, None]))[:, None, None]
+    return ((key_M <= position_B[:, None]) & (key_M >= first_B[:, None]))[:, None, None]
 
 
 class Blocks(NamedTuple):
     """What is seen, as FlexAttention takes it: positions, and a table of the blocks of the cache that hold them."""
 
-    position_1: Tensor
+    position_B: Tensor
     first_B: Tensor
     block_count: Tensor
     block_index: Tensor
 
 
-def blocks_of(position_1: Tensor, first_B: Tensor, room: int) -> Blocks:
-    """From the first position of each row to the new token's, in a cache with room for `room`."""
+def blocks_of(position_B: Tensor, first_B: Tensor, room: int) -> Blocks:
+    """From the first position of each row to its new token's, in a cache with room for `room`."""
     first_block_B = first_B // BLOCK
-    count_B = position_1 // BLOCK + 1 - first_block_B
+    count_B = position_B // BLOCK + 1 - first_block_B
     # At least two blocks, because a dimension of size 1 would be compiled in.
     blocks_of_rows = first_block_B[:, None] + torch.arange(room // BLOCK + 2, device=first_B.device)
-    return Blocks(position_1, first_B, count_B[:, None, None].int(), blocks_of_rows[:, None, None].int())
+    return Blocks(position_B, first_B, count_B[:, None, None].int(), blocks_of_rows[:, None, None].int())
 
 
 def block_attention(
@@ -59,7 +59,7 @@ def block_attention(
     """
 
     def sees(row: Tensor, _head: Tensor, _query: Tensor, position: Tensor) -> Tensor:
-        return (position <= blocks.position_1[0]) & (position >= blocks.first_B[row])
+        return (position <= blocks.position_B[row]) & (position >= blocks.first_B[row])
 
     rows, room, kv_heads, _ = keys_BMJE.shape
     mask = BlockMask.from_kv_blocks(

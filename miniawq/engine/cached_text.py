@@ -26,7 +26,7 @@ class CachedText:
         """
         before, self.rows = self.rows, tokens_BL.tolist()
         fits = len(before) == len(self.rows)
-        same = map(_common, before, self.rows) if fits else [0]
+        same = map(common_length, before, self.rows) if fits else [0]
         self.kept = min(length, tokens_BL.shape[1] - 1, *same)
         return self.kept
 
@@ -40,6 +40,6 @@ class CachedText:
         self.rows = []
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the beginning that both have."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

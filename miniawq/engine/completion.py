@@ -30,7 +30,7 @@ class StopStrings:
         if ends:
             end, _, self.found = min(ends)
             return text[: end - len(self.found)]
-        kept = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        kept = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
@@ -38,11 +38,11 @@ class StopStrings:
         """What was held back for a stop string that did not come."""
         return "" if self.found is not None else self._held
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that begins `stop`."""
-        longest = min(len(stop) - 1, len(text))
-        return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, and is not all of it."""
+    longest = min(len(stop) - 1, len(text))
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 class Completion:

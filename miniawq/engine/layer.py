@@ -53,15 +53,15 @@ Arguments = tuple[Any, ...]
 
 
 def before_attention(
-    config: LlamaConfig, layer: Layer, prepared: Prepared, rope: Rope, position_1: Tensor, cache_UJE: Tensor
+    config: LlamaConfig, layer: Layer, prepared: Prepared, rope: Rope, position_B: Tensor, cache_UJE: Tensor
 ) -> None:
     """Write the queries, keys and values of the normed residual stream into their slots of the layer's cache."""
     qkv_BO = multiply(layer.qkv, prepared)[: layer.rows]
-    rotate_into_cache(config, layer.qk_norm_AE, qkv_BO, rope, position_1, cache_UJE)
+    rotate_into_cache(config, layer.qk_norm_AE, qkv_BO, rope, position_B, cache_UJE)
 
 
 def rotate_into_cache(
-    config: LlamaConfig, qk_norm_AE: Tensor | None, qkv_BO: Tensor, rope: Rope, position_1: Tensor, cache_UJE: Tensor
+    config: LlamaConfig, qk_norm_AE: Tensor | None, qkv_BO: Tensor, rope: Rope, position_B: Tensor, cache_UJE: Tensor
 ) -> None:
     """What the product of q, k and v has made, with queries and keys normed and rotated, into its slots.
 
@@ -75,13 +75,13 @@ def rotate_into_cache(
         # One weight for each head, which the library's norm does not take.
         normed_BAE = qk_norm_AE * torch.nn.functional.rms_norm(new_BAE, (size,), eps=config.rms_norm_eps)
         new_BAE = written(torch.where(is_value_A.unsqueeze(1), new_BAE, normed_BAE))
-    cos_1E, sin_1E = rope
+    cos_B1E, sin_B1E = (table_BE.unsqueeze(1) for table_BE in rope)
     # `apply_rope`: the partner of each channel, and whether it is taken away.
     partner_BAE = new_BAE.unflatten(2, (2, -1)).flip(2).flatten(2)
-    turned_BAE = new_BAE * cos_1E + partner_BAE * torch.where(place_E < size // 2, -sin_1E, sin_1E)
+    turned_BAE = new_BAE * cos_B1E + partner_BAE * torch.where(place_E < size // 2, -sin_B1E, sin_B1E)
     shared = heads // kv_heads
     room = (len(cache_UJE) - rows * shared) // (2 * rows)
-    place_BA = rows * shared + (row_B1 + rows * is_value_A) * room + position_1
+    place_BA = rows * shared + (row_B1 + rows * is_value_A) * room + position_B.unsqueeze(1)
     slot_BA = torch.where(head_A < heads, row_B1 * shared + head_A // kv_heads, place_BA)
     places = slot_BA.unsqueeze(2), (head_A % kv_heads).unsqueeze(1), place_E
     cache_UJE.index_put_(places, torch.where(is_value_A.unsqueeze(1), new_BAE, turned_BAE))
@@ -121,7 +121,7 @@ def whole_layer(
     blocks: Blocks,
 ) -> tuple[Tensor, Prepared]:
     """`before_attention`, attention by blocks and `after_attention`."""
-    before_attention(config, layer, prepared, rope, blocks.position_1, cache_UJE)
+    before_attention(config, layer, prepared, rope, blocks.position_B, cache_UJE)
     attended_BHE = block_attention(*parts_of_cache(config, layer.rows, cache_UJE), blocks)
     return after_attention(config, layer, following, h_BD, attended_BHE)
 
@@ -164,23 +164,23 @@ def enter(
     embedding_VD: Tensor,
     tables_ME: Rope,
     ids_B: Tensor,
-    position_1: Tensor,
+    position_B: Tensor,
     padding_B: Tensor,
 ) -> Entry:
-    """The embedding of each id, the rotary tables of the position, and what each window shows: blocks, or first
+    """The embedding of each id, the rotary tables of its position, and what each window shows: blocks, or first
     positions.
 
     A row whose logits held a NaN has the id -1; it counts as 0, and its result is not used.
     """
     cos_ME, sin_ME = tables_ME
-    starts = {window: first_seen(position_1, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
+    starts = {window: first_seen(position_B, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
     embedded_BD = embedding(ids_B.clamp_min(0), embedding_VD).to(first.input_norm_D.dtype)
     h_BD = written(in_whole_rows(first.qkv, embedded_BD))
     return Entry(
         h_BD,
         prepare_normed(first.qkv, h_BD, first.input_norm_D, config.rms_norm_eps),
-        (cos_ME[position_1], sin_ME[position_1]),
-        {window: blocks_of(position_1, first_B, len(cos_ME)) for window, first_B in starts.items()}
+        (cos_ME[position_B], sin_ME[position_B]),
+        {window: blocks_of(position_B, first_B, len(cos_ME)) for window, first_B in starts.items()}
         if by_blocks
         else starts,
     )

@@ -5,6 +5,10 @@ would.
 """
 
 import dataclasses
+import logging
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +17,23 @@ from miniawq.checkpoint.loading import FEWEST_OUTPUTS_PACKED, loaded_dtype
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.compiled import CODES_PER_EXPANDED_SLICE, arranged_bytes
 from miniawq.errors import DoesNotFit
-from miniawq.hardware import DeviceMemory, device_memory, size
+from miniawq.hardware import DeviceMemory, device_memory, peak_memory, size
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama, LlamaConfig
+
+log = logging.getLogger(__name__)
 
 # Tokens of a prompt that run at once, of all rows together.
 PREFILL_CHUNK = 2048
 # Outside torch's own counters: CUDA context, allocator, graphs; on a CPU the interpreter and the libraries.
 OVERHEAD = {"cuda": 1 << 30, "cpu": 1 << 29}
-# Where packed weights are not expanded by a kernel, a slice of a layer makes temporaries of this many bytes at most.
-SLICE_BYTES = 64 << 20
+# Where packed weights are not expanded by a kernel, a slice of a layer makes temporaries: its codes as integers and in
+# float32, so many bytes a code, and at most so many.
+SLICE_BYTES_PER_CODE, SLICE_BYTES = 16, 64 << 20
 SMALLEST_CACHE = 1024  # positions of the cache of a compiled step
+# Rows of a batch beyond which a step takes about as much longer as it writes more (docs/performance.md).
+MOST_ROWS = {"cuda": 64, "cpu": 32}
+TIGHT = 0.9  # of what is free
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,9 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
     gated = 4 * (width + inner) * tokens * itemsize
     down = (4 * width + 3 * inner) * tokens * itemsize
     if is_packed:
-        gate_up += expanded_bytes(2 * width * inner, dtype) if is_expanded else SLICE_BYTES
-        down += expanded_bytes(width * inner, dtype) if is_expanded else SLICE_BYTES
+        temporaries = expanded_bytes if is_expanded else sliced_bytes
+        gate_up += temporaries(2 * width * inner, dtype)
+        down += temporaries(width * inner, dtype)
     logits = 2 * 4 * batch * config.vocab_size
     return max(attention, gate_up, gated, down) + seen + logits
 
@@ -144,26 +155,58 @@ def expanded_bytes(codes: int, dtype: torch.dtype) -> int:
     return min(codes, CODES_PER_EXPANDED_SLICE) * dtype.itemsize
 
 
+def sliced_bytes(codes: int, _dtype: torch.dtype) -> int:
+    """What packed weights take while they are multiplied in float32: a slice."""
+    return min(SLICE_BYTES, SLICE_BYTES_PER_CODE * codes)
+
+
 def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.dtype, free: int) -> int:
-    """The longest context that fits beside the same weights and batch, in steps of 64 tokens; 0 if none does."""
-    model, batch = checkpoint.skeleton, needed.batch
-    low, high = 0, model.config.max_position_embeddings // 64
-    while low < high:
-        middle = (low + high + 1) // 2
-        length = middle * 64
+    """The longest context that fits beside the same weights and batch, the model's own or one in steps of 64 tokens;
+    0 if none does.
+    """
+    model, batch, longest = checkpoint.skeleton, needed.batch, checkpoint.model_config.max_position_embeddings
+
+    def fits(length: int) -> bool:
         cache = batch * length * kv_bytes_per_token(model.config, dtype)
         prefill = prefill_bytes(model, dtype, needed.device, batch, length)
-        total = needed.weights + cache + prefill + needed.overhead
-        low, high = (middle, high) if total <= free else (low, middle - 1)
-    return low * 64
+        return needed.weights + cache + prefill + needed.overhead <= free
+
+    if fits(longest):
+        return longest
+    return 64 * bisect_left(range(1, longest // 64 + 1), True, key=lambda blocks: not fits(64 * blocks))
+
+
+def fitting_rows(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, most: int, max_seq_len: int
+) -> int:
+    """Rows of a batch: as many as there are texts, as fit into what is free, and as MOST_ROWS says; 1 at least."""
+    kind, free = torch.device(device).type, device_memory(device).free
+
+    def fits(rows: int) -> bool:
+        return footprint(checkpoint, dtype, device=kind, batch=rows, max_seq_len=max_seq_len).total <= free
+
+    return next((rows for rows in range(min(most, MOST_ROWS.get(kind, 1)), 1, -1) if fits(rows)), 1)
+
+
+def fitting_context(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1) -> int:
+    """The longest context that fits into what is free now; 0 if none does."""
+    needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=1)
+    return largest_max_seq_len(needed, checkpoint, dtype, device_memory(device).free)
 
 
 def require_memory(
     checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1, max_seq_len: int
 ) -> Footprint:
-    """The footprint on a device, for callers about to load; DoesNotFit when there is not that much free."""
+    """The footprint on a device, for callers about to load, which is told where it is tight; DoesNotFit when there is
+    not that much free.
+    """
     needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=max_seq_len)
-    check_fit(needed, device_memory(device), checkpoint, dtype)
+    memory = device_memory(device)
+    check_fit(needed, memory, checkpoint, dtype)
+    if needed.total > TIGHT * memory.free:
+        log.info(
+            "memory is tight: %s of %s that are free (%s)", size(needed.total), size(memory.free), told_parts(needed)
+        )
     return needed
 
 
@@ -171,7 +214,6 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
     """DoesNotFit with the need, the supply, who holds the rest, and what would fit."""
     if needed.total <= memory.free:
         return
-    parts = [f"{field} {size(value)}" for field, value in parts_of(needed).items()]
     supply = f"{size(memory.free)} of {size(memory.total)} are free"
     if memory.free < memory.total:
         supply += f", other processes hold {size(memory.total - memory.free)}"
@@ -179,14 +221,27 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
     if longest:
         fix = f"--max-seq-len {longest} fits"
     elif needed.batch > 1:
-        fix = "try --batch 1"
+        fix = "ask for fewer rows"
     else:
         fix = "use a smaller model, or free memory on this device"
     raise DoesNotFit(
         f"this model does not fit on {memory.name}",
-        f"it needs {size(needed.total)} ({', '.join(parts)}); {supply}",
+        f"it needs {size(needed.total)} ({told_parts(needed)}); {supply}",
         fix,
     )
+
+
+@contextmanager
+def against_plan(needed: Footprint | None) -> Iterator[None]:
+    """DoesNotFit with the plan beside what was measured, if memory ends in the `with` block."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        why = str(error).partition("\n")[0] or "Python could not get more"
+        if needed is not None:
+            why += f"; planned {size(needed.total)}, measured {size(peak_memory(needed.device))}"
+        fix = "give a smaller --max-seq-len or --batch-size, or end what else uses the device"
+        raise DoesNotFit("the memory of the device is full", why, fix) from error
 
 
 def parts_of(needed: Footprint) -> dict[str, int]:
@@ -198,6 +253,11 @@ def parts_of(needed: Footprint) -> dict[str, int]:
 def bytes_per_step(model: Llama, rows: int, positions: int) -> int:
     """Bytes that one step reads: the weights, and the cache of so many positions in each row."""
     return bytes_per_token(model) + rows * positions * kv_bytes_per_token(model.config, model.dtype)
+
+
+def told_parts(needed: Footprint) -> str:
+    """The same in one line."""
+    return ", ".join(f"{field} {size(value)}" for field, value in parts_of(needed).items())
 
 
 def bytes_per_token(model: Llama) -> int:

@@ -7,9 +7,10 @@ Shapes: B batch, V vocabulary, K candidates, the best first, L positions of a pr
 """
 
 import hashlib
+import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint
+
+log = logging.getLogger(__name__)
 
 NOT_A_NUMBER = -1
 SEEDS = 1 << 64
@@ -32,6 +35,12 @@ RANGES = {
     "presence_penalty": ("a number from -1e30 to 1e30", -1e30, 1e30),
     "frequency_penalty": ("a number from -1e30 to 1e30", -1e30, 1e30),
 }
+# Keys of generation_config.json that are read elsewhere, or choose no token; and what turns other ones off.
+OTHER_KEYS = set(
+    """do_sample bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config
+    max_length max_new_tokens use_cache cache_implementation chat_format max_window_size trust_remote_code""".split()
+)
+OFF: tuple[Any, ...] = (None, False, 0, 1, [], {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +80,14 @@ class Sampling:
 
         A generation_config counts if it says both `do_sample` and a temperature: AutoAWQ's saver sets the first alone
         in every file. A user who asks for any filter asks for sampling; temperature 0 asks for nothing but itself.
+        Keys that are not known here and would choose tokens are told, and left out.
         """
         wanted = {name: value for name, value in wanted.items() if value is not None}
+        unused = [
+            key for key in generation_config.keys() - RANGES.keys() - OTHER_KEYS if generation_config[key] not in OFF
+        ]
+        if unused:
+            log.info("generation_config.json: %s: not used here", ", ".join(sorted(unused)))
         stated = {name: generation_config[name] for name in RANGES if generation_config.get(name) is not None}
         samples = generation_config.get("do_sample")
         if not isinstance(samples, bool | None):
@@ -153,9 +168,18 @@ def keep_min_p(logits_BK: Tensor, min_p: float) -> Tensor:
     return logits_BK.masked_fill(logits_BK < logits_BK[:, :1] + math.log(min_p), -torch.inf)
 
 
-def draw(logits_BK: Tensor, generator: torch.Generator | None = None) -> Tensor:
+# One for all rows, or one for each, which then has the random numbers of a text alone.
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def draw(logits_BK: Tensor, generator: Generators = None) -> Tensor:
     """Index [B, 1] drawn from softmax(logits_BK): the largest of logits plus Gumbel noise (-log of an exponential)."""
-    exponential_BK = torch.empty_like(logits_BK).exponential_(generator=generator)
+    exponential_BK = torch.empty_like(logits_BK)
+    if isinstance(generator, Sequence):
+        for row_K, own in zip(exponential_BK, generator, strict=True):
+            row_K.exponential_(generator=own)
+    else:
+        exponential_BK.exponential_(generator=generator)
     tiniest = torch.finfo(logits_BK.dtype).tiny
     return (logits_BK - exponential_BK.clamp_min_(tiniest).log()).argmax(-1, keepdim=True)
 
@@ -173,8 +197,27 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return logits_BK, ids_BK
 
 
+class TokenLogprobs(NamedTuple):
+    """An id that was chosen with its log-probability, and the most probable ones of its place with theirs."""
+
+    chosen: tuple[int, float]
+    best: list[tuple[int, float]]
+
+
+def logprobs_of(logits_BV: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Those of chosen ids, and of the `count` best, as the model has them: before penalties, temperature and filters.
+
+    An id that is none (NOT_A_NUMBER) counts as 0.
+    """
+    logprobs_BV = logits_BV.float().log_softmax(-1)
+    chosen_B = logprobs_BV[torch.arange(len(ids)), torch.tensor(ids).clamp_min(0)]
+    best_BK, ids_BK = logprobs_BV.topk(min(count, logits_BV.shape[-1]))
+    rows = zip(ids, chosen_B.tolist(), ids_BK.tolist(), best_BK.tolist(), strict=True)
+    return [TokenLogprobs((chosen, logprob), list(zip(*best, strict=True))) for chosen, logprob, *best in rows]
+
+
 def sample(
-    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generator: torch.Generator | None = None
+    logits_BV: Tensor, sampling: Sampling, history: History | None = None, generator: Generators = None
 ) -> Tensor:
     """The next token of each row, int64 ids_B; NOT_A_NUMBER for a row whose logits hold a NaN.
 

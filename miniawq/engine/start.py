@@ -44,9 +44,7 @@ class PlainStep:
 
     def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
-        self.threads = threads_of_steps(model)
-        if isinstance(model.lm_head, DenseLinear):
-            model.lm_head.prepare()
+        self.threads = ready_for_steps(model)
         self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
         self.generator = torch.Generator(model.device)
@@ -75,6 +73,13 @@ class PlainStep:
 def threads_for(model: Llama) -> int | None:
     """One thread for a model that is done before a second one has woken up; all of them (None) for others."""
     return 1 if bytes_per_token(model) < SMALL_MODEL_BYTES else None
+
+
+def ready_for_steps(model: Llama) -> int | None:
+    """The threads of one step after another (`threads_of_steps`), with a head that is arranged for them."""
+    if isinstance(model.lm_head, DenseLinear):
+        model.lm_head.prepare()
+    return threads_of_steps(model)
 
 
 def threads_of_steps(model: Llama) -> int | None:

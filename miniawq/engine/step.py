@@ -79,7 +79,7 @@ class DecodeStep:
             kept_N2BMJE = cache_NUJE[:, of_queries:].unflatten(1, (2, batch, max_seq_len))
             self.cache.keys_NBMJE, self.cache.values_NBMJE = kept_N2BMJE.unbind(1)
             self.ids_B = torch.zeros(batch, dtype=torch.long, device=self.device)
-            self.padding_B, self.position_1 = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B[:1])
+            self.padding_B, self.position_B = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B)
             has_history = self.sampling.has_penalties
             self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
         self.caches = cache_NUJE.unbind()
@@ -154,18 +154,22 @@ class DecodeStep:
         length, room = self.cache.length, self.cache.max_seq_len
         if length >= room:
             raise InvalidInput("the cache is full", f"it has room for {room} positions", "make a DecodeStep with more")
+        self.position_B.fill_(length)
+        self._compute(ids_B, length)
+        self.cache.length += 1
+        return self.ids_B.clone()
+
+    def _compute(self, ids_B: Tensor, last: int) -> None:
+        """A token of each row at its `position_B`, none of which is beyond `last`."""
         if not self.is_ready:
             self.compile()
-        self.position_1.fill_(length)
         if self.device.type == "cuda":
-            graph = self._graph(self._end_of_reading(length))
+            graph = self._graph(self._end_of_reading(last))
             self.ids_B.copy_(ids_B)
             graph.replay()
         else:
             self.ids_B.copy_(ids_B)
-            self._token(length + 1)
-        self.cache.length += 1
-        return self.ids_B.clone()
+            self._token(last + 1)
 
     def _end_of_reading(self, length: int) -> int:
         """How far a recorded token can read: everywhere if it goes by blocks, else to the next power of two."""
@@ -174,9 +178,9 @@ class DecodeStep:
 
     def _token(self, end: int) -> None:
         """From `ids_B` to the next `ids_B`, by operations that a CUDA graph can record."""
-        config, functions, position_1 = self.config, self.functions, self.position_1
+        config, functions, position_B = self.config, self.functions, self.position_B
         h_BD, prepared, rope, seen = functions.enter(
-            config, self.layers[0], self.by_blocks, self.embedding_VD, self.tables_ME, self.ids_B, position_1,
+            config, self.layers[0], self.by_blocks, self.embedding_VD, self.tables_ME, self.ids_B, position_B,
             self.padding_B,
         )  # fmt: skip
         masks = {} if self.by_blocks else self._masks(end, seen)
@@ -189,7 +193,7 @@ class DecodeStep:
                     config, layer, next_layer, h_BD, prepared, rope, cache_UJE, seen[window]
                 )
                 continue
-            functions.before(config, layer, prepared, rope, position_1, cache_UJE)
+            functions.before(config, layer, prepared, rope, position_B, cache_UJE)
             attended_BHE = self._attended(cache_UJE, masks[window], end)
             h_BD, prepared = functions.after(config, layer, next_layer, h_BD, attended_BHE)
         if self.history is not None:
@@ -207,7 +211,7 @@ class DecodeStep:
 
     def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
         if self.device.type == "cuda":
-            return {window: mask_of(self.position_1, first_B, end) for window, first_B in first.items()}
+            return {window: mask_of(self.position_B, first_B, end) for window, first_B in first.items()}
         padding_B = self.cache.padding_B
         return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in first}
 

@@ -85,6 +85,10 @@ class Tokenizer:
         """Whether the checkpoint has a chat template; base models have none."""
         return bool(self._templates)
 
+    def template_mentions(self, variable: str) -> bool:
+        """Whether a chat template uses a variable of this name."""
+        return any(variable in template for template in self._templates.values())
+
     def render_chat(
         self,
         messages: Sequence[chat.Message],

@@ -142,6 +142,11 @@ def test_words_of_a_checkpoint_reach_no_terminal_as_they_are(capsys, chat_model)
 
 
 class Echo:
+    begins_in_thought = False
+
+    def fit(self, messages):
+        return messages
+
     def answer(self, messages):
         return iter([messages[-1]["content"].upper()])
 

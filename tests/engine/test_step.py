@@ -260,10 +260,10 @@ def test_blocks_and_masks_say_the_same(window, monkeypatch):
     monkeypatch.setattr(attend, "BLOCK", 4)
     padding_B, room = torch.tensor([0, 2, 6]), 10
     for position in range(6, room):
-        position_1 = torch.tensor([position])
-        first_B = first_seen(position_1, padding_B, window)
-        blocks = blocks_of(position_1, first_B, room)
-        for row, mask_M in enumerate(mask_of(position_1, first_B, room)[:, 0, 0]):
+        position_B = torch.tensor([position] * 3)
+        first_B = first_seen(position_B, padding_B, window)
+        blocks = blocks_of(position_B, first_B, room)
+        for row, mask_M in enumerate(mask_of(position_B, first_B, room)[:, 0, 0]):
             seen_M = torch.arange(room)[mask_M]
             assert seen_M.tolist() == list(range(max(padding_B[row], position + 1 - (window or room)), position + 1))
             table = blocks.block_index[row, 0, 0, : blocks.block_count[row]]
@@ -273,14 +273,14 @@ def test_blocks_and_masks_say_the_same(window, monkeypatch):
 @pytest.mark.parametrize("heads", [4, 8, 12, 28])
 def test_attention_by_blocks_is_attention(heads):
     """Also where the heads that share a key are no power of two, as in Qwen2.5-7B (seven)."""
-    rows, room, position_1 = 2, 150, torch.tensor([140])
+    rows, room, position_B = 2, 150, torch.tensor([140, 131])
     first_B = torch.tensor([3, 129])
     q_BHE = torch.randn(rows, heads, 16)
     keys_BMJE, values_BMJE = torch.randn(2, rows, room, 4, 16)
     expected = attention(
-        q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2), mask_of(position_1, first_B, room)
+        q_BHE.unsqueeze(2), keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2), mask_of(position_B, first_B, room)
     )
-    attended = block_attention(q_BHE, keys_BMJE, values_BMJE, blocks_of(position_1, first_B, room))
+    attended = block_attention(q_BHE, keys_BMJE, values_BMJE, blocks_of(position_B, first_B, room))
     torch.testing.assert_close(attended, expected.squeeze(2), rtol=0, atol=1e-5)
 
 

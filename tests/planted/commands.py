@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 CONVERT, PLAN, EVALUATE, CONTEST = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate", "contest"))
 BENCH = "commands/test_bench"
+MANY, FLAGS, THOUGHTS = (f"commands/test_{name}" for name in ("many", "flags", "thoughts"))
 FAULTS = [
     Fault("commands/bench.py", r"rows \* new_tokens / generation$", "new_tokens / generation", BENCH),
     Fault("commands/bench.py", r"\(3600 \* tokens_per_s\)", "tokens_per_s", BENCH),
@@ -11,6 +12,27 @@ FAULTS = [
     Fault("commands/bench.py", r"PREFILL_CHUNK // rows", "PREFILL_CHUNK", BENCH),
     Fault("commands/bench.py", r"min\(found\) < 1", "False", BENCH),
     Fault("engine/memory.py", r"\+ rows \* positions \*", "+ positions *", BENCH),
+    Fault("commands/records.py", r'split\("\\n"\)\[:-1\]', "splitlines()", MANY),
+    Fault("commands/records.py", r"if number >= len\(names\) or", "if", MANY),
+    Fault("commands/records.py", r"if number > self\.written:", "if False:", MANY),
+    Fault("commands/records.py", r"written < number < len\(names\) and", "", MANY),
+    Fault("commands/records.py", r"while self\.written in", "if self.written in", MANY),
+    Fault("commands/records.py", r"self\._file\.truncate\(\)", "pass", MANY),
+    Fault("commands/many.py", r"= self\.asked\[ending\.number\]", "= ending.number", MANY),
+    Fault("commands/many.py", r"and self\.records\.earlier:", "and False:", MANY),
+    Fault("commands/prompts.py", r"return stat\.S_ISFIFO\(mode\) or", "return", FLAGS),
+    Fault("commands/prompts.py", r"\+ \(arguments\.prefill_response or \"\"\)", "", THOUGHTS),
+    Fault("commands/prompts.py", r'"enable_thinking": arguments\.think', '"enable_thinking": True', THOUGHTS),
+    Fault("commands/telling.py", r"if completion\.ids\[told:\]:", "if False:", FLAGS),
+    Fault("commands/together.py", r"1 << \(self\.rows\.bit_length\(\) - 1\)", "self.rows", MANY),
+    Fault("commands/samples.py", r"waiting\.pop\(told, None\)", "waiting.pop(ending.number, None)", FLAGS),
+    Fault("commands/talking.py", r"limit // 2 and", "limit and", "test_generate"),
+    Fault("commands/talking.py", r"messages\[: asked\[0\]\] \+ ", "", "test_generate"),
+    Fault("commands/context.py", r"if 0 < most < longest:", "if False:", "test_generate"),
+    Fault("commands/thoughts.py", r"len\(held\) - overlap\(held, tag\)", "len(held)", THOUGHTS),
+    Fault("commands/thoughts.py", r' and not os\.environ\.get\("NO_COLOR"\)', "", THOUGHTS),
+    Fault("cli.py", r"0\], known, 1\)", "0], known, 0 + 1, 0.99)", FLAGS),
+    Fault("engine/sampling.py", r"logits_BV\.float\(\)\.log_softmax", "(logits_BV.float() * 2).log_softmax", FLAGS),
     Fault("commands/convert.py", r"symmetric = all\(", "symmetric = any(", CONVERT),
     Fault("commands/convert.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', CONVERT),
     Fault("commands/convert.py", r'if key != "compression_config"\}', "if key not in CONFIG_KEYS}", CONVERT),

@@ -5,7 +5,27 @@ from tests.planted.fault import Fault
 STEP, ARTIFACTS, PLAN = "engine/test_step", "compiled/test_artifacts", "commands/test_plan"
 COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
 DELIVERY, CACHED = "engine/test_delivery", "engine/test_cached_text"
+BATCH, MANY = "engine/test_batch", "commands/test_many"
 FAULTS = [
+    # Rows.
+    Fault(
+        "engine/rows.py", r"torch\.tensor\(lengths, device", "torch.tensor([max(lengths)] * len(lengths), device", BATCH
+    ),
+    Fault("engine/rows.py", r"max\(lengths\) \+ 1, ", "max(lengths), ", BATCH),
+    Fault("engine/rows.py", r"cache\.length = past", "cache.length = 0", BATCH),
+    Fault("engine/rows.py", r"\(len\(ids\) - 1\) % PREFILL_CHUNK", "-1", BATCH),
+    Fault("engine/rows.py", r"self\._compute\(ids_B, max", "self._compute(ids_B, min", BATCH),
+    Fault("engine/rows.py", r"kept_NBMJE\[:, 1:, : len\(ids\)\]", "kept_NBMJE[:, 1:2, : len(ids)]", BATCH),
+    Fault("engine/rows.py", r"kept_NBMJE\[:, row, past:\] = 0", "pass", BATCH),
+    Fault("engine/batch.py", r"len\(free\) \* ROWS_FOR_ONE_FREE < len\(self\.rows\)", "False", BATCH),
+    Fault("engine/batch.py", r"pair\[1\] - pair\[0\]", "0", BATCH),
+    Fault("engine/batch.py", r"longest \* len\(lengths\) > PREFILL_CHUNK", "False", BATCH),
+    Fault("engine/batch.py", r"len\(ids\) - 1 for ids in prompts", "len(ids) for ids in prompts", BATCH),
+    Fault("engine/batch.py", r"self\.generators\[rows\]\)", "self.generators[0])", BATCH),
+    Fault("engine/batch.py", r"kept\[row\] = new\[0\]", "pass", BATCH),
+    Fault("engine/batch.py", r"row\.length if row else self\.shared\.kept", "row.length if row else 0", BATCH),
+    Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=own\)", r"\1row_K.exponential_()", BATCH),
+    Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
     # What fits.
     Fault("engine/fitting.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
     Fault("engine/fitting.py", r"int\(padding_B\.max\(\)\) < length", "int(padding_B.max()) <= length", COMPLETION),
@@ -29,7 +49,7 @@ FAULTS = [
     Fault("engine/start.py", r"return 1 if layers and all\(", "return 1 if layers or all(", STEP),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
-    Fault("engine/attend.py", r"position_1 // BLOCK \+ 1 - first_block_B", "position_1 // BLOCK - first_block_B", STEP),
+    Fault("engine/attend.py", r"position_B // BLOCK \+ 1 - first_block_B", "position_B // BLOCK - first_block_B", STEP),
     Fault(
         "engine/attend.py",
         r"first_block_B\[:, None\] \+ torch\.arange",
@@ -37,16 +57,16 @@ FAULTS = [
         STEP,
     ),
     Fault("engine/attend.py", r" & \(position >= blocks\.first_B\[row\]\)", "", STEP),
-    Fault("engine/attend.py", r"torch\.maximum\(padding_B, position_1 \+ 1 - window\)", "padding_B", STEP),
+    Fault("engine/attend.py", r"torch\.maximum\(padding_B, position_B \+ 1 - window\)", "padding_B", STEP),
     # One token through a layer.
     Fault("engine/layer.py", r"prepared\)\[: layer\.rows\]", "prepared)", STEP),
     Fault("engine/layer.py", r"with_rows\(attended_BHE\.flatten\(1\), len\(h_BD\)\)", "attended_BHE.flatten(1)", STEP),
     Fault("engine/step.py", r"h_BD\[: len\(self\.ids_B\)\]", "h_BD", STEP),
     Fault("engine/layer.py", r"\.to\(first\.input_norm_D\.dtype\)", "", STEP),
     Fault("engine/layer.py", r"head_A >= heads \+ kv_heads", "head_A >= heads", STEP),
-    Fault("engine/layer.py", r"place_E < size // 2, -sin_1E, sin_1E", "place_E < size // 2, sin_1E, -sin_1E", STEP),
+    Fault("engine/layer.py", r"place_E < size // 2, -sin_B1E, sin_B1E", "place_E < size // 2, sin_B1E, -sin_B1E", STEP),
     Fault("engine/layer.py", r"row_B1 \+ rows \* is_value_A\) \* room", "row_B1 + is_value_A) * room", STEP),
-    Fault("engine/layer.py", r"\* room \+ position_1", "* room", STEP),
+    Fault("engine/layer.py", r"\* room \+ position_B\.unsqueeze\(1\)", "* room", STEP),
     Fault("engine/layer.py", r"following\.input_norm_D", "layer.post_norm_D", STEP),
     Fault("engine/layer.py", r"\.masked_fill\(best\.amax\(-1\)\.isnan\(\), NOT_A_NUMBER\)", "", STEP),
     Fault("engine/weights.py", r" and len\(\{weight\.dtype for weight in dense\}\) == 1", "", STEP),
@@ -101,7 +121,7 @@ FAULTS = [
         "engine/test_memory",
     ),
     Fault("engine/memory.py", r"return 2 \* config\.num_hidden_layers", "return config.num_hidden_layers", PLAN),
-    Fault("engine/memory.py", r"if total <= free else", "if total < 2 * free else", PLAN),
+    Fault("engine/memory.py", r"needed\.overhead <= free$", "needed.overhead < 2 * free", PLAN),
     Fault("engine/memory.py", r"sum\(dense\) \+ sum\(packed_bytes\(.*\)$", "sum(dense)", PLAN),
     Fault(
         "engine/memory.py",

@@ -8,14 +8,12 @@ FAULTS = [
     Fault("generate.py", r"is_on and token_id not in stop_ids", "token_id not in stop_ids", COMPLETION),
     Fault("generate.py", r"if NOT_A_NUMBER in ids:", "if False:", COMPLETION),
     Fault(
-        "generate.py",
+        "commands/context.py",
         r"longest if arguments\.max_seq_len is None else arguments\.max_seq_len",
         "arguments.max_seq_len or longest",
         RUNS,
     ),
-    Fault("generate.py", r"left if wanted == -1 else", "wanted if wanted == -1 else", GENERATE),
-    Fault(
-        "generate.py", r"decoders\.room\(length \+ self\.room\(length\)\)", "decoders.room(self.room(length))", GENERATE
-    ),
+    Fault("commands/context.py", r"left if wanted == -1 else", "wanted if wanted == -1 else", GENERATE),
+    Fault("commands/context.py", r"return prompt_length \+ self", "return self", GENERATE),
     Fault("generate.py", r"add_special_tokens=not is_chat", "add_special_tokens=True", GENERATE),
 ]

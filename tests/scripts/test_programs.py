@@ -9,7 +9,7 @@ from tests.planted.fault import Fault
 from tests.scripts import script
 
 PROGRAMS = (
-    "bench", "bench_products", "bench_quantize", "planted_faults", "random_checkpoint", "train_demo",
+    "bench", "bench_batch", "bench_products", "bench_quantize", "planted_faults", "random_checkpoint", "train_demo",
     "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp",
 )  # fmt: skip
 

@@ -1,0 +1,76 @@
+"""One text on stdout as --output-format says, and on stderr how it went."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from miniawq.commands import prompts
+from miniawq.commands.figures import Writing, figures
+from miniawq.commands.thoughts import begins_in_thought, styled
+from miniawq.engine.completion import Completion
+from miniawq.engine.sampling import TokenLogprobs
+from miniawq.text.tokenizer import Tokenizer
+
+
+def tell(
+    run: Writing, prompt: str, completion: Completion, seed: int, logprobs: list[TokenLogprobs] | None = None
+) -> None:
+    """Write a text whose pieces have yet to be taken from it, as they come where the format lets them."""
+    try:
+        match run.arguments.output_format:
+            case "text":
+                begun = prompt if prompts.is_story(run.arguments, prompt) else run.arguments.prefill_response or ""
+                separator = "\n" if run.texts_told else ""
+                print(separator, begun, sep="", end="")
+                write_text(styled(completion, begins_in_thought(prompt)))
+            case "json":
+                list(completion)
+                print_json(full_record(run, prompt, completion, seed, logprobs))
+            case "jsonl":
+                write_pieces(completion)
+                record = full_record(run, prompt, completion, seed, logprobs)
+                print_json({key: value for key, value in record.items() if key not in ("text", "tokens")})
+        run.texts_told += 1
+    finally:
+        run.report(completion, seed)
+
+
+def write_text(pieces: Iterable[str]) -> None:
+    """Each piece as it comes, and an end of line even if it is interrupted."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def write_pieces(completion: Completion) -> None:
+    """An object for each piece, with the ids that have made it, and one for ids at the end that have no text."""
+    told = 0
+    for piece in completion:
+        print_json({"text": piece, "tokens": completion.ids[told:]})
+        told = len(completion.ids)
+    if completion.ids[told:]:
+        print_json({"text": "", "tokens": completion.ids[told:]})
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One object, one line."""
+    print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def full_record(
+    run: Writing, prompt: str, completion: Completion, seed: int, logprobs: list[TokenLogprobs] | None
+) -> dict[str, Any]:
+    """All that is known about one text."""
+    record = {"prompt": prompt} | figures(run, completion, seed)
+    return record if logprobs is None else record | {"logprobs": readable(logprobs, run.tokenizer)}
+
+
+def readable(logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The log-probability of each token, and of the most probable ones in its place, with their texts."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": token_id, "text": tokenizer.decode([token_id], False), "logprob": logprob}
+
+    return [token(*chosen) | {"top": [token(*pair) for pair in best]} for chosen, best in logprobs]

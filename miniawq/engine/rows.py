@@ -1,0 +1,150 @@
+"""One more token for rows that have lengths of their own, by the model as it is or by a compiled step.
+
+Each row is computed as if it were alone: its positions count from its own beginning, so angles are those of a text
+alone; it sees its own positions up to its token and nothing else; all other operations act on rows by themselves. What
+a row holds beyond its length (an earlier text, padding) is finite, and has weight 0. Only sums may be taken in another
+order than alone.
+
+Rows that begin alike share that beginning: it runs once, and is copied (`share`).
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from miniawq.compiled import are_here, first_line, kept
+from miniawq.engine.attend import first_seen, mask_of
+from miniawq.engine.memory import PREFILL_CHUNK
+from miniawq.engine.start import ready_for_steps
+from miniawq.engine.step import DecodeStep
+from miniawq.hardware import threads
+from miniawq.model import KVCache, Llama, rope_tables
+
+log = logging.getLogger(__name__)
+
+
+class RowsStep(Protocol):
+    """`PlainRows` or `CompiledRows`: a model, a cache, and one token more."""
+
+    model: Llama
+    cache: KVCache
+
+    def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Append one id to each row, after so many positions of it; logits_BV of what follows."""
+
+
+class PlainRows:
+    """Nothing to compile."""
+
+    def __init__(self, model: Llama, rows: int, max_seq_len: int) -> None:
+        self.model, self.threads = model, ready_for_steps(model)
+        self.cache = KVCache(model.config, rows, max_seq_len, device=model.device, dtype=model.dtype)
+
+    def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
+        with threads(self.threads):
+            return self._logits(ids_B, lengths)
+
+    def _logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
+        decoder, config = self.model.model, self.model.config
+        end, position_B = max(lengths) + 1, torch.tensor(lengths, device=ids_B.device)
+        none_B = torch.zeros_like(position_B)  # of padding
+        tables = rope_tables(config.rope, position_B, end, self.model.dtype)
+        rope = tuple(table_BE[:, None, None] for table_BE in tables)
+        starts = {window: first_seen(position_B, none_B, window) for window in set(config.layer_windows)}
+        masks = {window: mask_of(position_B, first_B, end) for window, first_B in starts.items()}
+        ends = RowEnds(self.cache, position_B, end)
+        h_BLD = decoder.embed_tokens(ids_B[:, None]).to(self.model.dtype)
+        for block, window in zip(decoder.layers, config.layer_windows, strict=True):
+            h_BLD = block(h_BLD, rope, masks[window], ends)
+        return self.model.lm_head(decoder.norm(h_BLD)[:, -1])
+
+
+class RowEnds(KVCache):
+    """A cache as `model.Attention` takes it, whose new position is another one in each row."""
+
+    def __init__(self, cache: KVCache, position_B: Tensor, end: int) -> None:
+        self.keys_NBMJE, self.values_NBMJE = cache.keys_NBMJE, cache.values_NBMJE
+        self.row_B, self.position_B, self.end = torch.arange(len(position_B), device=position_B.device), position_B, end
+
+    def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values at the ends of the rows; return all up to the longest, [B, J, M, E]."""
+        keys_BMJE, values_BMJE = self.keys_NBMJE[layer], self.values_NBMJE[layer]
+        ends = self.row_B, self.position_B
+        keys_BMJE[ends], values_BMJE[ends] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
+        return keys_BMJE[:, : self.end].transpose(1, 2), values_BMJE[:, : self.end].transpose(1, 2)
+
+
+class CompiledRows(DecodeStep):
+    """The compiled step with a position for each row. It is compiled for a number of rows, and for any lengths."""
+
+    def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
+        self.position_B.copy_(torch.tensor(lengths))
+        self._compute(ids_B, max(lengths))
+        return self.logits_BV
+
+    def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
+        return {window: mask_of(self.position_B, first_B, end) for window, first_B in first.items()}
+
+    def make_ready(self) -> None:
+        """Compile, or take what an earlier process has compiled."""
+        is_warm = are_here(self.described())
+        log.info("%s for %d rows", "loading the compiled step" if is_warm else "compiling, this once,", len(self.ids_B))
+        with torch.inference_mode(), kept(self.described()) as directory:
+            self.compile(directory)
+
+
+def compiled_rows(model: Llama, rows: int, max_seq_len: int) -> RowsStep:
+    """Compiled rows that are ready; plain ones, with a warning, if they cannot be compiled."""
+    try:
+        step = CompiledRows(model, rows, max_seq_len)
+        step.make_ready()
+        return step
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        log.warning("the decode step cannot be compiled, and stays slow: %s", first_line(error))
+        log.debug("this is why", exc_info=True)
+    return PlainRows(model, rows, max_seq_len)
+
+
+def prefill(step: RowsStep, first: int, prompts: Sequence[Sequence[int]], past: int) -> Tensor:
+    """Run prompts into the rows from `first` on, after `past` positions that are there; logits_BV of their last tokens.
+
+    Shorter ones are filled up after their end, where no token of them sees. Only one alone may be longer than a piece.
+    """
+    model, longest = step.model, max(map(len, prompts))
+    filled = [[*ids, *ids[-1:] * (longest - len(ids))] for ids in map(list, prompts)]
+    tokens_BL = torch.tensor(filled, device=model.device)
+    cache = some_rows(step.cache, first, len(prompts))
+    cache.length = past
+    for chunk_BL in tokens_BL.split(PREFILL_CHUNK, dim=1):
+        h_BLD = model.hidden(chunk_BL, cache)
+    last_B = torch.tensor([(len(ids) - 1) % PREFILL_CHUNK for ids in prompts], device=model.device)
+    return model.lm_head(h_BLD[torch.arange(len(prompts), device=model.device), last_B])
+
+
+def share(step: RowsStep, ids: Sequence[int]) -> None:
+    """Let all rows begin with these ids."""
+    if ids:
+        prefill(step, 0, [ids], 0)
+        for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
+            kept_NBMJE[:, 1:, : len(ids)] = kept_NBMJE[:, :1, : len(ids)]
+
+
+def clear(step: RowsStep, row: int, past: int) -> None:
+    """Make finite again what a row holds after `past` positions."""
+    for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
+        kept_NBMJE[:, row, past:] = 0
+
+
+def some_rows(cache: KVCache, first: int, count: int) -> KVCache:
+    """A view of neighbouring rows."""
+    rows = copy.copy(cache)
+    rows.keys_NBMJE, rows.values_NBMJE = (
+        kept_NBMJE[:, first : first + count] for kept_NBMJE in (cache.keys_NBMJE, cache.values_NBMJE)
+    )
+    return rows
