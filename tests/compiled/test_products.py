@@ -17,7 +17,7 @@ def accepts_all(form):
 
 def on_a_gpu(monkeypatch, outputs=8, groups=4):
     """A prepacked weight of so many groups that says it lies on a GPU."""
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
     weight = prepacked.empty(outputs, groups * 128, 128, torch.float16, "meta")
     return weight._replace(words=OnCuda(weight.words), grid=weight.grid)
 
@@ -105,7 +105,7 @@ def test_dense_forms_are_the_library_s_product(stored, form, rows, bias, device)
 
 
 def int4_form(monkeypatch, form, outputs, bias=None, rows=1):
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: form != "WORDS")
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: form != "WORDS")
     layer = QuantLinear.from_quantized(quantize(torch.randn(outputs, 256), 128), bias)
     chosen = getattr(products, form)
     return layer, (Product(chosen, products.int4_tensors(chosen, layer.prepacked, layer.bias, rows)),)

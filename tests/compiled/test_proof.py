@@ -26,7 +26,7 @@ def shop(monkeypatch):
 def planes(monkeypatch):
     def choose(form):
         monkeypatch.setattr(
-            prepacked, "wants_planes", lambda _: form in (products.REDUCE, products.DOT, products.EXPAND)
+            prepacked, "wants_rows", lambda _: form in (products.REDUCE, products.DOT, products.EXPAND)
         )
 
     return choose
@@ -142,7 +142,7 @@ def test_only_the_thread_it_is_reserved_for_may_compile(shop):
 def test_without_a_compiler_weights_are_expanded_all_the_same(monkeypatch, caplog):
     """On a GPU without Triton or a C compiler, `--no-compile` and prompts go on."""
     monkeypatch.setattr(eager, "WORKSHOP", Workshop())
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
 
     def refused(*_):
         raise RuntimeError("no Triton")

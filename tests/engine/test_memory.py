@@ -60,7 +60,7 @@ def model_of(config: LlamaConfig, linear: Callable[..., nn.Module], device: torc
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU on any device, all sizes as much smaller as the shapes are."""
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
     monkeypatch.setattr(kernel, "multiply_prepacked", eager.expanded_product)
     codes = eager.CODES_PER_EXPANDED_SLICE // SCALE**2
     monkeypatch.setattr(memory, "CODES_PER_EXPANDED_SLICE", codes)
