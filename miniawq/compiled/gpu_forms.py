@@ -13,6 +13,7 @@ A device that flushes subnormals to zero gets these forms wrong, and `proof.py` 
 A form is a pure function of tensors that lie as `prepacked.py` says, to be called inside a larger compiled function.
 """
 
+from functools import reduce
 from math import gcd
 from typing import Any
 
@@ -186,7 +187,7 @@ def dot_pairs(
     if splits == 1:
         return written(with_bias(y_KTO.squeeze(0), bias_O, dtype))
     # Partial sums: the kernel that reads them adds them.
-    return with_bias(written(y_KTO).sum(0), bias_O, dtype)
+    return with_bias(reduce(torch.add, written(y_KTO).unbind()), bias_O, dtype)
 
 
 def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,14 +32,14 @@ class DotTile(NamedTuple):
 PARTS = (7, 4, 2)
 # For the rows of a program. All take one group at a time, or a few small ones, and load the next ones meanwhile.
 DOT_TILES = {
-    8: DotTile(64, 4, 500),
-    16: DotTile(64, 4, 500),
-    32: DotTile(128, 4, 150),
+    8: DotTile(64, 2, 700),
+    16: DotTile(128, 4, 400),
+    32: DotTile(128, 4, 200),
     64: DotTile(128, 4, 150),
-    128: DotTile(128, 8, 150),
+    128: DotTile(64, 4, 190),
 }
 STAGES = 3
-SPLITS = (1, 2, 4)
+SPLITS = (1, 2, 4, 8)
 
 
 def columns_for(rows: int) -> int:
