@@ -38,7 +38,7 @@ def with_matrices(source: str) -> str:
     for pattern, replacement in INTO_TWO_DIMENSIONS:
         flat = pattern.sub(replacement, flat)
     loops = list(LOOP.finditer(flat))
-    if len(loops) != 1:
+    if len(loops) != 1 or "r0_pairs" in source:
         return source
     head, loop, tail = flat[: loops[0].start()], loops[0][0], flat[loops[0].end() :]
     of_columns = [line for line in head.splitlines(keepends=True) if COLUMNS.search(line)]
