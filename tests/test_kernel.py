@@ -142,8 +142,8 @@ def test_layer_keeps_its_codes_under_the_published_names(group_size, scale_dtype
     assert torch.equal(fresh(x_TI), layer(x_TI))
 
 
-@pytest.fixture(params=[True, False], ids=["planes", "words"])
-def in_planes(request, monkeypatch):
+@pytest.fixture(params=[True, False], ids=["rows", "blocks"])
+def in_rows(request, monkeypatch):
     monkeypatch.setattr(prepacked, "wants_rows", lambda _: request.param)
     return request.param
 
@@ -162,7 +162,7 @@ def prepared_bound(x_TI, quantized, bias_O=None):
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize(("inputs", "group_size"), GROUPINGS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, with_bias, in_planes, device):
+def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, with_bias, in_rows, device):
     quantized = random_quantized(40, inputs, group_size, device=device)
     x_TI = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     bias_O = torch.linspace(-1, 1, 40, device=device).to(dtype) if with_bias else None
@@ -200,7 +200,7 @@ def test_the_prepared_bound_catches_one_wrong_code(device):
 @pytest.mark.parametrize(("inputs", "group_size"), GROUPINGS)
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 def test_a_layer_holds_one_form_of_its_weight_and_publishes_when_asked(
-    inputs, group_size, scale_dtype, in_planes, monkeypatch, device
+    inputs, group_size, scale_dtype, in_rows, monkeypatch, device
 ):
     monkeypatch.setattr(prepacked, "CODES_AT_ONCE", {"cuda": 16 * inputs, "cpu": 16 * inputs})
     quantized = random_quantized(48, inputs, group_size, device=device, scale_dtype=scale_dtype)
@@ -237,7 +237,7 @@ def test_preparing_keeps_no_second_copy(device):
     assert layer.prepacked.words.nbytes == 64 * 512 // 2
 
 
-def test_joined_layers_share_one_memory(in_planes, device):
+def test_joined_layers_share_one_memory(in_rows, device):
     layers = [
         QuantLinear.from_quantized(random_quantized(outputs, 256, 64, outputs, device=device)) for outputs in (32, 16)
     ]
@@ -254,7 +254,7 @@ def test_joined_layers_share_one_memory(in_planes, device):
     assert again[0].words.data_ptr() == whole.words.data_ptr()
 
 
-def test_moving_a_prepared_layer_prepacks_it_again(in_planes, device):
+def test_moving_a_prepared_layer_prepacks_it_again(in_rows, device):
     quantized = random_quantized(16, 128, 32)
     layer = QuantLinear.from_quantized(quantized).to(device).half()
     assert layer.prepacked is not None
