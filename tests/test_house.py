@@ -243,7 +243,7 @@ def step_through_text() -> None:
     list(generate(model, torch.ones(2, 4, dtype=torch.long), max_tokens=3, decoder=step))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("miniawq.compiled.proof.compile_with_forms", lambda function, forms: function)
-        patch.setattr("miniawq.compiled.prepacked.wants_planes", lambda _: True)
+        patch.setattr("miniawq.compiled.prepacked.wants_rows", lambda _: True)
         for form in (products.REDUCE, products.DOT, products.EXPAND):
             assert not proof.problem_of(form, torch.device("cpu"), torch.float16, None)
 

@@ -154,9 +154,9 @@ def test_layer_keeps_its_codes_under_the_published_names(group_size, scale_dtype
     assert torch.equal(fresh(x_TI), layer(x_TI))
 
 
-@pytest.fixture(params=["planes", "blocks", "table"])
+@pytest.fixture(params=["rows", "blocks", "table"])
 def arrangement(request, monkeypatch):
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: request.param == "planes")
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: request.param == "rows")
     if request.param == "blocks":
         monkeypatch.setattr(eager, "reads_tables", lambda _: False)
     return request.param
@@ -191,7 +191,7 @@ def test_prepared_layer_stays_within_its_bound(dtype, rows, inputs, group_size, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_expanded_product_rounds_sums_and_bias_once(dtype, with_bias, monkeypatch, device):
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
     monkeypatch.setattr(WORKSHOP, "accepts", lambda *_: False)
     monkeypatch.setattr(eager, "CODES_PER_EXPANDED_SLICE", 8 * 16 * 256)
     quantized = random_quantized(40, 256, 64, device=device)

@@ -4,12 +4,13 @@
     tables.py      how they lie on a CPU where nothing is compiled: as the library's INT4 embeddings
     eager.py       the product of either by plain calls of torch, for any number of rows
     halves.py      the product of a large dense weight of 16 bits on a CPU
-    operations.py  two operations that torch does not have
+    operations.py  a few operations that torch does not have
     gpu_forms.py   the product as expressions that Inductor makes one GPU kernel of each
     cpu_forms.py   the same for a CPU
     launch.py      how those kernels are cut into programs
     workshop.py    what the process knows about its compiler: which threads may use it, and for which forms
-    inductor.py    where private torch is touched: block sizes, lowerings of our operations, sources of kernels
+    sources.py     what is changed in the Triton sources that Inductor writes
+    inductor.py    where private torch is touched: block sizes, lowerings of our operations, kernels
     compiler.py    functions that are compiled, and kept in a file for the next process
     artifacts.py   the directories in which they are kept
     products.py    which form multiplies which weight
@@ -18,9 +19,10 @@
 Tried with torch 2.11 to 2.13 (`workshop.TORCH_VERSIONS`). Outside that window, without a compiler, and wherever a form
 is wrong or cannot be built, the product is the plain one, and one warning says so.
 
-Shapes, beside those of the book (CONTRIBUTING.md): P words of one group (S / 8), called planes on a GPU; N nibbles of a
-word (8); J words and B bytes of one output; V parts of a sum, Q steps of one; K programs that share a sum (GPU), or
-blocks of W outputs (CPU), Y of them in a part; U outputs of a part; C tiles of R rows.
+Shapes, beside those of the book (CONTRIBUTING.md): P words of one group (S / 8); N nibbles of a word (8); J words, H
+halves of words and B bytes of one output; K blocks of W outputs, Y of them in a part, or programs that share a sum; V
+parts of a sum, or vectors of words that one load brings; Q steps of a sum; U vectors or outputs of a part; C words of a
+vector, copies of activations, pieces of a mean, or tiles of R rows.
 """
 
 from miniawq.compiled.artifacts import are_here, directory_of, identity, kept

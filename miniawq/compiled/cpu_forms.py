@@ -63,7 +63,7 @@ def as_loaded(words_KGPW: Tensor) -> Tensor:
 
 
 def reduce_words(words_KGPW: Tensor, grid_KG2W: Tensor, x_CGPRN: Tensor, shares_CGPR: Tensor) -> Tensor:
-    """y [(C, R), O] in float32: like `gpu_forms.reduce_planes`, with conversions, which a CPU does fast, instead of
+    """y [(C, R), O] in float32: like `gpu_forms.reduce_vectors`, with conversions, which a CPU does fast, instead of
     subnormals.
 
     A vector holds the same word of W outputs. It meets one activation after the other, each loaded into all lanes, and

@@ -14,7 +14,9 @@ from miniawq.compiled.compiler import inductor
 from miniawq.compiled.launch import block_sizes
 from miniawq.compiled.prepacked import (
     Prepacked,
+    in_blocks,
     out_of_blocks,
+    pack_grid,
     prepack,
     prepack_awq,
     prepacked_bytes,
@@ -22,6 +24,7 @@ from miniawq.compiled.prepacked import (
     slices,
     unpack_grid,
     unprepack,
+    words_in_rows,
 )
 from miniawq.compiled.tables import (
     Table,
@@ -33,7 +36,7 @@ from miniawq.compiled.tables import (
     table_product,
 )
 from miniawq.compiled.workshop import WORKSHOP
-from miniawq.packing import CODES_PER_WORD, Quantized
+from miniawq.packing import Quantized
 
 CODES_PER_SLICE = 1 << 20  # temporaries of a slice are float32: 4 MiB each
 CODES_PER_EXPANDED_SLICE = 1 << 27  # 256 MiB of 16-bit weights; uncompiled, `expand` has ten temporaries
@@ -46,7 +49,7 @@ def multiply_prepacked(x_TI: Tensor, prepacked: Arranged, bias_O: Tensor | None 
     if isinstance(prepacked, Table):
         y_TO = table_product(x_TI, prepacked)
         return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
-    if x_TI.is_cuda and x_TI.dtype.itemsize == 2 and prepacked.in_planes:
+    if x_TI.is_cuda and x_TI.dtype.itemsize == 2 and prepacked.in_rows:
         return expanded_product(x_TI, prepacked, bias_O)
     y_TO = sliced_product(x_TI, prepacked)
     return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
@@ -86,28 +89,21 @@ def sliced_product(x_TI: Tensor, prepacked: Prepacked) -> Tensor:
     """
     groups = prepacked.grid.shape[1]
     sums_GT = x_TI.float().unflatten(-1, (groups, -1)).sum(-1).t()
-    stored_TI = in_storage_order(x_TI, groups) if prepacked.in_planes else x_TI
     # A row's activations lie together: with rows side by side the library is six times slower at 2 to 8 of them.
-    even_BT, odd_BT = stored_TI.float().unflatten(-1, (-1, 2)).permute(2, 0, 1).contiguous().mT
+    even_BT, odd_BT = x_TI.float().unflatten(-1, (-1, 2)).permute(2, 0, 1).contiguous().mT
     y_OT = sums_GT.new_empty(prepacked.outputs, len(x_TI))
     for some_O, part in slices(prepacked, CODES_PER_SLICE):
         scales_OG, zeros_OG = scales_and_zeros(part)
-        byte_scales = scales_OG.unsqueeze(1 if part.in_planes else 2).unsqueeze(-1)
-        words = part.words if part.in_planes else out_of_blocks(part.words)
-        bytes_ = words.contiguous().unsqueeze(-1).view(torch.uint8)
+        byte_scales = scales_OG.unsqueeze(2).unsqueeze(-1)
+        bytes_ = words_in_rows(part).contiguous().unsqueeze(-1).view(torch.uint8)
         torch.mm((bytes_ & 15).float().mul_(byte_scales).flatten(1), even_BT, out=y_OT[some_O])
         y_OT[some_O].addmm_((bytes_ >> 4).float().mul_(byte_scales).flatten(1), odd_BT)
         y_OT[some_O].addmm_(scales_OG * zeros_OG, sums_GT, alpha=-1)
     return y_OT.t()
 
 
-def in_storage_order(x_TI: Tensor, groups: int) -> Tensor:
-    """The activations in the order of words in planes: [T, (P, G, N)]."""
-    return x_TI.unflatten(-1, (groups, -1, CODES_PER_WORD)).transpose(1, 2).flatten(1)
-
-
 def expanded_product(x_TI: Tensor, prepacked: Prepacked, bias_O: Tensor | None) -> Tensor:
-    """y_TO on a GPU, from weights in planes: a slice is rounded to the dtype of x and multiplied by the library.
+    """y_TO on a GPU, from weights in rows: a slice is rounded to the dtype of x and multiplied by the library.
 
     The memory of a slice is free again before the next slice is written, and serves it too.
     """
@@ -128,51 +124,52 @@ def expansion(prepacked: Prepacked, dtype: torch.dtype) -> tuple[Callable[[Tenso
     scale_dtype, device = prepacked.scale_dtype, prepacked.words.device
     if WORKSHOP.may_compile and WORKSHOP.accepts(("expand", device, scale_dtype, dtype), prove_expand):
 
-        def compiled(words_OPG: Tensor, grid_OG: Tensor) -> Tensor:
-            return compiled_expand(words_OPG.shape, scale_dtype, dtype, device)(words_OPG, grid_OG)
+        def compiled(words_KWGP: Tensor, grid_KGW: Tensor) -> Tensor:
+            return compiled_expand(words_KWGP.shape, scale_dtype, dtype, device)(words_KWGP, grid_KGW)
 
         return compiled, CODES_PER_EXPANDED_SLICE
 
-    def plain(words_OPG: Tensor, grid_OG: Tensor) -> Tensor:
-        return expand(words_OPG, grid_OG, scale_dtype, dtype)
+    def plain(words_KWGP: Tensor, grid_KGW: Tensor) -> Tensor:
+        return expand(words_KWGP, grid_KGW, scale_dtype, dtype)
 
     return plain, CODES_PER_EXPANDED_SLICE // 8
 
 
-def expand(words_OPG: Tensor, grid_OG: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+def expand(words_KWGP: Tensor, grid_KGW: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
     """The weight [O, I], each (code - zero) * scale rounded once to `dtype`, of 16 bits: as int64, four weights each.
 
     A thread takes half a word and writes four neighbouring weights. A nibble n under the exponent of 2^7 is the float
     2^7 + n; (2^7 + zero) * scale has 19 bits, so nothing is rounded before the last step.
     """
-    scales_OG11, offsets_OG11 = unpack_grid(grid_OG.unsqueeze(-1).unsqueeze(-1), scale_dtype)
-    halves = torch.arange(0, 32, 16, device=words_OPG.device, dtype=torch.int32)
-    half_OGP2 = words_OPG.transpose(1, 2).unsqueeze(-1) >> halves
+    scales_OG, zeros_OG = unpack_grid(out_of_blocks(grid_KGW), scale_dtype)
+    scales_OG11 = scales_OG.unsqueeze(-1).unsqueeze(-1)
+    offsets_OG11 = (-(2.0**7) - zeros_OG).unsqueeze(-1).unsqueeze(-1) * scales_OG11
+    halves = torch.arange(0, 32, 16, device=words_KWGP.device, dtype=torch.int32)
+    half_OGP2 = words_KWGP.flatten(0, 1).unsqueeze(-1) >> halves
     bits: list[Tensor] = []
     for shift in (16, 12, 8, 4):
         magic_OGP2 = (half_OGP2 << shift) & (15 << 16) | (127 + 7) << 23
-        weight_OGP2 = magic_OGP2.view(torch.float32) * scales_OG11 + offsets_OG11 * scales_OG11
+        weight_OGP2 = magic_OGP2.view(torch.float32) * scales_OG11 + offsets_OG11
         bits.append(weight_OGP2.to(dtype).view(torch.int16).to(torch.int32))
     low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
     return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)
 
 
-# How Inductor is to cut `expand`: into tiles of all planes of some groups, so that reads and writes both lie together.
-EXPAND_IN_TILES = {"triton.prefer_nd_tiling": True, "triton.max_tiles": 3}
+# Below this threshold Inductor would cut `expand` in two.
+EXPAND_IN_ONE = {"realize_opcount_threshold": 1000}
 
 
 @lru_cache(maxsize=64)
 def compiled_expand(
-    shape_OPG: torch.Size, scale_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+    shape_KWGP: torch.Size, scale_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`expand` of words of one shape as one kernel, called without Dynamo, whose guards would take as long as it."""
-    outputs, _, groups = shape_OPG
+    blocks, lanes, groups, _ = shape_KWGP
     return inductor().lowered(
-        lambda words_OPG, grid_OG: expand(words_OPG, grid_OG, scale_dtype, dtype),
-        [(tuple(shape_OPG), torch.int32), ((outputs, groups), torch.int32)],
+        lambda words_KWGP, grid_KGW: expand(words_KWGP, grid_KGW, scale_dtype, dtype),
+        [(tuple(shape_KWGP), torch.int32), ((blocks, groups, lanes), torch.int32)],
         device,
-        # Below this threshold Inductor would cut it in two.
-        EXPAND_IN_TILES | {"realize_opcount_threshold": 1000},
+        EXPAND_IN_ONE,
         block_sizes,
     )
 
@@ -180,8 +177,8 @@ def compiled_expand(
 def prove_expand(name: str, device: torch.device, scale_dtype: torch.dtype, dtype: torch.dtype) -> str:
     """Why compiled `expand` is not to be used: not all bits are those of the uncompiled one. Empty if they are."""
     generator = torch.Generator(device).manual_seed(0)
-    words_OPG = torch.randint(-(2**31), 2**31, (32, 16, 8), device=device, generator=generator, dtype=torch.int32)
-    scales_OG = torch.rand(32, 8, device=device, generator=generator).to(scale_dtype).view(torch.int16).int()
-    grid_OG = (-(2.0**7) - torch.arange(8.0, device=device)).view(torch.int32) | (scales_OG & 0xFFFF)
-    found = compiled_expand(words_OPG.shape, scale_dtype, dtype, device)(words_OPG, grid_OG)
-    return "" if torch.equal(found, expand(words_OPG, grid_OG, scale_dtype, dtype)) else "its numbers are wrong"
+    words_KWGP = torch.randint(-(2**31), 2**31, (4, 8, 8, 16), device=device, generator=generator, dtype=torch.int32)
+    scales_OG = torch.rand(32, 8, device=device, generator=generator).to(scale_dtype)
+    grid_KGW = in_blocks(pack_grid(scales_OG, torch.arange(8, device=device).expand(32, 8)), 8).contiguous()
+    found = compiled_expand(words_KWGP.shape, scale_dtype, dtype, device)(words_KWGP, grid_KGW)
+    return "" if torch.equal(found, expand(words_KWGP, grid_KGW, scale_dtype, dtype)) else "its numbers are wrong"

@@ -1,97 +1,125 @@
 """The INT4 product on a GPU, as expressions that Inductor makes one kernel of each.
 
     rows      form                                                       arithmetic
-    1..3      `reduce_planes`: multiply and sum                          float32
-    4..256    `dot_planes`: eight tensor-core products, one a nibble     the dtype of x, summed in float32
+    1..3      `reduce_vectors`: multiply and sum                         float32
+    4..256    `dot_pairs`: four tensor-core products of each group       16 bits, summed and scaled in float32
     more      `eager.expand`, then the library's matmul                  the dtype of x, summed in float32
+
+Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, has a zero
+exponent. It is a subnormal number, the code times a power of two, exactly. The activation it meets was multiplied by
+another power of two beforehand, so that the product is a normal number, and one power of two at the end gives code * x.
+A device that flushes subnormals to zero gets these forms wrong, and `proof.py` leaves them out there.
 
 A form is a pure function of tensors that lie as `prepacked.py` says, to be called inside a larger compiled function.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import reduce
+from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from miniawq.compiled.launch import columns_for, splits_for
-from miniawq.compiled.operations import sum_of_products
-from miniawq.compiled.prepacked import unpack_grid, zeros_of
+from miniawq.compiled.launch import WORDS_OF_A_STEP, WORDS_OF_A_SUM, columns_for, splits_for
+from miniawq.compiled.operations import sum_in_loop, sum_of_groups
+from miniawq.compiled.prepacked import out_of_blocks, unpack_grid
 from miniawq.packing import CODES_PER_WORD
 
-# Where `reduce_planes` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
+# Where `reduce_vectors` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
 # Bit 16 is the last possible place, because bit 23 of a float begins its exponent.
 SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
 PRESCALE = 80  # the exponent of 2 that activations are multiplied by, less the nibble's place
+WORDS_OF_A_LOAD = 4
 
-# Where `dot_planes` finds nibble i: shift the word left (right where negative), then the nibble begins at bit 12 or 16.
-MAGIC_PLACES = ((12, 12), (12, 16), (4, 12), (4, 16), (-4, 12), (-4, 16), (-12, 12), (-12, 16))
+# `dot_pairs` multiplies nibbles i and i + 4 of a word, 16 bits apart, at once.
+PAIR_SHIFTS = (0, 4, 8, 12)
+# The exponents of 2 of a code as the smallest subnormal numbers of 16 bits, and of the activations it meets.
+OF_CODES = {torch.float16: -24, torch.bfloat16: -133}
+OF_ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 64}
 
 
-def planes(words_OPG: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Views [O, V, G] of the words, one for each step of `reduce_planes`: plane q part v is word q V + v of a group."""
-    return words_OPG.unflatten(1, (-1, parts)).unbind(1)
+def vector_words(words_of_a_group: int) -> int:
+    """How many neighbouring words of one group a thread of `reduce_vectors` loads at once."""
+    return gcd(words_of_a_group, WORDS_OF_A_LOAD)
 
 
-def prescale(x_TI: Tensor, groups: int, parts: int = 1) -> tuple[Tensor, Tensor]:
-    """Activations as `reduce_planes` wants them: x_QNTVG float32, each times its nibble's power of two; sums_TVG.
+def prescale(x_TI: Tensor, powers_I: Tensor, words_of_a_group: int) -> tuple[Tensor, Tensor]:
+    """Activations as `reduce_vectors` wants them: x_TNJ float32, each times its nibble's power of two; sums_TG.
 
-    Powers of two are exact as long as |x| < 2^48. The sums are those of each part, in units of 2^(149 - PRESCALE).
+    Powers of two are exact as long as |x| < 2^48. The sums are in units of 2^(149 - PRESCALE). The powers are a tensor
+    (`powers_of_places`) as long as a row: Inductor goes through the inputs in the order of most of what it reads, and
+    then it writes and sums them by one kernel.
     """
-    x_TGQVN = x_TI.float().unflatten(-1, (groups, -1, parts, CODES_PER_WORD))
-    scaled_N = [
-        x_TGQV * 2.0 ** (PRESCALE - place)
-        for (_, place), x_TGQV in zip(SUBNORMAL_PLACES, x_TGQVN.unbind(-1), strict=True)
-    ]
-    x_QNTVG = torch.stack(scaled_N).permute(3, 0, 1, 4, 2).contiguous()
-    return x_QNTVG, x_TGQVN.sum((2, 4)).transpose(1, 2).contiguous() * 2.0 ** (PRESCALE - 149)
+    x_TNJ = (x_TI.float() * powers_I).unflatten(1, (-1, CODES_PER_WORD)).transpose(1, 2)
+    sums_TG = x_TI.float().unflatten(1, (-1, words_of_a_group * CODES_PER_WORD)).sum(2)
+    return x_TNJ, sums_TG * 2.0 ** (PRESCALE - 149)
 
 
-def reduce_planes(
-    planes_OVG: Sequence[Tensor], grid_OG: Tensor, scale_dtype: torch.dtype, x_QNTVG: Tensor, sums_TVG: Tensor
-) -> Tensor:
-    """y [T, O] in float32 for a few rows: sum over groups of scale * (sum of code * x - zero * sum of x).
+def powers_of_places(inputs: int, device: torch.device) -> Tensor:
+    """The power of two that each activation is multiplied by, for the nibble it meets."""
+    powers_N = torch.tensor([2.0 ** (PRESCALE - place) for _, place in SUBNORMAL_PLACES], device=device)
+    return powers_N.repeat(inputs // CODES_PER_WORD)
 
-    Turning a nibble into a float costs one instruction. Masked out of the word and read as a float, a nibble n whose
-    lowest bit is bit b has a zero exponent: it is the subnormal number n * 2^(b - 149), exactly. The activation it
-    meets was multiplied by 2^(80 - b) beforehand (`prescale`), so every product is n * x * 2^(80 - 149), whichever b
-    it came from, and one multiplication by 2^(149 - 80) at the end gives n * x:
 
-        (word & (15 << b)) as float * (x * 2^(80 - b)) = n * x * 2^-69
+def shared_out(x_TG: Tensor, vectors: int) -> Tensor:
+    """The same share of its group's number for each vector, [T, V]."""
+    of_a_group = vectors // x_TG.shape[1]
+    return (x_TG / of_a_group).unsqueeze(2).expand(-1, -1, of_a_group).flatten(1)
 
-    A fused multiply-add takes subnormal inputs at full speed and rounds its result, which is a normal number, once.
-    So a weight costs two instructions, an AND and a multiply-add, and no weight is ever rounded. A device that flushes
-    subnormals to zero gets this form wrong, and `proof.py` leaves it out there.
 
-    A group is summed in V parts. More parts mean more and shorter threads, each with fewer activations to load for
-    every output it computes. The planes are tensors of their own, because Inductor marks a buffer that it loads once
-    `evict_first`, and a buffer loaded several times `evict_last`.
+def reduce_vectors(
+    words_KWGP: Tensor, grid_KGW: Tensor, scale_dtype: torch.dtype, x_TNJ: Tensor, sums_TG: Tensor, parts: int = 1
+) -> list[Tensor]:
+    """y_O of each of a few rows in float32.
+
+    That is the sum of scale * (sum of code * x - zero * sum of x) over vectors of words, in equal parts of a row:
+
+        (word & (15 << b)) as float * (x * 2^(80 - b)) = code * x * 2^-69
+
+    A fused multiply-add takes subnormal inputs at full speed and rounds its result, which is a normal number, once. So
+    a weight costs two instructions, an AND and a multiply-add. The words of a vector lie together, so one load brings
+    them (`inductor.with_wide_loads`). More parts mean more loads on their way at the same time.
     """
-    rows_OVG: list[Any] = [0.0] * x_QNTVG.shape[2]
-    for words_OVG, x_NTVG in zip(planes_OVG, x_QNTVG.unbind(), strict=True):
-        for (shift, place), x_TVG in zip(SUBNORMAL_PLACES, x_NTVG.unbind(), strict=True):
-            shifted_OVG = words_OVG >> shift if shift else words_OVG
-            codes_OVG = (shifted_OVG & (15 << place)).view(torch.float32)
-            for row, (sum_OVG, x_VG) in enumerate(zip(rows_OVG, x_TVG.unbind(), strict=True)):
-                rows_OVG[row] = sum_OVG + codes_OVG * x_VG
-    scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
-    zeros_O1G = zeros_of(offsets_O1G)
-    y_TO = [
-        (scales_O1G * (sum_OVG - zeros_O1G * sums_VG)).sum((1, 2)) * 2.0 ** (149 - PRESCALE)
-        for sum_OVG, sums_VG in zip(rows_OVG, sums_TVG.unbind(), strict=True)
-    ]
-    return torch.stack(y_TO)
+    words_OJ, vector = words_KWGP.flatten(2).flatten(0, 1), vector_words(words_KWGP.shape[3])
+    vectors_of_a_group = words_KWGP.shape[3] // vector
+    grid_OV = out_of_blocks(grid_KGW).unsqueeze(2).expand(-1, -1, vectors_of_a_group).flatten(1)
+    sums_TV = shared_out(sums_TG, grid_OV.shape[1])
+    in_parts = (
+        words_OJ.unflatten(1, (parts, -1, vector)).unbind(1),
+        x_TNJ.unflatten(2, (parts, -1, vector)).unbind(2),
+        grid_OV.unflatten(1, (parts, -1)).unbind(1),
+        sums_TV.unflatten(1, (parts, -1)).unbind(1),
+    )
+    rows: list[Any] = [0.0] * len(x_TNJ)
+    for words_OUC, x_TNUC, grid_OU, sums_TU in zip(*in_parts, strict=True):
+        scales_OU, zeros_OU = unpack_grid(grid_OU, scale_dtype)
+        products = sums_of_codes(words_OUC, x_TNUC)
+        rows = [
+            row + scales_OU * (product_OU - zeros_OU * sums_U)
+            for row, product_OU, sums_U in zip(rows, products, sums_TU.unbind(), strict=True)
+        ]
+    return [sum_in_loop(row_OU) * 2.0 ** (149 - PRESCALE) for row_OU in rows]
+
+
+def sums_of_codes(words_OUC: Tensor, x_TNUC: Tensor) -> list[Tensor]:
+    """The sum of code * x of each vector, [O, U] for each row."""
+    rows: list[Any] = [0.0] * len(x_TNUC)
+    for words_OU, x_TNU in zip(words_OUC.unbind(2), x_TNUC.unbind(3), strict=True):
+        for (shift, place), x_TU in zip(SUBNORMAL_PLACES, x_TNU.unbind(1), strict=True):
+            shifted_OU = words_OU >> shift if shift else words_OU
+            codes_OU = (shifted_OU & (15 << place)).view(torch.float32)
+            rows = [sum_OU + codes_OU * x_U for sum_OU, x_U in zip(rows, x_TU.unbind(), strict=True)]
+    return rows
 
 
 def whole_rows(rows: int) -> int:
-    """The rows that `dot_planes` computes of so many: whole tiles."""
+    """The rows that `dot_pairs` computes of so many: whole tiles."""
     return rows + -rows % columns_for(rows)
 
 
 def in_whole_tiles(x_TI: Tensor) -> Tensor:
-    """With rows of zeros, as many as `dot_planes` takes."""
+    """With rows of zeros, as many as `dot_pairs` takes."""
     return with_rows(x_TI, whole_rows(len(x_TI)))
 
 
@@ -100,65 +128,66 @@ def with_rows(x_TI: Tensor, rows: int) -> Tensor:
     return x_TI if len(x_TI) == rows else pad(x_TI, (0, 0, 0, rows - len(x_TI)))
 
 
-def spread(x_TI: Tensor, groups: int) -> Tensor:
-    """Activations as `dot_planes` wants them: x_NTPG, the inputs of each nibble, of whole tiles of rows.
+def steps_fit(words_KWGP: Tensor) -> bool:
+    """Whether `dot_pairs` can go through a row of words in steps of whole groups, as many words as a power of two."""
+    *_, groups, words = words_KWGP.shape
+    return words & (words - 1) == 0 and groups * words % WORDS_OF_A_SUM == 0
 
-    The inputs of a row lie together, as the tensor cores read them. So they are copied to shared memory while the tile
-    before is multiplied, and never put into another order.
+
+def spread(x_TI: Tensor, words_of_a_group: int) -> tuple[Tensor, Tensor]:
+    """Activations as `dot_pairs` wants them: x_CTQNH of whole tiles, and sums_TG.
+
+    The sum goes in Q steps of one group, or of a few small ones. Of a step, the inputs of each pair of nibbles lie
+    together, as the tensor cores read them. Each of C small groups in a step has a copy, with zeros for the inputs of
+    the others. The sums are in units of code times activation.
     """
-    return in_whole_tiles(x_TI).unflatten(-1, (groups, -1, CODES_PER_WORD)).permute(3, 0, 2, 1)
+    exponent, words_of_a_step = OF_ACTIVATIONS[x_TI.dtype], max(words_of_a_group, WORDS_OF_A_STEP)
+    x_TI = in_whole_tiles(x_TI)
+    x_TQP2N = (x_TI * 2.0**exponent).unflatten(1, (-1, words_of_a_step, 2, len(PAIR_SHIFTS)))
+    group_of_P = torch.arange(words_of_a_step, device=x_TI.device) // words_of_a_group
+    copies = words_of_a_step // words_of_a_group
+    of_copies = [
+        x_TQP2N if copies == 1 else torch.where((group_of_P == copy).unsqueeze(1).unsqueeze(1), x_TQP2N, 0.0)
+        for copy in range(copies)
+    ]
+    x_CTQNH = torch.stack(of_copies).permute(0, 1, 2, 5, 3, 4).flatten(4)
+    sums_TQC = x_CTQNH.float().sum((3, 4)).permute(1, 2, 0)
+    return x_CTQNH, sums_TQC.flatten(1) * 2.0 ** OF_CODES[x_TI.dtype]
 
 
-def dot_planes(
-    words_OPG: Tensor,
-    grid_OG: Tensor,
+def dot_pairs(
+    words_KWGP: Tensor,
+    grid_KGW: Tensor,
     scale_dtype: torch.dtype,
-    x_NTPG: Tensor,
-    exponents_2O: Tensor,
+    x_CTQNH: Tensor,
+    sums_TG: Tensor,
     bias_O: Tensor | None = None,
     factors_T1: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """y [T, O] for 4 to 256 rows: one tensor-core product for each of the eight nibbles of a word, in one kernel.
+    """y [T, O] for 4 to 256 rows: the tensor cores multiply codes by activations, and each group is scaled afterwards.
 
-    A nibble n beginning at bit b of a float's mantissa, under the exponent of 2^(23 - b), is the number 2^(23 - b) + n.
-    One multiply-add by the scale, with -(2^(23 - b) + zero) * scale to be added, leaves (n - zero) * scale, exactly.
-    `splits` cuts the planes into parts summed by different programs, for matrices with few outputs (`splits_for`).
-    The sums of a row are multiplied by its factor, and the bias is added, before they are rounded to the dtype of x.
+    A word shifted and masked is a pair of codes as 16-bit floats, ready for the tensor cores; a scale and a zero come
+    once for each group, output and row. `splits` cuts the groups into parts summed by different programs, for matrices
+    with few outputs (`splits_for`). The sums of a row are multiplied by its factor, and the bias is added, before they
+    are rounded to the dtype of x.
     """
-    splits = splits or splits_for(words_OPG.shape, x_NTPG.shape[1])
-    exponents_12, exponents_16 = exponents_2O.unsqueeze(2).unsqueeze(2).unbind()
-    words_KOQG = words_OPG.unflatten(1, (splits, -1)).transpose(0, 1)
-    scales_O1G, offsets_O1G = unpack_grid(grid_OG.unsqueeze(1), scale_dtype)
-    offsets_16 = offsets_O1G * scales_O1G
-    offsets_12 = offsets_16 - scales_O1G * (2.0**11 - 2.0**7)
-    weights_KOJ = []
-    for shift, place in MAGIC_PLACES:
-        exponents, offsets = (exponents_12, offsets_12) if place == 12 else (exponents_16, offsets_16)
-        shifted_KOQG = words_KOQG << shift if shift > 0 else words_KOQG >> -shift
-        magic_KOQG = (shifted_KOQG & (15 << place)) | exponents
-        weight_KOQG = magic_KOQG.view(torch.float32) * scales_O1G + offsets
-        weights_KOJ.append(weight_KOQG.to(x_NTPG.dtype).flatten(2))
-    x_KJT = list(x_NTPG.unflatten(2, (splits, -1)).flatten(3).permute(0, 2, 3, 1))
-    y_KTO = sum_of_products(weights_KOJ, x_KJT).transpose(1, 2)
+    splits = splits or splits_for(words_KWGP.shape, x_CTQNH.shape[1])
+    words_KOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
+    codes_KOJ = [(words_KOJ >> shift if shift else words_KOJ) & 0x000F000F for shift in PAIR_SHIFTS]
+    x_CNKTQH = x_CTQNH.unflatten(2, (splits, -1)).permute(0, 4, 2, 1, 3, 5)
+    grid_KOG = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
+    scales_KOG, zeros_KOG = unpack_grid(grid_KOG, scale_dtype)
+    sums_KGT = sums_TG.t().unflatten(0, (splits, -1))
+    y_KOT = sum_of_groups(codes_KOJ, x_CNKTQH.flatten(0, 1).unbind(), scales_KOG, zeros_KOG, sums_KGT)
+    dtype = x_CTQNH.dtype
+    y_KTO = y_KOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
     if factors_T1 is not None:
         y_KTO = y_KTO * factors_T1
     if splits == 1:
-        return written(with_bias(y_KTO.squeeze(0), bias_O, x_NTPG.dtype))
+        return written(with_bias(y_KTO.squeeze(0), bias_O, dtype))
     # Partial sums: the kernel that reads them adds them.
-    return with_bias(written(y_KTO).sum(0), bias_O, x_NTPG.dtype)
-
-
-@lru_cache(maxsize=64)
-def magic_exponents(device: torch.device, outputs: int) -> Tensor:
-    """The bits of 2^11 and 2^7 as floats for each output, int32 [2, O].
-
-    A tensor, because one instruction takes one constant at most. One entry for each output, because Triton brings words
-    into the tensor cores' layout before it makes eight weights of each only if all that it needs for that is loaded in
-    blocks; a single number would not be loaded in blocks.
-    """
-    bits = torch.tensor([(127 + 11) << 23, (127 + 7) << 23], dtype=torch.int32, device=device)
-    return bits.unsqueeze(1).repeat(1, outputs)
+    return with_bias(reduce(torch.add, written(y_KTO).unbind()), bias_O, dtype)
 
 
 def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,8 @@
-"""Where private torch is touched: Inductor's block sizes, lowerings and sources of kernels.
+"""Where private torch is touched: Inductor's block sizes, lowerings and kernels.
 
 Importing this file imports Inductor, which takes seconds, so it is imported when something is compiled.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -11,15 +10,18 @@ from typing import Any
 
 import torch
 import torch._inductor
+from torch._inductor import config
 from torch._inductor.choices import InductorChoices
-from torch._inductor.codegen.triton import FixedTritonConfig, TritonKernel, TritonScheduling
+from torch._inductor.codegen.triton import FixedTritonConfig, TritonKernel, TritonKernelOverrides, TritonScheduling
 from torch._inductor.ir import Pointwise
 from torch._inductor.lowering import make_reduction, register_lowering
 from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from miniawq.compiled.operations import SUM_OF_PRODUCTS, SUMS_IN_STEP
+from miniawq.compiled.operations import SUM_IN_LOOP, SUM_OF_GROUPS, SUM_OF_PRODUCTS, SUMS_IN_STEP
+from miniawq.compiled.sources import with_matrices, with_wide_loads
 from miniawq.compiled.workshop import WORKSHOP
 
 
@@ -44,21 +46,47 @@ class BlockSizes(InductorChoices):
         elif not sums:
             kind = "pointwise"
         else:
-            kind = "planes" if len(words) >= 2 else "sum"
+            kind = "vectors" if len(words) >= 2 else "sum"
         # A norm's sum of squares, in the same kernel, reads no words.
         of_words = [node for node in sums if words & {read.name for read in node.read_writes.reads}]
-        blocks = self.choose(kind, sizes={name: int(size) for name, size in sizes.items()}, sums=len(of_words))
+        sizes_of_words = [V.graph.get_buffer(name).get_size() for name in words]
+        words_of_a_group = max((int(size[-1]) for size in sizes_of_words if len(size) == len("KWGP")), default=0)
+        numbers = {name: int(size) for name, size in sizes.items()}
+        blocks = self.choose(kind, sizes=numbers, sums=len(of_words), words=words_of_a_group)
         return kernel_kwargs | {"fixed_config": FixedTritonConfig(blocks), "override_persistent_reduction": False}
 
 
+class Products(TritonKernelOverrides):
+    """Inductor's operations, whose `dot` also multiplies pairs of codes, and tells what one step has of a group.
+
+    A left operand of integers has two floats of the right one's dtype in each. The other operand of an integer 1 is a
+    number of a group: one for each row or column, because a step is not longer than a group.
+    """
+
+    @staticmethod
+    def dot(a: Any, b: Any) -> Any:
+        """The text of one product."""
+        for one, other in ((a, b), (b, a)):
+            if one.dtype == torch.int32 and {str(size) for size in one.shape} == {"1"}:
+                return f"{other}"
+        if a.dtype != torch.int32:
+            return TritonKernelOverrides.dot(a, b)
+        dtype = str(b.dtype).replace("torch", "tl")
+        halves = f"tl.join({a}.to(tl.int16), ({a} >> 16).to(tl.int16))"
+        pairs = f"tl.reshape({halves}, [YBLOCK, 2 * R0_BLOCK]).to({dtype}, bitcast=True)"
+        return f"tl.dot({pairs}, tl.trans({b}))"
+
+
 class MatrixKernel(TritonKernel):
-    """Inductor's kernels; in those that multiply, operands become matrices (`with_matrices`)."""
+    """Inductor's kernels. In those that multiply, operands become matrices; in others, neighbouring loads one."""
+
+    overrides = Products
 
     def codegen_kernel(self, name: str | None = None) -> str:
         """The whole source of a kernel."""
         source = super().codegen_kernel(name)
         if not self.is_native_matmul:
-            return source
+            return with_wide_loads(source)
         matrices = with_matrices(source)
         if matrices == source:
             WORKSHOP.warn_once(
@@ -77,47 +105,6 @@ def chosen_by(choose: Callable[..., dict[str, int]]) -> Iterator[None]:
             yield
     finally:
         TritonScheduling.kernel_type = before
-
-
-# Inductor's dimensions, counted from the last: sums, columns, rows.
-INTO_TWO_DIMENSIONS = (
-    (re.compile(r"\[(?:None, )*:, None, None\]"), "[:, None]"),
-    (re.compile(r"\[(?:None, )+:, None\]|\[(?:None, )+:\]"), "[None, :]"),
-    (re.compile(r"\[1(?:, 1)+\]"), "[1, 1]"),
-    (re.compile(r"\[(?:None,)?:,:,None\]"), ""),
-)
-ACCUMULATOR = re.compile(r"(_tmp\d+) = tl\.full\((\[.*?\])")
-COLUMNS = re.compile(r"\bx(?:index|mask|\d+)\b")
-LOOP = re.compile(r"    for r0_offset in .*\n(?:        .*\n|\n)+")
-
-
-def with_matrices(source: str) -> str:
-    """The source of a kernel of products, with operands that are matrices, and sums that stay in the accumulator.
-
-    Inductor loads operands with a dimension for each of the result's, [Y, 1, R] and [1, X, R], and reshapes them before
-    the product. Then Triton does not know how the tensor cores read a tile, and lays it into shared memory row by row:
-    eight rows of 32 words begin in the same bank. It also adds the products of a step to the accumulator afterwards,
-    where they might have begun with it. A source that looks different stays as it is, which is right and slower.
-    """
-    flat = source
-    for pattern, replacement in INTO_TWO_DIMENSIONS:
-        flat = pattern.sub(replacement, flat)
-    loops = list(LOOP.finditer(flat))
-    if len(loops) != 1:
-        return source
-    head, loop, tail = flat[: loops[0].start()], loops[0][0], flat[loops[0].end() :]
-    columns = [line for line in head.splitlines(keepends=True) if COLUMNS.search(line)]
-    accumulators = ACCUMULATOR.findall(head)
-    if len(accumulators) != 1 or not all(COLUMNS.match(line.strip()) for line in columns):
-        return source
-    ((accumulator, shape),) = accumulators
-    loop, begun = re.subn(r"(tl\.dot\(tmp\d+, tmp\d+)", rf"\1, {accumulator}", loop, count=1)
-    loop, kept = re.subn(rf"= {accumulator} \+ (tmp\d+)", r"= \1", loop)
-    if shape != "[YBLOCK, XBLOCK]" or begun != 1 or kept != 1:
-        return source
-    # The right operand's tile has the columns as its rows.
-    renamed = (COLUMNS.sub(r"\g<0>_R", line.replace("[None, :]", "[:, None]")) for line in columns)
-    return "".join([head, *renamed, COLUMNS.sub(r"\g<0>_R", loop), tail])
 
 
 def lowered(
@@ -149,13 +136,48 @@ def lowered_sum_of_products(lefts: Sequence[Any], rights: Sequence[Any]) -> Any:
         rounded = [[ops.to_dtype(x, dtype, use_compute_types=False) for x in operands] for operands in loaded]
         return reduce(ops.add, (ops.dot(*operands) for operands in rounded))
 
-    sums = Pointwise.create(
-        device=lefts[0].get_device(),
-        dtype=torch.float32,
-        inner_fn=value,
-        ranges=[*sizes, summands, rights[0].get_size()[-1]],
-    )
-    return make_reduction("dot")(sums, len(sizes))
+    return summed_products(lefts[0], value, [*sizes, summands, rights[0].get_size()[-1]])
+
+
+@register_lowering(SUM_OF_GROUPS, type_promotion_kind=None)
+def lowered_sum_of_groups(pairs: Sequence[Any], rights: Sequence[Any], scales: Any, zeros: Any, sums: Any) -> Any:
+    """Also by `dot` and a reduction of those, of words. A step is one group of each of the copies of activations."""
+    *sizes, words = pairs[0].get_size()
+    loads, right_loads = ([x.make_loader() for x in operands] for operands in (pairs, rights))
+    scale, zero, total = (x.make_loader() for x in (scales, zeros, sums))
+    dtype, copies = rights[0].get_dtype(), len(rights) // len(pairs)
+    words_of_a_step = rights[0].get_size()[-1] // 2
+
+    def value(index: Sequence[Any]) -> Any:
+        *batch, row, word, column = index
+        lefts = [load([*batch, row, word]) for load in loads]
+        one, step = ops.constant(1, torch.int32), FloorDiv(word, words_of_a_step)
+        scaled = []
+        for copy in range(copies):
+            some = right_loads[copy * len(lefts) : (copy + 1) * len(lefts)]
+            place = [*batch, column, step, 2 * ModularIndexing(word, 1, words_of_a_step)]
+            halves = [ops.to_dtype(load(place), dtype, use_compute_types=False) for load in some]
+            products = reduce(ops.add, (ops.dot(*operands) for operands in zip(lefts, halves, strict=True)))
+            group = step * copies + copy
+            scale_of, zero_of = (ops.dot(load([*batch, row, group]), one) for load in (scale, zero))
+            total_of = ops.dot(one, total([*batch, group, column]))
+            scaled.append(ops.mul(scale_of, ops.sub(products, ops.mul(zero_of, total_of))))
+        return reduce(ops.add, scaled)
+
+    return summed_products(scales, value, [*sizes, words, sums.get_size()[-1]])
+
+
+def summed_products(like: Any, value: Callable[..., Any], ranges: Sequence[Any]) -> Any:
+    """The reduction of products over the summand, which is the last but one of their ranges."""
+    sums = Pointwise.create(device=like.get_device(), dtype=torch.float32, inner_fn=value, ranges=list(ranges))
+    return make_reduction("dot")(sums, len(ranges) - 2)
+
+
+@register_lowering(SUM_IN_LOOP, type_promotion_kind=None)
+def lowered_sum_in_loop(x: Any) -> Any:
+    """As Inductor lowers a sum."""
+    with config.patch(unroll_reductions_threshold=1, split_reductions=False):
+        return make_reduction("sum")(x, [len(x.get_size()) - 1])
 
 
 @register_lowering(SUMS_IN_STEP, type_promotion_kind=None)

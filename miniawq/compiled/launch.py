@@ -9,103 +9,96 @@ from math import ceil, log2, prod
 from typing import NamedTuple
 
 from miniawq.compiled.prepacked import LARGEST_GROUP
-from miniawq.packing import CODES_PER_WORD
 
-SUMMANDS_OF_A_WARP = 128
+# At least, of `dot_pairs`: with two nibbles of each, 16 inputs, which the tensor cores sum at once.
+WORDS_OF_A_STEP = 8
+WORDS_OF_A_SUM = 16  # at least and in multiples, because Inductor masks sums of fewer
+THREADS_OF_A_WARP = 32
 MOST_SUMMANDS_AT_ONCE = 4096
+MOST_VECTORS = 128
 MULTIPROCESSORS = 132
 MANY_SUMS = 112
 FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
-# What was fastest on an H200 where the rules of `summing_parts` and `block_sizes` were not
-# (`scripts/bench_products.py`): parts for (groups, rows), and outputs of a program for (outputs, parts * groups, rows).
-PARTS = {(64, 2): 2, (224, 1): 2, (112, 3): 8, (112, 4): 8}
-OUTPUTS = {(4096, 128, 2): 2, (8192, 448, 1): 2}
-
 
 class DotTile(NamedTuple):
-    """The outputs of a program of `dot_planes`, and how many programs fit a multiprocessor."""
+    """The outputs and warps of a program of `dot_pairs`, and how many programs are worth a split of the sum."""
 
     outputs: int
+    warps: int
     programs: int
 
 
-# For the rows of a program. All take 32 words at a time, and load the next ones meanwhile.
-DOT_TILES = {8: DotTile(32, 7), 16: DotTile(32, 7), 32: DotTile(64, 2), 64: DotTile(128, 1), 128: DotTile(64, 1)}
-WORDS_AT_ONCE, STAGES = 32, 3
-# What each further split costs, as a part of a round: for every row and output, by the words that an output has.
-SUMMING = 5e-5
-SPLITS, WORTH_MORE_SPLITS = (1, 2, 4), 1.2
-# What was faster on an H100 than by that rule: splits for (outputs, groups, rows of a program).
-FASTER_SPLITS = {(28672, 32, 16): 2}
+PARTS = (7, 4, 2)
+# For the rows of a program. All take one group at a time, or a few small ones, and load the next ones meanwhile.
+DOT_TILES = {
+    8: DotTile(64, 2, 700),
+    16: DotTile(128, 4, 400),
+    32: DotTile(128, 4, 200),
+    64: DotTile(128, 4, 150),
+    128: DotTile(64, 4, 190),
+}
+STAGES = 3
+SPLITS = (1, 2, 4, 8)
 
 
 def columns_for(rows: int) -> int:
-    """The rows that a program of `dot_planes` takes, of so many."""
+    """The rows that a program of `dot_pairs` takes, of so many."""
     return next((columns for columns in DOT_TILES if rows <= columns), max(DOT_TILES))
 
 
-def summing_parts(groups: int, planes: int, rows: int | None = None) -> int:
-    """In how many parts `reduce_planes` sums a group: so many that a warp has 128 summands of an output."""
-    wanted = PARTS.get((groups, rows or 0), max(4, SUMMANDS_OF_A_WARP // groups))
-    parts = 1
-    while parts < wanted and planes % (2 * parts) == 0:
-        parts *= 2
-    return parts
+def parts_for(vectors: int, rows: int) -> int:
+    """In how many parts `reduce_vectors` takes a row of vectors: in several if it is alone, and warps stay full."""
+    possible = PARTS if rows == 1 else ()
+    return next((parts for parts in possible if vectors % (parts * THREADS_OF_A_WARP) == 0), 1)
 
 
-def splits_for(shape_OPG: Sequence[int], rows: int) -> int:
-    """In how many parts `dot_planes` sums: as few as come within a fifth of the shortest time.
-
-    Programs that do not fit at once follow when the first have ended, so a time is a number of rounds, each as long as
-    the sum of one program. Writing the sums of parts and reading them again takes its share of a round.
-    """
-    outputs, planes, groups = shape_OPG
+def splits_for(shape_KWGP: Sequence[int], rows: int) -> int:
+    """In how many parts `dot_pairs` sums: so many that there are enough programs, if the groups can be shared out."""
+    blocks, lanes, groups, words = shape_KWGP
     columns = columns_for(rows)
-    if (outputs, groups, columns) in FASTER_SPLITS and planes == LARGEST_GROUP // CODES_PER_WORD:
-        return FASTER_SPLITS[outputs, groups, columns]
     tile = DOT_TILES[columns]
-    programs = ceil(outputs / tile.outputs) * ceil(rows / columns)
-    summing = SUMMING * rows * outputs / (planes * groups)
-    times = {
-        splits: ceil(programs * splits / (MULTIPROCESSORS * tile.programs)) / splits + (splits - 1) * summing
-        for splits in SPLITS
-        if planes % splits == 0
-    }
-    return next(splits for splits, time in times.items() if time <= WORTH_MORE_SPLITS * min(times.values()))
+    programs = ceil(blocks * lanes / tile.outputs) * ceil(rows / columns)
+    possible = [splits for splits in SPLITS if groups % splits == groups * words // splits % WORDS_OF_A_SUM == 0]
+    return next((splits for splits in possible if programs * splits >= tile.programs), possible[-1])
 
 
-def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1) -> dict[str, int]:
-    """The tile of one of Inductor's kernels, by what it computes and the sizes that it iterates over."""
-    if kind == "planes":
-        return planes_tile(sizes["x"], sizes["r0_"], sums)
+def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1, words: int = 0) -> dict[str, int]:
+    """The tile of one of Inductor's kernels, by what it computes and the sizes that it iterates over.
+
+    `sums` are those of words, and `words` are those of a group, where a kernel reads any.
+    """
+    if kind == "vectors":
+        return vectors_tile(sizes["x"], sizes["r0_"], sums)
     if kind == "dot":
-        return dot_tile(sizes)
+        return dot_tile(sizes, words)
     if kind == "dense dot":
         return dense_dot_tile(sizes["x"])
     return sum_tile(sizes) if kind == "sum" else pointwise_tile(sizes)
 
 
-def planes_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
-    """For `reduce_planes`: a thread takes four neighbouring summands (one load) of a few outputs.
+def vectors_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
+    """For `reduce_vectors`: a thread takes the same vector of a few outputs, and uses its activations for all of these.
 
-    It uses its activations for all of these, and a program takes all summands of its outputs. All words of a tile are
-    loaded before the first is used, and 64 of them fit a thread's registers: four outputs, four planes. With 128 a
-    kernel may be twenty times slower, because the assembler gives up and keeps 32 registers
+    All words of a step are loaded before the first is used, and 64 of them fit a thread's registers. With 128 a kernel
+    may be twenty times slower, because the assembler gives up and keeps 32 registers
     (`tests/compiled/test_counts.py`).
     """
-    block = min(1024, max(SUMMANDS_OF_A_WARP, power_of_two(summands)))
-    default = 2 if sums > 2 or (sums == 1 and block == SUMMANDS_OF_A_WARP) else 4
-    outputs = OUTPUTS.get((outputs, summands, sums), default)
-    return {"XBLOCK": outputs, "R0_BLOCK": block, "num_warps": block // SUMMANDS_OF_A_WARP, "num_stages": 1}
+    if sums == 1:
+        block, wanted = min(MOST_VECTORS, power_of_two(summands)), 4 if summands == THREADS_OF_A_WARP else 2
+    else:
+        block, wanted = min(MOST_VECTORS // 2, power_of_two(summands)), 8 if summands <= MOST_VECTORS else 4
+    block = max(THREADS_OF_A_WARP, block)
+    warps = block // THREADS_OF_A_WARP
+    return {"XBLOCK": min(wanted, power_of_two(outputs)), "R0_BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
-def dot_tile(sizes: dict[str, int]) -> dict[str, int]:
-    """For `dot_planes`: 16 outputs a warp."""
+def dot_tile(sizes: dict[str, int], words: int) -> dict[str, int]:
+    """For `dot_pairs`: a step is one group, or as many small ones as the tensor cores sum at once."""
     columns = min(sizes["x"], max(DOT_TILES))
-    outputs = DOT_TILES[columns].outputs
-    blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": WORDS_AT_ONCE}
-    return blocks | {"num_warps": outputs // 16, "num_stages": STAGES} | ({"ZBLOCK": 1} if "z" in sizes else {})
+    outputs, warps, _ = DOT_TILES[columns]
+    blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": max(words, WORDS_OF_A_STEP)}
+    return blocks | {"num_warps": warps, "num_stages": STAGES} | ({"ZBLOCK": 1} if "z" in sizes else {})
 
 
 def dense_dot_tile(rows: int) -> dict[str, int]:

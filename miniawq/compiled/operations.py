@@ -23,6 +23,33 @@ def _(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
     return lefts[0].new_empty((*lefts[0].shape[:-1], rights[0].shape[-1]), dtype=torch.float32)
 
 
+@torch.library.custom_op("miniawq::sum_of_groups", mutates_args=())
+def sum_of_groups(
+    pairs: Sequence[Tensor], rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor
+) -> Tensor:
+    """y_KOT float32: scale * (sum of products - zero * sum) of each group of a row, summed.
+
+    pairs int32 [K, O, J], each two floats of the dtype of rights side by side; rights [K, T, Q, H], the H inputs that
+    these meet in each of Q steps; scales and zeros float32 [K, O, G]; sums float32 [K, G, T]. If there are C times as
+    many rights as pairs, a step has C groups, each with rights of its own, in which the inputs of the others are zeros.
+
+    An operation of its own, because torch has no product whose sum is scaled every few summands.
+    """
+    copies = len(rights) // len(pairs)
+    y_KOT = -torch.einsum("kog,kgt->kot", (scales * zeros).double(), sums.double())
+    for number, right_KTQH in enumerate(rights):
+        pair_KOJ = pairs[number % len(pairs)].contiguous()
+        left_KOQH = pair_KOJ.view(right_KTQH.dtype).double().unflatten(2, right_KTQH.shape[2:])
+        scales_KOQ = scales[:, :, number // len(pairs) :: copies].double()
+        y_KOT += torch.einsum("koq,koqh,ktqh->kot", scales_KOQ, left_KOQH, right_KTQH.double())
+    return y_KOT.float()
+
+
+@sum_of_groups.register_fake
+def _(pairs: Sequence[Tensor], rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor) -> Tensor:
+    return scales.new_empty(*pairs[0].shape[:-1], rights[0].shape[1])
+
+
 @torch.library.custom_op("miniawq::sums_in_step", mutates_args=())
 def sums_in_step(terms: Sequence[Tensor], sums: int) -> list[Tensor]:
     """As many sums as asked for, of terms of one shape: the first of each sum, then the second of each, and so on.
@@ -38,5 +65,21 @@ def _(terms: Sequence[Tensor], sums: int) -> list[Tensor]:
     return [torch.empty_like(term) for term in terms[:sums]]
 
 
+@torch.library.custom_op("miniawq::sum_in_loop", mutates_args=())
+def sum_in_loop(x: Tensor) -> Tensor:
+    """The sum of the last dimension.
+
+    An operation of its own, because Inductor writes out short sums, and cuts long ones into two kernels.
+    """
+    return x.sum(-1)
+
+
+@sum_in_loop.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1])
+
+
+SUM_IN_LOOP = torch.ops.miniawq.sum_in_loop.default
+SUM_OF_GROUPS = torch.ops.miniawq.sum_of_groups.default
 SUM_OF_PRODUCTS = torch.ops.miniawq.sum_of_products.default
 SUMS_IN_STEP = torch.ops.miniawq.sums_in_step.default

@@ -3,9 +3,10 @@
 One load should bring eight weights of one output, and no arithmetic should be needed to tell which. So a group of S
 inputs becomes P = S / 8 words, and word p of group g holds the codes of inputs g S + 8 p + 0..7, lowest nibble first.
 
-A GPU reads *planes* [O, P, G]: neighbouring threads take neighbouring groups, so the words with the same p lie
-together. The *storage order* of inputs is then (p, g, nibble). A CPU reads *blocks* [K, G, P, W]: the same word of W
-neighbouring outputs is one vector, a block is read from front to back, and each lane of the vector sums one output.
+A GPU reads *rows*: the words of one output follow one another, so neighbouring threads take neighbouring words of it,
+or the tensor cores all words of a group. A CPU reads *blocks* [K, G, P, W]: the same word of W neighbouring outputs is
+one vector, a block is read from front to back, and each lane of the vector sums one output. Scales and zeros of a group
+lie in blocks for both: a GPU loads those of all outputs of a thread at once.
 
 A group of more than 128 inputs is stored as groups of 128 with the same scale and zero.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from miniawq.packing import CODES_PER_WORD, SEQUENTIAL, Quantized, decode_awq, unpack, words_of
 
 LARGEST_GROUP = 128
+LANES = 8  # AWQ's words hold eight outputs, so a layer divides into blocks of eight
 CODES_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 22}  # decoded while a layer is prepacked; a GPU waits for each launch
 GRID_BYTES = {"cuda": 4, "cpu": 8}  # of one group's scale and zero
 
@@ -26,8 +28,9 @@ GRID_BYTES = {"cuda": 4, "cpu": 8}  # of one group's scale and zero
 class Prepacked(NamedTuple):
     """The weight of one layer, or of several whose outputs follow one another.
 
-    In planes: `words` int32 [O, P, G] and `grid` int32 [O, G] (`pack_grid`). In blocks: `words` int32 [K, G, P, W] and
-    `grid` float32 [K, G, 2, W], scales and zeros. `group_size` and `scale_dtype` are those of the file.
+    In rows: `words` int32 [K, W, G, P], W outputs after one another, and `grid` int32 [K, G, W] (`pack_grid`). In
+    blocks: `words` int32 [K, G, P, W] and `grid` float32 [K, G, 2, W], scales and zeros. `group_size` and `scale_dtype`
+    are those of the file.
     """
 
     words: Tensor
@@ -36,14 +39,14 @@ class Prepacked(NamedTuple):
     scale_dtype: torch.dtype
 
     @property
-    def in_planes(self) -> bool:
-        """Planes or blocks."""
+    def in_rows(self) -> bool:
+        """Rows or blocks."""
         return self.grid.dtype == torch.int32
 
     @property
     def lanes(self) -> int:
-        """Neighbouring outputs of a vector; 1 in planes."""
-        return 1 if self.in_planes else self.words.shape[3]
+        """Outputs of a block."""
+        return self.grid.shape[-1]
 
     @property
     def outputs(self) -> int:
@@ -58,10 +61,10 @@ class Prepacked(NamedTuple):
 
 def can_prepack(device: torch.device, scale_dtype: torch.dtype) -> bool:
     """Whether the grid has room for these scales: on a GPU they have 16 bits."""
-    return scale_dtype.itemsize == 2 or not wants_planes(device)
+    return scale_dtype.itemsize == 2 or not wants_rows(device)
 
 
-def wants_planes(device: torch.device | str) -> bool:
+def wants_rows(device: torch.device | str) -> bool:
     """Which of the two a device reads fastest."""
     return torch.device(device).type == "cuda"
 
@@ -78,7 +81,7 @@ def prepack_awq(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor) -> Pre
     """The same from AutoAWQ words, some outputs at a time, so that a large layer is never decoded as a whole."""
     inputs, outputs = len(qweight_IW), scales_GO.shape[1]
     target = empty(outputs, inputs, inputs // len(scales_GO), scales_GO.dtype, qweight_IW.device)
-    for some_O, part in slices(target, CODES_AT_ONCE["cuda" if target.in_planes else "cpu"]):
+    for some_O, part in slices(target, CODES_AT_ONCE["cuda" if target.in_rows else "cpu"]):
         some_W = slice(some_O.start // CODES_PER_WORD, some_O.stop // CODES_PER_WORD)
         words = {"qweight": qweight_IW[:, some_W], "qzeros": qzeros_GW[:, some_W], "scales": scales_GO[:, some_O]}
         write(decode_awq(words), part)
@@ -96,9 +99,10 @@ def empty(
     """Memory for a prepacked weight."""
     size = stored_group_size(group_size)
     groups, words = inputs // size, size // CODES_PER_WORD
-    if wants_planes(device):
-        words_OPG = torch.empty(outputs, words, groups, dtype=torch.int32, device=device)
-        return Prepacked(words_OPG, torch.empty_like(words_OPG[:, 0]), group_size, scale_dtype)
+    if wants_rows(device):
+        words_KWGP = torch.empty(outputs // LANES, LANES, groups, words, dtype=torch.int32, device=device)
+        grid_KGW = torch.empty(outputs // LANES, groups, LANES, dtype=torch.int32, device=device)
+        return Prepacked(words_KWGP, grid_KGW, group_size, scale_dtype)
     lanes = lanes_for(outputs)
     words_KGPW = torch.empty(outputs // lanes, groups, words, lanes, dtype=torch.int32, device=device)
     grid_KG2W = torch.empty(outputs // lanes, groups, 2, lanes, device=device)
@@ -111,11 +115,8 @@ def stored_group_size(group_size: int) -> int:
 
 
 def lanes_for(outputs: int) -> int:
-    """How many outputs a CPU takes at a time: a whole vector, because Inductor does not vectorize half of one.
-
-    AWQ's words hold eight outputs, so a layer divides into blocks of 8, if not of 16.
-    """
-    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and outputs % 16 == 0 else 8
+    """How many outputs a CPU takes at a time: a whole vector, because Inductor does not vectorize half of one."""
+    return 2 * LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" and outputs % (2 * LANES) == 0 else LANES
 
 
 def write(quantized: Quantized, target: Prepacked) -> None:
@@ -123,9 +124,9 @@ def write(quantized: Quantized, target: Prepacked) -> None:
     repeats = target.grid.shape[1] // quantized.scales_OG.shape[1]
     scales_OG, zeros_OG = (t.repeat_interleave(repeats, 1) for t in (quantized.scales_OG, quantized.zeros_OG))
     words_OGP = sequential_words(quantized.codes_OI, scales_OG.shape[1])
-    if target.in_planes:
-        target.words.copy_(words_OGP.transpose(1, 2))
-        target.grid.copy_(pack_grid(scales_OG, zeros_OG))
+    if target.in_rows:
+        target.words.copy_(words_OGP.unflatten(0, (-1, LANES)))
+        target.grid.copy_(in_blocks(pack_grid(scales_OG, zeros_OG), LANES))
     else:
         target.words.copy_(in_blocks(words_OGP, target.lanes))
         target.grid.copy_(in_blocks(torch.stack([scales_OG.float(), zeros_OG.float()], -1), target.lanes))
@@ -133,8 +134,8 @@ def write(quantized: Quantized, target: Prepacked) -> None:
 
 def unprepack(prepacked: Prepacked) -> Quantized:
     """The inverse of `prepack`."""
-    words = prepacked.words.transpose(1, 2) if prepacked.in_planes else out_of_blocks(prepacked.words)
-    codes_OI, (scales_OG, zeros_OG) = unpack(words.flatten(1), SEQUENTIAL), scales_and_zeros(prepacked)
+    codes_OI = unpack(words_in_rows(prepacked).flatten(1), SEQUENTIAL)
+    scales_OG, zeros_OG = scales_and_zeros(prepacked)
     repeats = scales_OG.shape[1] * prepacked.group_size // codes_OI.shape[1]
     scales_OG, zeros_OG = scales_OG[:, ::repeats], zeros_OG[:, ::repeats]
     return Quantized(codes_OI, scales_OG.to(prepacked.scale_dtype), zeros_OG.to(torch.uint8))
@@ -146,32 +147,27 @@ def sequential_words(codes_OI: Tensor, groups: int) -> Tensor:
 
 
 def pack_grid(scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
-    """A group's 16-bit scale and its zero as one int32: the bits of the scale below, above them -(2^7 + zero).
+    """A group's 16-bit scale and its zero as one int32: the bits of the scale below, above them the zero, a bfloat16.
 
-    The upper half is a bfloat16: the int32 without its lower half is the float. -(2^7 + zero) is what turns a code
-    under the exponent of 2^7 (`eager.expand`) into code - zero. As two tensors of 16 and 8 bits, Triton would give each
-    thread eight or sixteen neighbouring groups of one output, to fill its widest load; with four groups (of 32 bits) a
-    thread has several outputs to use its activations for.
+    The int32 without its lower half is the zero as a float.
     """
-    offsets_OG = -(2.0**7) - zeros_OG.float()
-    return offsets_OG.view(torch.int32) | (scales_OG.view(torch.int16).int() & 0xFFFF)
+    return zeros_OG.float().view(torch.int32) | (scales_OG.view(torch.int16).int() & 0xFFFF)
 
 
 def unpack_grid(grid: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scales of `pack_grid` and its offsets, -(2^7 + zero), in float32 and the shape of `grid`."""
+    """The scales and zeros of `pack_grid` in float32 and the shape of `grid`."""
     return grid.to(torch.int16).view(scale_dtype).float(), (grid & -(1 << 16)).view(torch.float32)
 
 
-def zeros_of(offsets: Tensor) -> Tensor:
-    """The inverse of what `pack_grid` does to zeros."""
-    return -(2.0**7) - offsets
+def words_in_rows(prepacked: Prepacked) -> Tensor:
+    """words_OGP."""
+    return prepacked.words.flatten(0, 1) if prepacked.in_rows else out_of_blocks(prepacked.words)
 
 
 def scales_and_zeros(prepacked: Prepacked) -> tuple[Tensor, Tensor]:
     """scales_OG and zeros_OG in float32."""
-    if prepacked.in_planes:
-        scales_OG, offsets_OG = unpack_grid(prepacked.grid, prepacked.scale_dtype)
-        return scales_OG, zeros_of(offsets_OG)
+    if prepacked.in_rows:
+        return unpack_grid(out_of_blocks(prepacked.grid), prepacked.scale_dtype)
     scales_OG, zeros_OG = out_of_blocks(prepacked.grid).unbind(-1)
     return scales_OG, zeros_OG
 
@@ -189,8 +185,7 @@ def out_of_blocks(t: Tensor) -> Tensor:
 def slices(prepacked: Prepacked, codes: int) -> Iterator[tuple[slice, Prepacked]]:
     """Pairs of outputs and a view of them, about `codes` codes at a time."""
     outputs, lanes = prepacked.outputs, prepacked.lanes
-    whole = max(lanes, CODES_PER_WORD)
-    step = max(1, codes // prepacked.inputs // whole) * whole
+    step = max(1, codes // prepacked.inputs // lanes) * lanes
     for first in range(0, outputs, step):
         some_O = slice(first, min(first + step, outputs))
         some = slice(some_O.start // lanes, some_O.stop // lanes)

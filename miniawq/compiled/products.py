@@ -5,6 +5,7 @@ kernel that computes activations can also prepare them for the next product, so 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -16,20 +17,20 @@ import miniawq.compiled.cpu_forms as cpu_forms
 import miniawq.compiled.gpu_forms as gpu_forms
 import miniawq.compiled.launch as launch
 from miniawq.compiled.compiler import Arguments, Compiled
-from miniawq.compiled.eager import EXPAND_IN_TILES, expand, multiply_prepacked
+from miniawq.compiled.eager import EXPAND_IN_ONE, expand, multiply_prepacked
 from miniawq.compiled.gpu_forms import with_bias, with_rows, written
-from miniawq.compiled.operations import sum_of_products
+from miniawq.compiled.operations import sum_in_loop, sum_of_products
 from miniawq.compiled.prepacked import Prepacked
 from miniawq.packing import CODES_PER_WORD
 
-# Up to so many rows `REDUCE` was the faster form on an H200, with few and with many groups (docs/log).
-MOST_ROWS_REDUCED, MOST_ROWS_REDUCED_MANY_GROUPS, MANY_GROUPS = 3, 2, 64
+# Up to so many rows `REDUCE` was the faster form on an H200 (docs/log).
+MOST_ROWS_REDUCED = 3
 MOST_ROWS_DOTTED = 256
 MOST_ROWS_ON_CPU = 32
 # With more rows a kernel of its own for the norm is faster than a factor in each program of the product (docs/log).
 MOST_ROWS_NORMED_LATE = 32
-# Every reader of `DOT`'s mean squares sums so many pieces, or fewer.
-MOST_PIECES = 8
+# Every reader of `DOT`'s mean squares sums so many pieces, or fewer: one for each group, if one kernel is to make both.
+MOST_PIECES = 64
 # Dense heads: with fewer outputs there are not enough programs.
 MOST_ROWS_TILED, FEWEST_OUTPUTS_TILED = 64, 32_768
 
@@ -116,17 +117,12 @@ def mean_squares(h_TI: Tensor, pieces: int, eps: float) -> Tensor:
 
 
 def prepare_reduced(
-    x_TI: Tensor, _dtype: torch.dtype, planes_OVG: Sequence[Tensor], grid_OG: Tensor, *others: Any
+    x_TI: Tensor, _dtype: torch.dtype, words_KWGP: Tensor, _grid_KGW: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    """`gpu_forms.prescale` as one kernel: the powers of two are a tensor, so one expression covers all nibbles.
-
-    Only what all parts of a group take away together matters, so the sums are those of groups, sums_TG. Inductor fuses
-    a sum with the scaling only if both run along the same pieces of memory: a group is one piece, a part is not.
-    """
-    _, places_N, _ = others
-    x_TGQVN = x_TI.float().unflatten(-1, (grid_OG.shape[1], len(planes_OVG), planes_OVG[0].shape[1], CODES_PER_WORD))
-    x_QNTVG = written((x_TGQVN * places_N).permute(2, 4, 0, 3, 1))
-    return x_QNTVG, written(x_TGQVN.sum((2, 3, 4)) * 2.0 ** (gpu_forms.PRESCALE - 149))
+    """`gpu_forms.prescale` as one kernel."""
+    _, powers_I, _ = others
+    x_TNJ, sums_TG = gpu_forms.prescale(x_TI, powers_I, words_KWGP.shape[3])
+    return written(x_TNJ), written(sums_TG)
 
 
 def prepare_normed_reduced(
@@ -139,59 +135,56 @@ def prepare_normed_reduced(
 
 def multiply_reduced(
     x: tuple[Tensor, Tensor],
-    means_TC: Tensor | None,
+    means_TG: Tensor | None,
     dtype: torch.dtype,
-    planes_OVG: Sequence[Tensor],
-    grid_OG: Tensor,
+    words_KWGP: Tensor,
+    grid_KGW: Tensor,
     scale_like: Tensor,
-    _places_N: Tensor,
+    _powers_I: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """`gpu_forms.reduce_planes`."""
-    x_QNTVG, sums_TG = x
-    y_TO = gpu_forms.reduce_planes(planes_OVG, grid_OG, scale_like.dtype, x_QNTVG, shared_out(sums_TG, planes_OVG))
-    if means_TC is not None and len(means_TC) == 1:
-        # Summed for each output again, as the product sums its V and G, this is no kernel of its own.
-        means_TOVG = shared_out(means_TC, planes_OVG).unsqueeze(1).expand(-1, len(grid_OG), -1, -1)
-        y_TO = y_TO * means_TOVG.sum((2, 3)).rsqrt()
-    elif means_TC is not None:
-        y_TO = y_TO * means_TC.sum(1, keepdim=True).rsqrt()
-    return written(with_bias(y_TO, bias_O, dtype))
+    """`gpu_forms.reduce_vectors`."""
+    x_TNJ, sums_TG = x
+    vectors = x_TNJ.shape[2] // gpu_forms.vector_words(words_KWGP.shape[3])
+    parts = launch.parts_for(vectors, len(sums_TG))
+    rows = gpu_forms.reduce_vectors(words_KWGP, grid_KGW, scale_like.dtype, x_TNJ, sums_TG, parts)
+    if means_TG is not None:
+        means_T1 = means_TG.sum(1, keepdim=True)
+        if len(rows) == 1:
+            # Summed for each output again, as the product sums its vectors, this is no kernel of its own.
+            means_VU = gpu_forms.shared_out(means_TG, vectors).view(parts, -1)
+            means_T1 = sum_in_loop(reduce(torch.add, means_VU.unbind()).expand(1, len(rows[0]), -1))
+        rows = [y_O * means_1.rsqrt() for y_O, means_1 in zip(rows, means_T1.unbind(), strict=True)]
+    return written(torch.stack([with_bias(y_O, bias_O, dtype) for y_O in rows]))
 
 
-def shared_out(sums_TG: Tensor, planes_OVG: Sequence[Tensor]) -> Tensor:
-    """The same share of its group's sum for each part, [T, V, G]."""
-    parts = planes_OVG[0].shape[1]
-    return (sums_TG / parts).unsqueeze(1).expand(-1, parts, -1)
-
-
-def prepare_dotted(x_TI: Tensor, dtype: torch.dtype, _words_OPG: Tensor, grid_OG: Tensor, *_: Any) -> Tensor:
+def prepare_dotted(x_TI: Tensor, dtype: torch.dtype, words_KWGP: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """`gpu_forms.spread`."""
-    return written(gpu_forms.spread(x_TI.to(dtype), grid_OG.shape[1]))
+    x_CTQNH, sums_TG = gpu_forms.spread(x_TI.to(dtype), words_KWGP.shape[3])
+    return written(x_CTQNH), written(sums_TG)
 
 
 def prepare_normed_dotted(
-    h_TI: Tensor, norm_I: Tensor, eps: float, dtype: torch.dtype, *tensors: Any
-) -> tuple[Tensor, Tensor]:
+    h_TI: Tensor, norm_I: Tensor, eps: float, dtype: torch.dtype, words_KWGP: Tensor, *tensors: Any
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Both steps by one kernel; from here on rows fill whole tiles."""
-    _, grid_OG, *_ = tensors
     h_TI = gpu_forms.in_whole_tiles(h_TI)
-    return prepare_dotted(h_TI * norm_I, dtype, *tensors), mean_squares(h_TI, gcd(grid_OG.shape[1], MOST_PIECES), eps)
+    pieces = gcd(words_KWGP.shape[2], MOST_PIECES)
+    return prepare_dotted(h_TI * norm_I, dtype, words_KWGP, *tensors), mean_squares(h_TI, pieces, eps)
 
 
 def multiply_dotted(
-    x_NTPG: Tensor,
+    x: tuple[Tensor, Tensor],
     means_TC: Tensor | None,
     _dtype: torch.dtype,
-    words_OPG: Tensor,
-    grid_OG: Tensor,
+    words_KWGP: Tensor,
+    grid_KGW: Tensor,
     scale_like: Tensor,
-    exponents_2O: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """`gpu_forms.dot_planes`."""
+    """`gpu_forms.dot_pairs`."""
     factors_T1 = None if means_TC is None else means_TC.sum(1, keepdim=True).rsqrt()
-    return gpu_forms.dot_planes(words_OPG, grid_OG, scale_like.dtype, x_NTPG, exponents_2O, bias_O, factors_T1)
+    return gpu_forms.dot_pairs(words_KWGP, grid_KGW, scale_like.dtype, *x, bias_O, factors_T1)
 
 
 def prepare_words(
@@ -235,13 +228,13 @@ def multiply_expanded(
     x_TI: Tensor,
     _means_TC: None,
     _dtype: torch.dtype,
-    words_OPG: Tensor,
-    grid_OG: Tensor,
+    words_KWGP: Tensor,
+    grid_KGW: Tensor,
     scale_like: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
     """`eager.expand` and the library's matmul, of activations of 16 bits."""
-    weight_OI = expand(words_OPG, grid_OG, scale_like.dtype, x_TI.dtype).view(x_TI.dtype)
+    weight_OI = expand(words_KWGP, grid_KGW, scale_like.dtype, x_TI.dtype).view(x_TI.dtype)
     return linear(x_TI, weight_OI, None if bias_O is None else bias_O.to(x_TI.dtype))
 
 
@@ -255,7 +248,7 @@ def multiply_plainly(
     bias_O: Tensor | None,
 ) -> Tensor:
     """`eager.sliced_product`."""
-    group_size = words.shape[1 if grid.dtype == torch.int32 else 2] * CODES_PER_WORD
+    group_size = words.shape[3 if grid.dtype == torch.int32 else 2] * CODES_PER_WORD
     return multiply_prepacked(x_TI, Prepacked(words, grid, group_size, scale_like.dtype), bias_O)
 
 
@@ -299,28 +292,24 @@ Accepts = Callable[[Form], bool]
 
 def int4_product(weight: Prepacked, bias_O: Tensor | None, rows: int, dtype: torch.dtype, accepts: Accepts) -> Product:
     """The product of a prepacked weight with so many rows of activations of a dtype, by the fastest accepted form."""
-    device, groups = weight.words.device, weight.grid.shape[1]
     wanted = (WORDS,) if rows <= MOST_ROWS_ON_CPU else ()
-    if device.type == "cuda":
-        most_reduced = MOST_ROWS_REDUCED_MANY_GROUPS if groups > MANY_GROUPS else MOST_ROWS_REDUCED
-        few = (REDUCE,) if rows <= most_reduced else ()
-        wanted = (*few, *((DOT,) if rows <= MOST_ROWS_DOTTED else ()), *((EXPAND,) if dtype.itemsize == 2 else ()))
+    if weight.in_rows:
+        has_16_bits = dtype.itemsize == 2
+        few = (REDUCE,) if rows <= MOST_ROWS_REDUCED else ()
+        some = (DOT,) if has_16_bits and rows <= MOST_ROWS_DOTTED and gpu_forms.steps_fit(weight.words) else ()
+        wanted = (*few, *some, *((EXPAND,) if has_16_bits else ()))
     form = next(filter(accepts, wanted), PLAIN)
-    return Product(form, int4_tensors(form, weight, bias_O, rows))
+    return Product(form, int4_tensors(form, weight, bias_O))
 
 
-def int4_tensors(form: Form, weight: Prepacked, bias_O: Tensor | None, rows: int) -> Tensors:
+def int4_tensors(form: Form, weight: Prepacked, bias_O: Tensor | None) -> Tensors:
     """What a form of the INT4 product takes after the activations."""
     words, grid = weight.words, weight.grid
     if form is WORDS:
         return cpu_forms.as_loaded(words), grid, bias_O
     scale_like = torch.empty(0, dtype=weight.scale_dtype, device=words.device)
-    if form is DOT:
-        return words, grid, scale_like, gpu_forms.magic_exponents(words.device, len(words)), bias_O
     if form is REDUCE:
-        places = [2.0 ** (gpu_forms.PRESCALE - place) for _, place in gpu_forms.SUBNORMAL_PLACES]
-        planes_OVG = gpu_forms.planes(words, launch.summing_parts(words.shape[2], words.shape[1], rows))
-        return planes_OVG, grid, scale_like, torch.tensor(places, device=words.device), bias_O
+        return words, grid, scale_like, gpu_forms.powers_of_places(weight.inputs, words.device), bias_O
     return words, grid, scale_like, bias_O
 
 
@@ -346,6 +335,11 @@ ONE_KERNEL: dict[str, Any] = {
 }
 
 
+def options_of(forms: Collection[Form]) -> dict[str, Any]:
+    """What only some forms need: for `REDUCE`, Inductor is to fuse by what is read, not by the order of loops."""
+    return {"loop_ordering_after_fusion": False} if REDUCE in forms else {}
+
+
 def compile_with_forms(
     function: Callable[..., Any],
     forms: Collection[Form],
@@ -354,7 +348,7 @@ def compile_with_forms(
 ) -> Compiled:
     """`function`, in which these forms multiply, compiled with Inductor's `options` and those that the forms need."""
     if any(form.written_by_inductor for form in forms):
-        return Compiled(function, ONE_KERNEL | options, launch.block_sizes, traced)
+        return Compiled(function, ONE_KERNEL | options_of(forms) | options, launch.block_sizes, traced)
     # With padding Inductor would time 2 to 7 rows padded to 8, on a second copy of the head.
-    needed = {"shape_padding": False} | (EXPAND_IN_TILES if EXPAND in forms else {})
+    needed = {"shape_padding": False} | (EXPAND_IN_ONE if EXPAND in forms else {})
     return Compiled(function, needed | options, traced=traced)

@@ -66,7 +66,7 @@ def example(form: Form, device: torch.device, dtype: torch.dtype, rows: int) -> 
     quantized = Quantized(codes_OI.to(device), scales_OG.to(device), zeros_OG.to(device))
     weight_OI = dequantize(quantized, dtype)
     if form in OF_INT4:
-        return x_TI.to(device, dtype), weight_OI, int4_tensors(form, prepack(quantized), None, rows)
+        return x_TI.to(device, dtype), weight_OI, int4_tensors(form, prepack(quantized), None)
     return x_TI.to(device, dtype), weight_OI, (weight_OI, None)
 
 

@@ -52,7 +52,7 @@ def reads_tables(device: torch.device | str) -> bool:
     device = torch.device(device)
     if (
         device.type != "cpu"
-        or prepacked.wants_planes(device)
+        or prepacked.wants_rows(device)
         or "fbgemm" not in torch.backends.quantized.supported_engines
     ):
         return False

@@ -57,16 +57,33 @@ def test_rows_take_the_narrowest_tile_that_holds_them():
     ]  # fmt: skip
 
 
-@given(st.integers(1, 1 << 17), st.integers(0, 4).map(lambda power: 3 << power), st.integers(1, 224), ROWS)
-def test_splits_are_parts_of_the_planes(outputs, planes, groups, rows):
-    splits = tiles.splits_for((outputs, planes, groups), rows)
-    assert planes % splits == 0
+@given(st.integers(1, 1 << 14), st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 224), ROWS)
+def test_splits_are_parts_of_the_groups_in_whole_steps(blocks, words, groups, rows):
+    splits = tiles.splits_for((blocks, 8, groups * 16 // words, words), rows)
+    assert groups % splits == 0 or groups * 16 // words % splits == 0
+    assert groups * 16 // splits % tiles.WORDS_OF_A_SUM == 0
 
 
 @pytest.mark.parametrize(("outputs", "groups", "rows", "splits"), [
-    (28672, 32, 16, 2), (6144, 32, 16, 4), (4096, 112, 16, 4), (28672, 32, 64, 1), (6144, 32, 64, 2), (4096, 32, 64, 4),
-    (10240, 64, 32, 4), (10240, 64, 128, 2), (6144, 32, 128, 1), (4096, 32, 128, 2), (4096, 32, 256, 1),
+    (28672, 32, 8, 2), (6144, 32, 8, 8), (4096, 112, 8, 8), (28672, 32, 16, 2), (4096, 32, 16, 8), (28672, 32, 32, 1),
+    (28672, 32, 64, 1), (6144, 32, 64, 4), (4096, 32, 64, 8), (6144, 32, 128, 2), (4096, 112, 128, 4),
 ])  # fmt: skip
-def test_splits_are_what_was_fastest_on_an_h100(outputs, groups, rows, splits):
+def test_splits_are_what_was_fastest_on_an_h200(outputs, groups, rows, splits):
     """Or within a few per cent of it."""
-    assert tiles.splits_for((outputs, 16, groups), rows) == splits
+    assert tiles.splits_for((outputs // 8, 8, groups, 16), rows) == splits
+
+
+@given(st.integers(1, 1 << 12), st.integers(1, 3))
+def test_parts_are_whole_warps_of_vectors(vectors, rows):
+    parts = tiles.parts_for(vectors, rows)
+    assert vectors % parts == 0
+    assert parts == 1 or (rows == 1 and vectors // parts % THREADS == 0)
+
+
+@given(SIZES, st.integers(1, 1 << 12), st.integers(1, 3))
+def test_a_thread_of_vectors_keeps_its_words_in_registers(outputs, vectors, rows):
+    parts = tiles.parts_for(vectors, rows)
+    tile = tiles.block_sizes("vectors", {"x": outputs, "r0_": vectors // parts}, sums=rows)
+    assert is_power_of_two(tile["XBLOCK"])
+    assert tile["R0_BLOCK"] == THREADS * tile["num_warps"]
+    assert 4 * parts * tile["XBLOCK"] <= 64

@@ -1,14 +1,15 @@
 """`with_matrices` on what Inductor really writes, of the versions of torch that `golden/make_triton.py` ran under."""
 
 import ast
+import re
 
 import pytest
 
-from miniawq.compiled import inductor
+from miniawq.compiled import sources
 from tests.helpers import GOLDEN
 
 SOURCES = sorted((GOLDEN / "triton").rglob("*.py.txt"))
-ROWS, COLUMNS, SUMMED = "YBLOCK", "XBLOCK", "R0_BLOCK"
+ROWS, COLUMNS, SUMMED, PAIRS = "YBLOCK", "XBLOCK", "R0_BLOCK", "2 * R0_BLOCK"
 
 
 class Shapes:
@@ -64,6 +65,8 @@ class Shapes:
                 shape = self.sizes(sizes)
                 self.reshaped.append((self.of(value), shape))
                 return shape
+            case "join", [value, _]:
+                return *self.of(value), "2"
             case "trans", [value]:
                 return self.of(value)[::-1]
             case "dot", operands:
@@ -104,6 +107,7 @@ def test_the_same_kernels_are_stored_of_both_versions():
     assert of_versions["torch-2.11"] == of_versions["torch-2.13"]
 
 
+@pytest.mark.parametrize("source", [path for path in SOURCES if "tiled" in path.name], ids=str, indirect=True)
 def test_what_inductor_writes_has_more_dimensions_and_sums_afterwards(source):
     shapes = Shapes(source)
     assert max(map(len, shapes.names.values())) > 2
@@ -112,24 +116,41 @@ def test_what_inductor_writes_has_more_dimensions_and_sums_afterwards(source):
 
 
 def test_all_tiles_become_matrices(source):
-    source = inductor.with_matrices(source)
+    source = sources.with_matrices(source)
     indices = [node.slice for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Subscript)]
     assert {len(index.elts) for index in indices if isinstance(index, ast.Tuple)} == {2}
     shapes = Shapes(source)
     assert max(map(len, shapes.names.values())) == 2
     assert shapes.stored == [(ROWS, COLUMNS)]
-    # Operands are loaded in the shape in which they are multiplied.
-    assert all(before == after for before, after in shapes.reshaped)
+    # Operands are loaded in the shape in which they are multiplied, or are pairs that come out of one word.
+    pairs = (ROWS, SUMMED, "2"), (ROWS, PAIRS)
+    assert all(before == after or (before, after) == pairs for before, after in shapes.reshaped)
 
 
+@pytest.mark.parametrize("source", [path for path in SOURCES if "tiled" in path.name], ids=str, indirect=True)
 def test_sums_begin_with_what_is_summed(source):
     """Triton itself lets every further product of a step begin with the one before."""
-    first, *others = Shapes(inductor.with_matrices(source)).products
+    first, *others = Shapes(sources.with_matrices(source)).products
     assert first == [(ROWS, SUMMED), (SUMMED, COLUMNS), (ROWS, COLUMNS)]
     assert all(operands == first[:2] for operands in others)
 
 
+@pytest.mark.parametrize("source", [path for path in SOURCES if "pairs" in path.name], ids=str, indirect=True)
+def test_what_belongs_to_a_group_is_loaded_once_for_each_row_and_column(source):
+    """Inductor loads it for each summand, a tile of [rows, summands] or [columns, summands]."""
+    shapes = Shapes(sources.with_matrices(source))
+    assert shapes.products == [[(ROWS, PAIRS), (PAIRS, COLUMNS)]] * source.count("tl.dot(")
+    scaled = re.findall(r"(tmp\d+) = (tmp\d+) - (tmp\d+)\n.*?(tmp\d+) = (tmp\d+) \* \1\n", source)
+    assert scaled
+    for _, products, shares, _, scales in scaled:
+        assert [shapes.names[name] for name in (products, shares, scales)] == [
+            (ROWS, COLUMNS),
+            (ROWS, COLUMNS),
+            (ROWS, "1"),
+        ]
+
+
 def test_a_second_time_changes_nothing(source):
-    once = inductor.with_matrices(source)
+    once = sources.with_matrices(source)
     assert once != source
-    assert inductor.with_matrices(once) == once
+    assert sources.with_matrices(once) == once

@@ -60,7 +60,7 @@ def model_of(config: LlamaConfig, linear: Callable[..., nn.Module], device: torc
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU on any device, all sizes as much smaller as the shapes are."""
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
     monkeypatch.setattr(kernel, "multiply_prepacked", eager.expanded_product)
     codes = eager.CODES_PER_EXPANDED_SLICE // SCALE**2
     monkeypatch.setattr(memory, "CODES_PER_EXPANDED_SLICE", codes)
@@ -68,10 +68,11 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PREFILL_CHUNK", PIECE)
 
 
-def expanded(dtype: torch.dtype, words_OPG: Tensor, grid_OG: Tensor) -> Tensor:
+def expanded(dtype: torch.dtype, words_KWGP: Tensor, grid_KGW: Tensor) -> Tensor:
     """What one compiled kernel leaves behind."""
-    outputs, words, groups = words_OPG.shape
-    return torch.zeros(outputs, words * groups * 8 * dtype.itemsize // 8, dtype=torch.int64, device=words_OPG.device)
+    words_OJ = words_KWGP.flatten(2).flatten(0, 1)
+    outputs, words = words_OJ.shape
+    return torch.zeros(outputs, words * dtype.itemsize, dtype=torch.int64, device=words_OJ.device)
 
 
 @pytest.mark.parametrize("linear", [packed, dense_linear])

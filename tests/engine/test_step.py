@@ -89,7 +89,7 @@ def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_the
     def dotted(weight, bias_O, rows, _dtype, _accepts) -> Product:
         return Product(products.DOT, products.int4_tensors(products.DOT, weight, bias_O, rows))
 
-    monkeypatch.setattr(prepacked, "wants_planes", lambda _: True)
+    monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
     monkeypatch.setattr("miniawq.engine.weights.int4_product", dotted)
     model = int4_model(device)
     tokens_BL = random_prompt(model, rows)

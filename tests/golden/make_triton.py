@@ -7,23 +7,27 @@ and generates Triton code for tensors that do not exist (`helpers/inductor_count
 """
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.helpers.inductor_counts import GROUP, pretend_gpu, triton_sources  # noqa: I001  (torch._inductor after it)
 from miniawq.compiled import gpu_forms, launch, products
-from miniawq.compiled.inductor import BlockSizes, V
+from miniawq.compiled import inductor
+from miniawq.compiled.inductor import chosen_by
+from miniawq.compiled.prepacked import LANES
 
 LAYER, HEAD = (4096, 4096), (32_768, 4096)
 SCALES = torch.float16
 
 
-class Planes(NamedTuple):
-    """A call of `dot_planes`. As many splits as `splits_for` says, if not said here."""
+class Pairs(NamedTuple):
+    """A call of `dot_pairs`. As many splits as `splits_for` says, if not said here."""
 
     rows: int
     dtype: torch.dtype = torch.bfloat16
@@ -31,20 +35,21 @@ class Planes(NamedTuple):
     bias: bool = False
     factors: bool = False
     size: tuple[int, int] = LAYER
+    group: int = GROUP
 
     def sources(self):
         outputs, inputs = self.size
-        columns, groups, planes = launch.columns_for(self.rows), inputs // GROUP, GROUP // 8
-        rows = -(-self.rows // columns) * columns
+        columns, groups, words = launch.columns_for(self.rows), inputs // self.group, self.group // 8
+        rows, step = -(-self.rows // columns) * columns, max(words, launch.WORDS_OF_A_STEP)
         tensors = {
-            "words_OPG": ((outputs, planes, groups), torch.int32),
-            "grid_OG": ((outputs, groups), torch.int32),
-            "x_NTPG": ((8, rows, planes, groups), self.dtype),
-            "exponents_2O": (tuple(gpu_forms.magic_exponents(torch.device("cpu"), outputs).shape), torch.int32),
+            "words_KWGP": ((outputs // LANES, LANES, groups, words), torch.int32),
+            "grid_KGW": ((outputs // LANES, groups, LANES), torch.int32),
+            "x_CTQNH": ((step // words, rows, inputs // 8 // step, 4, 2 * step), self.dtype),
+            "sums_TG": ((rows, groups), torch.float32),
         }
         tensors |= {"bias_O": ((outputs,), SCALES)} if self.bias else {}
         tensors |= {"factors_T1": ((rows, 1), torch.float32)} if self.factors else {}
-        product = partial(gpu_forms.dot_planes, scale_dtype=SCALES, splits=self.splits)
+        product = partial(gpu_forms.dot_pairs, scale_dtype=SCALES, splits=self.splits)
         return generated(product, tensors)
 
 
@@ -69,14 +74,25 @@ class Tiled(NamedTuple):
 
 # The smallest of each kind: batched and not, masks of every dimension, all that may follow the sums.
 STORED = {
-    "planes-4": Planes(4, splits=1),
-    "planes-16-splits": Planes(16, splits=2),
-    "planes-16-masks": Planes(16, bias=True, size=(4100, 11 * GROUP)),
-    "planes-64-bias-factors": Planes(64, torch.float16, splits=1, bias=True, factors=True),
-    "planes-128-splits-factors": Planes(128, torch.float16, factors=True),
+    "pairs-4": Pairs(4, splits=1),
+    "pairs-16-splits": Pairs(16, splits=2),
+    "pairs-16-masks": Pairs(16, bias=True, size=(4104, 11 * GROUP)),
+    "pairs-64-bias-factors": Pairs(64, torch.float16, splits=1, bias=True, factors=True),
+    "pairs-128-splits-factors": Pairs(128, torch.float16, factors=True),
+    "pairs-8-small-groups": Pairs(8, splits=1, group=32),
+    "pairs-8-one-step": Pairs(8, splits=4, size=(64, 4 * GROUP)),
     "tiled-1": Tiled(1),
     "tiled-64-bias": Tiled(64, torch.float16, bias=True),
 }
+
+
+@contextmanager
+def unchanged():
+    """As with `inductor.chosen_by`, but sources stay as Inductor writes them."""
+    with chosen_by(launch.block_sizes), pytest.MonkeyPatch.context() as patch:
+        for name in ("with_matrices", "with_wide_loads"):
+            patch.setattr(inductor, name, lambda source: source)
+        yield
 
 
 def generated(function, tensors):
@@ -85,8 +101,7 @@ def generated(function, tensors):
     def of_positions(*values):
         return function(**dict(zip(tensors, values, strict=True)))
 
-    # Without `inductor.chosen_by`, which would rewrite them.
-    with V.set_choices_handler(BlockSizes(launch.block_sizes)):
+    with unchanged():
         return [source for _, source in triton_sources(of_positions, list(tensors.values())) if "tl.dot(" in source]
 
 

@@ -45,8 +45,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from miniawq.checkpoint.config import llama_config
 from miniawq.compiled import gpu_forms as forms
 from miniawq.compiled import launch
-from miniawq.compiled.eager import EXPAND_IN_TILES, expand
+from miniawq.compiled.eager import EXPAND_IN_ONE, expand
 from miniawq.compiled.inductor import chosen_by
+from miniawq.compiled.prepacked import LANES
 from miniawq.compiled.products import DOT, ONE_KERNEL, Product
 from miniawq.engine.layer import SUM_WHERE_READ, after_attention
 from miniawq.engine.weights import Layer
@@ -152,6 +153,12 @@ def instructions_of_a_step(text):
     return sum(first <= place <= last for place in places)
 
 
+def weight(outputs, groups):
+    """The shapes and dtypes of words_KWGP and grid_KGW."""
+    blocks = outputs // LANES
+    return [((blocks, LANES, groups, GROUP // 8), torch.int32), ((blocks, groups, LANES), torch.int32)]
+
+
 def count_layer(width, inner, rows):
     """Kernels of `layer.after_attention`, and how many of them would be searched."""
     heads = width // 128
@@ -167,14 +174,13 @@ def count_layer(width, inner, rows):
     shapes = [(shape, torch.bfloat16) for shape in (residual, attended, (width,))]
     for outputs, inputs in ((width, width), (2 * inner, width), (width, inner), (3 * width, width)):
         groups = inputs // GROUP
-        words = [((outputs, GROUP // 8, groups), torch.int32), ((outputs, groups), torch.int32)]
-        shapes += [*words, ((0,), torch.float16), ((2, outputs), torch.int32)]
+        shapes += [*weight(outputs, groups), ((0,), torch.float16)]
 
     def after(h_BD, attended_BHE, norm_D, *tensors):
-        o, gate_up, down, qkv = ((Product(DOT, (*tensors[i : i + 4], None)),) for i in (0, 4, 8, 12))
+        o, gate_up, down, qkv = ((Product(DOT, (*tensors[i : i + 3], None)),) for i in (0, 3, 6, 9))
         layer = Layer(norm_D, qkv, None, o, norm_D, gate_up, down, rows)
         h_BD, prepared = after_attention(config, layer, layer, h_BD, attended_BHE)
-        return h_BD, *prepared.of_products, prepared.means_TC
+        return h_BD, *prepared.of_products[0], prepared.means_TC
 
     with chosen_by(launch.block_sizes):
         kernels = triton_sources(after, shapes, **SUM_WHERE_READ)
@@ -183,9 +189,9 @@ def count_layer(width, inner, rows):
 
 def count_expand(outputs, inputs):
     """Kernels of `eager.expand`, and in how many dimensions their tiles lie."""
-    shapes = [((outputs, GROUP // 8, inputs // GROUP), torch.int32), ((outputs, inputs // GROUP), torch.int32)]
-    options = EXPAND_IN_TILES | {"realize_opcount_threshold": 1000}
-    kernels = triton_sources(lambda words, grid: expand(words, grid, torch.float16, torch.bfloat16), shapes, **options)
+    shapes = weight(outputs, inputs // GROUP)
+    both = torch.float16, torch.bfloat16
+    kernels = triton_sources(lambda words, grid: expand(words, grid, *both), shapes, **EXPAND_IN_ONE)
     return {"kernels": len(kernels), "dimensions": [source.count("BLOCK : tl.constexpr") for _, source in kernels]}
 
 
@@ -194,31 +200,30 @@ def count(form, outputs, inputs, rows):
         return count_layer(outputs, inputs, rows)
     if form == "expand":
         return count_expand(outputs, inputs)
-    groups, planes, half = inputs // GROUP, GROUP // 8, torch.float16
-    grid, chosen = ((outputs, groups), torch.int32), []
+    groups, half, chosen = inputs // GROUP, torch.float16, []
     if form == "reduce":
-        parts = launch.summing_parts(groups, planes, rows)
-        steps = planes // parts
-        x = [((steps, 8, rows, parts, groups), torch.float32), ((rows, parts, groups), torch.float32)]
-        shapes = [grid, *x, *[((outputs, parts, groups), torch.int32)] * steps]
-        sources = lambda: triton_sources(lambda g, x, s, *w: forms.reduce_planes(w, g, half, x, s), shapes)  # noqa: E731
+        words = inputs // 8
+        vectors = words // forms.WORDS_OF_A_LOAD
+        parts = launch.parts_for(vectors, rows)
+        x = [((rows, 8, words), torch.float32), ((rows, groups), torch.float32)]
+        product = lambda w, g, *x: forms.reduce_vectors(w, g, half, *x, parts)  # noqa: E731
     else:
-        x = [((8, rows, planes, groups), half), ((2, outputs), torch.int32)]
-        shapes = [((outputs, planes, groups), torch.int32), grid, *x]
-        sources = lambda: triton_sources(lambda w, g, *x: forms.dot_planes(w, g, half, *x), shapes)  # noqa: E731
+        x = [((1, rows, groups, 4, GROUP // 4), half), ((rows, groups), torch.float32)]
+        product = lambda w, g, *x: forms.dot_pairs(w, g, half, *x)  # noqa: E731
 
     def choose(kind, **sizes):
         blocks = launch.block_sizes(kind, **sizes)
-        if kind in ("planes", "dot"):
+        if kind in ("vectors", "dot"):
             chosen.append(blocks)
         return blocks
 
     with chosen_by(choose):
-        kernels = sources()
+        kernels = triton_sources(product, weight(outputs, groups) + x)
     (blocks,) = chosen
     name, source = max(kernels, key=lambda kernel: len(kernel[1]))
     instructions, registers, stack, row_by_row = assembled(name, source, blocks)
-    words = blocks["R0_BLOCK"] * (blocks["XBLOCK"] * steps if form == "reduce" else blocks["YBLOCK"])
+    step = blocks["XBLOCK"] * forms.WORDS_OF_A_LOAD * parts if form == "reduce" else blocks["YBLOCK"]
+    words = blocks["R0_BLOCK"] * step
     per_weight = instructions * 32 * blocks["num_warps"] / (8 * words)
     counts = {"per_weight": round(per_weight, 2), "registers": registers, "stack": stack, "row_by_row": row_by_row}
     return {"kernels": len(kernels)} | counts
