@@ -20,9 +20,9 @@ Tried with torch 2.11 to 2.13 (`workshop.TORCH_VERSIONS`). Outside that window, 
 is wrong or cannot be built, the product is the plain one, and one warning says so.
 
 Shapes, beside those of the book (CONTRIBUTING.md): P words of one group (S / 8); N nibbles of a word (8); J words, H
-halves of words and B bytes of one output; K blocks of W outputs, Y of them in a part, or programs that share a sum; V
-parts of a sum, or vectors of words that one load brings; Q steps of a sum; U vectors or outputs of a part; C words of a
-vector, copies of activations, pieces of a mean, or tiles of R rows.
+halves of words and B bytes of one output; K blocks of W outputs; V parts of a sum, or vectors of words that
+one load brings; Q steps of a sum; Y blocks or steps, and U outputs, vectors or groups, of a part; C words of a vector,
+copies of activations, pieces of a mean, or tiles of R rows.
 """
 
 from miniawq.compiled.artifacts import are_here, directory_of, identity, kept

@@ -173,26 +173,26 @@ def dot_pairs(
     are rounded to the dtype of x.
     """
     splits = splits or splits_for(words_KWGP.shape, x_CTQNH.shape[1])
-    words_KOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
-    codes_KOJ = [(words_KOJ >> shift if shift else words_KOJ) & 0x000F000F for shift in PAIR_SHIFTS]
-    x_CNKTQH = x_CTQNH.unflatten(2, (splits, -1)).permute(0, 4, 2, 1, 3, 5)
-    grid_KOG = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
-    scales_KOG, zeros_KOG = unpack_grid(grid_KOG, scale_dtype)
-    sums_KGT = sums_TG.t().unflatten(0, (splits, -1))
-    y_KOT = sum_of_groups(codes_KOJ, x_CNKTQH.flatten(0, 1).unbind(), scales_KOG, zeros_KOG, sums_KGT)
+    words_VOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
+    codes_VOJ = [(words_VOJ >> shift if shift else words_VOJ) & 0x000F000F for shift in PAIR_SHIFTS]
+    x_CNVTYH = x_CTQNH.unflatten(2, (splits, -1)).permute(0, 4, 2, 1, 3, 5)
+    grid_VOU = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
+    scales_VOU, zeros_VOU = unpack_grid(grid_VOU, scale_dtype)
+    sums_VUT = sums_TG.t().unflatten(0, (splits, -1))
+    y_VOT = sum_of_groups(codes_VOJ, x_CNVTYH.flatten(0, 1).unbind(), scales_VOU, zeros_VOU, sums_VUT)
     dtype = x_CTQNH.dtype
-    y_KTO = y_KOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
+    y_VTO = y_VOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
     if factors_T1 is not None:
-        y_KTO = y_KTO * factors_T1
+        y_VTO = y_VTO * factors_T1
     if splits == 1:
-        return written(with_bias(y_KTO.squeeze(0), bias_O, dtype))
+        return written(with_bias(y_VTO.squeeze(0), bias_O, dtype))
     # Partial sums: the kernel that reads them adds them.
-    return with_bias(reduce(torch.add, written(y_KTO).unbind()), bias_O, dtype)
+    return with_bias(reduce(torch.add, written(y_VTO).unbind()), bias_O, dtype)
 
 
-def with_bias(y_TO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The bias, if there is one, added before the one rounding to `dtype`."""
-    return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
+def with_bias(y: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y [..., O] with the bias, if there is one, added before the one rounding to `dtype`."""
+    return (y if bias_O is None else y + bias_O).to(dtype)
 
 
 def written(x: Tensor) -> Tensor:

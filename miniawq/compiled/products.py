@@ -160,8 +160,8 @@ def multiply_reduced(
 
 def prepare_dotted(x_TI: Tensor, dtype: torch.dtype, words_KWGP: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """`gpu_forms.spread`."""
-    x_CTQNH, sums_TG = gpu_forms.spread(x_TI.to(dtype), words_KWGP.shape[3])
-    return written(x_CTQNH), written(sums_TG)
+    spread, sums = gpu_forms.spread(x_TI.to(dtype), words_KWGP.shape[3])
+    return written(spread), written(sums)
 
 
 def prepare_normed_dotted(

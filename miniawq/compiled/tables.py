@@ -162,8 +162,8 @@ def prove_table(name: str, device: torch.device) -> str:
     zeros_OG = (torch.arange(outputs * groups) % 16).to(torch.uint8).view(outputs, groups)
     scales_OG = 2.0 ** -(torch.arange(outputs * groups) % 3).half().view(outputs, groups)
     x_TI = (torch.arange(16 * inputs) * 7 % 5 - 2).float().view(16, inputs)
-    groups_OGI = (codes_OI.float().unflatten(1, (groups, -1)) - zeros_OG.unsqueeze(-1)) * scales_OG.unsqueeze(-1)
-    right_TO, table = x_TI @ groups_OGI.flatten(1).t(), table_of(Quantized(codes_OI, scales_OG, zeros_OG))
+    groups_OGS = (codes_OI.float().unflatten(1, (groups, -1)) - zeros_OG.unsqueeze(-1)) * scales_OG.unsqueeze(-1)
+    right_TO, table = x_TI @ groups_OGS.flatten(1).t(), table_of(Quantized(codes_OI, scales_OG, zeros_OG))
     found = summed_product(x_TI[:3], table), expanded_table_product(x_TI, table)
     is_right = torch.equal(found[0], right_TO[:3]) and torch.equal(found[1], right_TO)
     return "" if is_right else "its numbers are wrong"

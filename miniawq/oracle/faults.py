@@ -103,9 +103,9 @@ def score_table(results: dict[str, dict[str, str]]) -> str:
         known = [(fault, killer) for fault, killer in known if killer or fault.name not in ARGUED]
         for kind in (*KINDS, "all"):
             some = [pair for pair in known if kind in ("all", kind_of(pair[0].name))]
-            cells = [share([killer for fault, killer in some if fault.level in (level, "all")]) for level in LEVELS]
+            cells = [found_of([killer for fault, killer in some if fault.level in (level, "all")]) for level in LEVELS]
             if some:
-                lines.append(f"| {name} | {kind} | {' | '.join(cells)} | {share([killer for _, killer in some])} |")
+                lines.append(f"| {name} | {kind} | {' | '.join(cells)} | {found_of([killer for _, killer in some])} |")
     return "\n".join(lines)
 
 
@@ -114,7 +114,7 @@ def key_of(fault: Any) -> str:
     return f"{fault.level} {fault.name}" + (f" {fault.killer}" if isinstance(fault, Fault) else "")
 
 
-def share(killed_by: Sequence[str]) -> str:
+def found_of(killed_by: Sequence[str]) -> str:
     """How many were found, of how many."""
     return f"{sum(map(bool, killed_by))} of {len(killed_by)}" if killed_by else ""
 

@@ -1,14 +1,16 @@
-"""`with_matrices` on what Inductor really writes, of the versions of torch that `golden/make_triton.py` ran under."""
+"""`with_matrices` and `with_wide_loads` on what Inductor really writes, of the torch of `golden/make_triton.py`."""
 
 import ast
 import re
 
 import pytest
+import torch
 
 from miniawq.compiled import sources
 from tests.helpers import GOLDEN
 
-SOURCES = sorted((GOLDEN / "triton").rglob("*.py.txt"))
+STORED = sorted((GOLDEN / "triton").rglob("*.py.txt"))
+SOURCES = [path for path in STORED if "vectors" not in path.name]
 ROWS, COLUMNS, SUMMED, PAIRS = "YBLOCK", "XBLOCK", "R0_BLOCK", "2 * R0_BLOCK"
 
 
@@ -101,7 +103,7 @@ def source(request):
 
 def test_the_same_kernels_are_stored_of_both_versions():
     of_versions = {}
-    for path in SOURCES:
+    for path in STORED:
         of_versions.setdefault(path.parent.name, []).append(path.name)
     assert sorted(of_versions) == ["torch-2.11", "torch-2.13"]
     assert of_versions["torch-2.11"] == of_versions["torch-2.13"]
@@ -154,3 +156,57 @@ def test_a_second_time_changes_nothing(source):
     once = sources.with_matrices(source)
     assert once != source
     assert sources.with_matrices(once) == once
+
+
+class Addresses:
+    """Triton's operations on indices, of which a load gives those that it reads."""
+
+    def __init__(self):
+        self.loads = 0
+
+    def load(self, indices, mask, eviction_policy, other=0.0):
+        self.loads += 1
+        return torch.where(torch.as_tensor(mask is None or mask), indices, -1)
+
+    def arange(self, first, end):
+        return torch.arange(first, end)
+
+    def reshape(self, indices, sizes):
+        return indices.reshape(sizes)
+
+    def split(self, indices):
+        return indices.unbind(-1)
+
+
+def addresses_of(source):
+    """What each name of a load reads in the second step of the second program, and the number of loads."""
+    config = ast.literal_eval(re.search(r"config=(\{.*?\})", source)[1])
+    sizes = {name: int(size) for name, size in re.findall(r"(\w+numel) = (\d+)", source)}
+    tl, rows = Addresses(), torch.arange(config["XBLOCK"]).unsqueeze(1) + config["XBLOCK"]
+    summands = torch.arange(config["R0_BLOCK"]).unsqueeze(0) + config["R0_BLOCK"]
+    names = config | sizes | {"tl": tl, "x0": rows, "xmask": rows < sizes["xnumel"], "r0_offset": config["R0_BLOCK"]}
+    names |= {f"r0_{number}": summands for number in range(9)} | {"r0_mask": summands < sizes["r0_numel"]}
+    names |= dict.fromkeys(set(re.findall(r"in_ptr\d+", source)), 0)
+    for line in source.splitlines():
+        if re.search(r" = tl\.(load|split)|r0_wide = ", line) and "for " not in line:
+            exec(line.strip(), {}, names)
+    return {name: value for name, value in names.items() if re.fullmatch(r"tmp\d+", name)}, tl.loads
+
+
+@pytest.mark.parametrize("path", [path for path in STORED if "vectors" in path.name], ids=str)
+def test_neighbours_that_are_loaded_at_once_are_the_same_numbers(path):
+    source = path.read_text()
+    (before, loads), (after, fewer) = addresses_of(source), addresses_of(sources.with_wide_loads(source))
+    assert before.keys() == after.keys()
+    for name, read in before.items():
+        assert torch.equal(read.expand_as(after[name]), after[name].expand_as(read)), name
+    assert fewer < loads / 3
+    assert sources.with_wide_loads(sources.with_wide_loads(source)) == sources.with_wide_loads(source)
+
+
+def test_neighbours_of_which_one_is_missing_stay_as_they_are():
+    source = next(path for path in STORED if "vectors-1" in path.name).read_text()
+    lines = source.splitlines(keepends=True)
+    (first, *_) = (line for line in lines if "(1 + 4*r0_" in line)
+    lacking = source.replace(first, first.replace("(1 + 4*", "(6 + 4*"))
+    assert addresses_of(sources.with_wide_loads(lacking))[1] == addresses_of(sources.with_wide_loads(source))[1] + 3

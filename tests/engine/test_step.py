@@ -11,6 +11,7 @@ from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.loading import DenseLinear, load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.compiled import Product, multiply, prepacked, prepare, products
+from miniawq.compiled.gpu_forms import in_whole_tiles, whole_rows
 from miniawq.compiled.tables import reads_tables
 from miniawq.engine import attend
 from miniawq.engine.attend import block_attention, blocks_of, first_seen, mask_of
@@ -87,8 +88,10 @@ def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
 @pytest.mark.parametrize("rows", [3, 8, 9])
 def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_there_are(rows, device, monkeypatch):
     def dotted(weight, bias_O, rows, _dtype, _accepts) -> Product:
-        return Product(products.DOT, products.int4_tensors(products.DOT, weight, bias_O, rows))
+        return Product(form, products.int4_tensors(form, weight, bias_O))
 
+    in_tiles = lambda x_TI, *_: in_whole_tiles(x_TI)  # noqa: E731
+    form = products.PLAIN._replace(name="in tiles", prepare=in_tiles, whole_rows=whole_rows)
     monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
     monkeypatch.setattr("miniawq.engine.weights.int4_product", dotted)
     model = int4_model(device)

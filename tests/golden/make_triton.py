@@ -53,6 +53,25 @@ class Pairs(NamedTuple):
         return generated(product, tensors)
 
 
+class Vectors(NamedTuple):
+    """A call of `reduce_vectors`."""
+
+    rows: int
+    size: tuple[int, int] = LAYER
+
+    def sources(self):
+        (outputs, inputs), words = self.size, GROUP // 8
+        groups = inputs // GROUP
+        parts = launch.parts_for(inputs // 8 // gpu_forms.vector_words(words), self.rows)
+        tensors = {
+            "words_KWGP": ((outputs // LANES, LANES, groups, words), torch.int32),
+            "grid_KGW": ((outputs // LANES, groups, LANES), torch.int32),
+            "x_TNJ": ((self.rows, 8, inputs // 8), torch.float32),
+            "sums_TG": ((self.rows, groups), torch.float32),
+        }
+        return generated(partial(gpu_forms.reduce_vectors, scale_dtype=SCALES, parts=parts), tensors)
+
+
 class Tiled(NamedTuple):
     """A call of `multiply_tiled`."""
 
@@ -81,6 +100,8 @@ STORED = {
     "pairs-128-splits-factors": Pairs(128, torch.float16, factors=True),
     "pairs-8-small-groups": Pairs(8, splits=1, group=32),
     "pairs-8-one-step": Pairs(8, splits=4, size=(64, 4 * GROUP)),
+    "vectors-1": Vectors(1),
+    "vectors-2-masks": Vectors(2, size=(4104, 11 * GROUP)),
     "tiled-1": Tiled(1),
     "tiled-64-bias": Tiled(64, torch.float16, bias=True),
 }
@@ -96,13 +117,13 @@ def unchanged():
 
 
 def generated(function, tensors):
-    """The sources of the kernels with products that a function of named tensors, given as (shape, dtype), becomes."""
+    """The sources of the kernels with a loop that a function of named tensors, given as (shape, dtype), becomes."""
 
     def of_positions(*values):
         return function(**dict(zip(tensors, values, strict=True)))
 
     with unchanged():
-        return [source for _, source in triton_sources(of_positions, list(tensors.values())) if "tl.dot(" in source]
+        return [source for _, source in triton_sources(of_positions, list(tensors.values())) if "for r0_" in source]
 
 
 def main():

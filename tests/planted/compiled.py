@@ -2,12 +2,15 @@
 
 from tests.planted.fault import Fault
 
+SOURCES = "compiled/test_matrices"
 FORMS, PROOF, STEP = "compiled/test_forms", "compiled/test_proof", "engine/test_step"
 FAULTS = [
     # How words lie.
-    Fault("compiled/prepacked.py", r"(offsets_OG = -\(2\.0\*\*7\)) - zeros", r"\1 + zeros", FORMS),
-    Fault("compiled/prepacked.py", r"and outputs % 16 == 0 else 8", "else 8", FORMS),
-    Fault("compiled/prepacked.py", r"(// whole\) \* )whole", r"\1CODES_PER_WORD", FORMS),
+    Fault("compiled/prepacked.py", r"zeros_OG\.float\(\)\.view\(torch\.int32\) \|", "zeros_OG.int() |", FORMS),
+    Fault("compiled/prepacked.py", r"% \(2 \* LANES\) == 0 else LANES", "< 0 else LANES", FORMS),
+    Fault(
+        "compiled/prepacked.py", r"in_blocks\(pack_grid\((.*?)\), LANES\)", r"pack_grid(\1).view_as(target.grid)", FORMS
+    ),
     Fault("compiled/prepacked.py", r"movedim\(-1, 1\)", "movedim(-1, 0)", FORMS),
     Fault("compiled/prepacked.py", r"(len\(part\.words\) for part in parts)\]", r"\1[::-1]]", "test_kernel"),
     Fault("compiled/prepacked.py", r"!= ends\[:-1\]", "== ends", STEP),
@@ -24,18 +27,16 @@ FAULTS = [
     Fault("compiled/halves.py", r"is_right = packed is not None and .*", "is_right = packed is not None", FORMS),
     Fault("compiled/halves.py", r"not largest\.isfinite\(\)", "False", FORMS),
     # Forms of a GPU.
-    Fault("compiled/gpu_forms.py", r"(scales_O1G \* )\(2\.0\*\*11 - 2\.0\*\*7\)", r"\g<1>2.0**11", FORMS),
-    Fault("compiled/gpu_forms.py", r"(WORD\)\)\.permute\(3, 0, )2, 1\)", r"\g<1>1, 2)", FORMS),
-    Fault("compiled/gpu_forms.py", r"y_KTO = y_KTO \* factors_T1", "pass", "compiled/test_products"),
+    Fault("compiled/gpu_forms.py", r"product_OU - zeros_OU", "product_OU + zeros_OU", FORMS),
+    Fault("compiled/gpu_forms.py", r"== copy\)", "== 0)", FORMS),
+    Fault("compiled/gpu_forms.py", r"permute\(0, 1, 2, 5, 3, 4\)", "permute(0, 1, 2, 5, 4, 3)", FORMS),
+    Fault("compiled/gpu_forms.py", r"& 0x000F000F", "& 0x000F000E", FORMS),
+    Fault("compiled/gpu_forms.py", r"y_VTO = y_VTO \* factors_T1", "pass", "compiled/test_products"),
     Fault(
-        "compiled/gpu_forms.py", r"with_bias\(y_KTO\.squeeze\(0\), bias_O,", "with_bias(y_KTO.squeeze(0), None,", FORMS
+        "compiled/gpu_forms.py", r"with_bias\(y_VTO\.squeeze\(0\), bias_O,", "with_bias(y_VTO.squeeze(0), None,", FORMS
     ),
-    Fault(
-        "compiled/gpu_forms.py",
-        r"with_bias\(written\(y_KTO\)\.sum\(0\), bias_O,",
-        "with_bias(written(y_KTO).sum(0), None,",
-        FORMS,
-    ),
+    Fault("compiled/gpu_forms.py", r"(written\(y_VTO\)\.unbind\(\)\), )bias_O,", r"\1None,", FORMS),
+    Fault("compiled/operations.py", r"// len\(pairs\) :: copies", ":: copies", FORMS),
     Fault("compiled/operations.py", r"sum\(others, first\)", "sum(others[:-1], first)", FORMS),
     Fault("compiled/eager.py", r"\(first & 0xFFFF\)", "first", "test_kernel"),
     # Forms of a CPU.
@@ -58,9 +59,13 @@ FAULTS = [
     Fault("compiled/cpu_forms.py", r"tiles \* tile - len\(x_TI\)", "0", FORMS),
     Fault("compiled/operations.py", r"terms\[first::sums\]", "terms[first * sums :][:sums]", FORMS),
     # Private torch.
-    Fault("compiled/inductor.py", r'rf"\\1, \{accumulator\}"', r'r"\\1"', "compiled/test_inductor"),
-    Fault("compiled/inductor.py", r"COLUMNS\.sub\([^()]*, loop\), tail", "loop, tail", "compiled/test_inductor"),
-    Fault("compiled/inductor.py", r"(len\(accumulators\) != 1 or) not all\(", r"\1 all(", "compiled/test_inductor"),
+    Fault("compiled/sources.py", r'rf"\\1, \{accumulator\}"', r'r"\\1"', SOURCES),
+    Fault("compiled/sources.py", r"in_right_operand\(line\) if SUMMANDS", "line if SUMMANDS", SOURCES),
+    Fault("compiled/sources.py", r'f"r0_offset // \{step\}"', 'f"r0_index // {step}"', SOURCES),
+    Fault("compiled/sources.py", r"if columns != of_columns:", "if False:", "compiled/test_inductor"),
+    Fault("compiled/sources.py", r"names\[0\]\}, \{names\[2\]", "names[0]}, {names[1]", SOURCES),
+    Fault("compiled/sources.py", r"\{first or 0\} \+ \{index\}", "{index}", SOURCES),
+    Fault("compiled/sources.py", r"if len\(neighbours\) == size:", "if True:", SOURCES),
     Fault(
         "compiled/inductor.py", r"\[all_in_step, \*\((.*range\()1, sums\)\)\]", r"[\1sums)]", "compiled/test_inductor"
     ),
