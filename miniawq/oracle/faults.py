@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     results = json.loads(arguments.results.read_text()) if arguments.results and arguments.results.exists() else {}
     if arguments.set == "table":
-        show(score_table(results), "SCORES", arguments.into)
+        print_table(score_table(results), "SCORES", arguments.into)
         return 0
     faults: list[Any] = FAULTS if arguments.set == "named" else SETS[arguments.set]
     places = [i for i, f in enumerate(faults) if f.level.startswith(arguments.level) and arguments.only in f.name]
@@ -155,12 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for fault in survivors:
         print(f"SURVIVED {fault.level} {fault.name}")
     if arguments.set == "named" and arguments.into:
-        show(table(faults, found), "FAULTS", arguments.into)
+        print_table(table(faults, found), "FAULTS", arguments.into)
     print(score_table({arguments.set: found}))
     return 1 if survivors else 0
 
 
-def show(text: str, mark: str, file: Path | None) -> None:
+def print_table(text: str, mark: str, file: Path | None) -> None:
     """Print a table, or put it between the marks of a file."""
     if file is None:
         print(text)

@@ -53,6 +53,7 @@ def test_numpy_example_conforms(monkeypatch, checks):
     assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul"]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 @ALL_OR_SHORT
 def test_c_example_conforms(tmp_path, checks):
@@ -76,6 +77,7 @@ def test_triton_example_conforms(device):
     assert "L1 ok, L2 skipped, L3 ok" in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_python_target_can_be_a_program():
     with Program(f"{sys.executable} -m miniawq.oracle.stdio miniawq.oracle.truth") as target:
         report = conformance(target, [check for check in SHORT if check.level in ("L0", "L1")])

@@ -261,6 +261,7 @@ def test_the_default_profile_gives_the_same_verdict_twice():
     assert str(results[0].broken) == str(results[1].broken)
 
 
+@pytest.mark.thorough
 def test_limits_of_a_target_are_kept_to():
     seen = set()
 
@@ -294,6 +295,7 @@ def test_the_guide_lists_every_function_flag_and_limit():
         assert name in GUIDE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "limits",
     [
