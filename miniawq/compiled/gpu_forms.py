@@ -79,7 +79,7 @@ def reduce_vectors(
 
     A fused multiply-add takes subnormal inputs at full speed and rounds its result, which is a normal number, once. So
     a weight costs two instructions, an AND and a multiply-add. The words of a vector lie together, so one load brings
-    them (`inductor.with_wide_loads`). More parts mean more loads on their way at the same time.
+    them (`sources.with_wide_loads`). More parts mean more loads on their way at the same time.
     """
     words_OJ, vector = words_KWGP.flatten(2).flatten(0, 1), vector_words(words_KWGP.shape[3])
     vectors_of_a_group = words_KWGP.shape[3] // vector

@@ -89,8 +89,9 @@ class MatrixKernel(TritonKernel):
             return with_wide_loads(source)
         matrices = with_matrices(source)
         if matrices == source:
+            # As it is, a product of pairs cannot be built, and others are right and slower.
             WORKSHOP.warn_once(
-                "Inductor writes products in a way unknown to miniawq: right, and slower (please report)"
+                "Inductor writes products in a way unknown to miniawq, so some are slower (please report)"
             )
         return matrices
 
