@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from miniawq.compiled.operations import SUM_IN_LOOP, SUM_OF_GROUPS, SUM_OF_PRODUCTS, SUMS_IN_STEP
+from miniawq.compiled.operations import PRODUCT_UNROUNDED, SUM_IN_LOOP, SUM_OF_GROUPS, SUMS_IN_STEP
 from miniawq.compiled.sources import with_matrices, with_wide_loads
 from miniawq.compiled.workshop import WORKSHOP
 
@@ -123,21 +123,19 @@ def lowered(
         return torch._inductor.compile(graph, examples, options)
 
 
-@register_lowering(SUM_OF_PRODUCTS, type_promotion_kind=None)
-def lowered_sum_of_products(lefts: Sequence[Any], rights: Sequence[Any]) -> Any:
-    """As Inductor lowers one product, by its operation `dot` and a reduction of those; here of the sum of several."""
-    (*sizes, summands), dtype = lefts[0].get_size(), lefts[0].get_dtype()
-    loaders = [(left.make_loader(), right.make_loader()) for left, right in zip(lefts, rights, strict=True)]
+@register_lowering(PRODUCT_UNROUNDED, type_promotion_kind=None)
+def lowered_product_unrounded(left: Any, right: Any) -> Any:
+    """As Inductor lowers a product, by its operation `dot` and a reduction of those; here without rounding the sums."""
+    (rows, summands), columns, dtype = left.get_size(), right.get_size()[-1], left.get_dtype()
+    left_at, right_at = left.make_loader(), right.make_loader()
 
     def value(index: Sequence[Any]) -> Any:
-        *batch, row, summand, column = index
-        # All are ready before the first product: with each right after its own operands kernels took up to 3 % longer.
+        row, summand, column = index
         # Loading made numbers of 16 bits float32.
-        loaded = [(left([*batch, row, summand]), right([*batch, summand, column])) for left, right in loaders]
-        rounded = [[ops.to_dtype(x, dtype, use_compute_types=False) for x in operands] for operands in loaded]
-        return reduce(ops.add, (ops.dot(*operands) for operands in rounded))
+        loaded = left_at([row, summand]), right_at([summand, column])
+        return ops.dot(*(ops.to_dtype(x, dtype, use_compute_types=False) for x in loaded))
 
-    return summed_products(lefts[0], value, [*sizes, summands, rights[0].get_size()[-1]])
+    return summed_products(left, value, [rows, summands, columns])
 
 
 @register_lowering(SUM_OF_GROUPS, type_promotion_kind=None)

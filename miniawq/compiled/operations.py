@@ -7,20 +7,18 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("miniawq::sum_of_products", mutates_args=())
-def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """The sum [..., M, N], in float32, of several matrix products of [..., M, K] and [..., K, N].
+@torch.library.custom_op("miniawq::product_unrounded", mutates_args=())
+def product_unrounded(left: Tensor, right: Tensor) -> Tensor:
+    """The product of [M, K] and [K, N], of 16 bits, as it is summed: float32 [M, N].
 
-    An operation of its own, because Inductor gives each product in a sum an accumulator, and eight of many rows do not
-    fit a thread's registers. Here they share one.
+    An operation of its own, because torch's rounds it to 16 bits, and would sum float32 numbers without tensor cores.
     """
-    first, *others = [left.float() @ right.float() for left, right in zip(lefts, rights, strict=True)]
-    return sum(others, first)
+    return left.float() @ right.float()
 
 
-@sum_of_products.register_fake
-def _(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    return lefts[0].new_empty((*lefts[0].shape[:-1], rights[0].shape[-1]), dtype=torch.float32)
+@product_unrounded.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(len(left), right.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("miniawq::sum_of_groups", mutates_args=())
@@ -81,5 +79,5 @@ def _(x: Tensor) -> Tensor:
 
 SUM_IN_LOOP = torch.ops.miniawq.sum_in_loop.default
 SUM_OF_GROUPS = torch.ops.miniawq.sum_of_groups.default
-SUM_OF_PRODUCTS = torch.ops.miniawq.sum_of_products.default
+PRODUCT_UNROUNDED = torch.ops.miniawq.product_unrounded.default
 SUMS_IN_STEP = torch.ops.miniawq.sums_in_step.default

@@ -19,7 +19,7 @@ import miniawq.compiled.launch as launch
 from miniawq.compiled.compiler import Arguments, Compiled
 from miniawq.compiled.eager import EXPAND_IN_ONE, expand, multiply_prepacked
 from miniawq.compiled.gpu_forms import with_bias, with_rows, written
-from miniawq.compiled.operations import sum_in_loop, sum_of_products
+from miniawq.compiled.operations import product_unrounded, sum_in_loop
 from miniawq.compiled.prepacked import Prepacked
 from miniawq.packing import CODES_PER_WORD
 
@@ -274,7 +274,7 @@ def multiply_tiled(
 ) -> Tensor:
     """A dense product of many outputs by tensor cores, of whole tiles of rows."""
     stored_TI = written(gpu_forms.in_whole_tiles(x_TI.to(weight_OI.dtype)))
-    return written(with_bias(sum_of_products([weight_OI], [stored_TI.t()]).t(), bias_O, dtype))
+    return written(with_bias(product_unrounded(weight_OI, stored_TI.t()).t(), bias_O, dtype))
 
 
 REDUCE = Form("reduce", prepare_reduced, multiply_reduced, prepare_normed_reduced, stays_float32=True)

@@ -37,7 +37,12 @@ FAULTS = [
     ),
     Fault("compiled/gpu_forms.py", r"(written\(y_VTO\)\.unbind\(\)\), )bias_O,", r"\1None,", FORMS),
     Fault("compiled/operations.py", r"// len\(pairs\) :: copies", ":: copies", FORMS),
-    Fault("compiled/operations.py", r"sum\(others, first\)", "sum(others[:-1], first)", FORMS),
+    Fault(
+        "compiled/operations.py",
+        r"return left\.float\(\) @ right\.float\(\)",
+        "return (left @ right) * 2",
+        "compiled/test_products",
+    ),
     Fault("compiled/eager.py", r"\(first & 0xFFFF\)", "first", "test_kernel"),
     # Forms of a CPU.
     Fault("compiled/cpu_forms.py", r">> 4 if nibble % 2", ">> 4 if nibble < 7 and nibble % 2", FORMS),
