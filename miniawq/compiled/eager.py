@@ -48,10 +48,10 @@ def multiply_prepacked(x_TI: Tensor, prepacked: Arranged, bias_O: Tensor | None 
     """y_TO in the dtype of x; the bias is added before the sums are rounded."""
     if isinstance(prepacked, Table):
         y_TO = table_product(x_TI, prepacked)
-        return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
-    if x_TI.is_cuda and x_TI.dtype.itemsize == 2 and prepacked.in_rows:
+    elif x_TI.is_cuda and x_TI.dtype.itemsize == 2 and prepacked.in_rows:
         return expanded_product(x_TI, prepacked, bias_O)
-    y_TO = sliced_product(x_TI, prepacked)
+    else:
+        y_TO = sliced_product(x_TI, prepacked)
     return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miniawq.compiled import prepacked
+import miniawq.compiled.prepacked as prepacked
 from miniawq.compiled.workshop import WORKSHOP
 from miniawq.hardware import threads
 from miniawq.packing import CODES_PER_WORD, Quantized, decode_awq
