@@ -60,7 +60,7 @@ def published_file(destination: str | Path) -> Iterator[Path]:
             _refuse_existing(destination)
             _rename(partial, destination)
     except BaseException:
-        _remove(partial)
+        _remove_whole(partial)
         _remove_lock(lock)
         _remove_empty(made)
         raise
@@ -69,7 +69,7 @@ def published_file(destination: str | Path) -> Iterator[Path]:
         sync_directory(destination.parent)
 
 
-def _remove(path: Path) -> None:
+def _remove_whole(path: Path) -> None:
     """Remove a file, or a directory with all that is in it."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def _remove_abandoned(destination: Path) -> None:
         with suppress(OSError):  # it is held, or another user's
             lock.acquire()
             log.info("removing %s, which an interrupted run has left", found.with_suffix(""))
-            _remove(found.with_suffix(""))
+            _remove_whole(found.with_suffix(""))
             _remove_lock(lock)
 
 

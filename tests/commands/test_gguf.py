@@ -164,6 +164,21 @@ def test_groups_that_no_block_fits_into_become_dense(tmp_path):
     assert {tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors} == {KIND.F16, KIND.F32}
 
 
+def test_a_head_of_its_own_is_kept(tmp_path):
+    """config.json ties it to the embedding, and another one is stored."""
+    source, reference = tiny.make_with_its_own_head(tmp_path / "source")
+    tiny_tokenizers.write(source, vocabulary_of(48))
+    head = weights(converted(source))["output.weight"]
+    assert torch.equal(head, reference.lm_head.weight)
+
+
+def vocabulary_of(tokens: int) -> str:
+    """A byte-level tokenizer.json cut to its first tokens."""
+    description = json.loads(tiny_tokenizers.byte_level())
+    kept = {token: token_id for token, token_id in description["model"]["vocab"].items() if token_id < tokens}
+    return json.dumps(description | {"model": description["model"] | {"vocab": kept, "merges": []}})
+
+
 def test_neighbours_turn_as_halves_do():
     """Queries and keys in llama.cpp's order, turned as it turns them, have the products that ours have."""
     config = open_checkpoint(None).model_config
