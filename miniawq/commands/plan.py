@@ -78,8 +78,8 @@ class EngineLimit:
 
 
 # Read in this version: `layers/quantization/auto_awq.py` and `kernels/linear/mixed_precision` under model_executor. It
-# takes the last kernel here that has no obstacle; Machete on Hopper alone, the CPU's own on a CPU, where the build lacks
-# the operation without AVX-512. Marlin pads shapes that fill no tile.
+# takes the last kernel here that has no obstacle; Machete on Hopper alone, the CPU's own on a CPU (its build lacks
+# the operation without AVX-512). Marlin pads shapes that fill no tile.
 ENGINES_OF = "vLLM 0.32.0"
 AWQ_KERNEL = EngineLimit(inputs=1, outputs=8)
 MARLIN = EngineLimit(inputs=1, outputs=8, group_sizes=(-1, 32, 64, 128))
