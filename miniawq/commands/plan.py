@@ -241,10 +241,13 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     lines.append(f"total     {size(plan.total):>11}   {supply}: {verdict}")
     if plan.engines:
         lines.append(f"engines   as {plan.engines_of} chooses them: Machete on Hopper only, the CPU's with AVX-512")
+    alike: dict[tuple[tuple[int, str], ...], list[str]] = {}
     for engine, degrees in plan.engines.items():
-        works = [str(degree) for degree, why in degrees.items() if not why]
-        lines.append(f"{engine:16} tensor-parallel {', '.join(works) or 'never'}")
-        lines += [f"                 not {degree}: {why}" for degree, why in degrees.items() if why]
+        alike.setdefault(tuple(degrees.items()), []).append(engine)
+    for reasons, engines in alike.items():
+        works = [str(degree) for degree, why in reasons if not why]
+        lines.append(f"{', '.join(engines)}: tensor-parallel {', '.join(works) or 'never'}")
+        lines += [f"          not {degree}: {why}" for degree, why in reasons if why]
     lines += [f"notice    {notice}" for notice in plan.notices]
     if show_tensors:
         lines += [
