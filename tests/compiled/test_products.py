@@ -35,7 +35,7 @@ class OnCuda:
 
 
 @pytest.mark.parametrize(("rows", "groups", "dtype", "form"), [
-    (2, 112, torch.bfloat16, "REDUCE"), (3, 112, torch.bfloat16, "REDUCE"), (3, 64, torch.float32, "REDUCE"),
+    (2, 112, torch.bfloat16, "REDUCE"), (3, 112, torch.bfloat16, "DOT"), (3, 64, torch.float32, "REDUCE"),
     (4, 32, torch.float16, "DOT"), (256, 32, torch.bfloat16, "DOT"), (257, 32, torch.bfloat16, "EXPAND"),
     (257, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
 ])  # fmt: skip
