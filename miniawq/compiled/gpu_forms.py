@@ -2,7 +2,7 @@
 
     rows      form                                                       arithmetic
     1, 2      `reduce_vectors`: multiply and sum                         float32
-    3..256    `dot_pairs`: four tensor-core products of each group       16 bits, summed and scaled in float32
+    3..128    `dot_pairs`: four tensor-core products of each group       16 bits, summed and scaled in float32
     more      `eager.expand`, then the library's matmul                  the dtype of x, summed in float32
 
 Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, has a zero
@@ -170,7 +170,7 @@ def dot_pairs(
     factors_T1: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """y [T, O] for 3 to 256 rows: the tensor cores multiply codes by activations, and each group is scaled afterwards.
+    """y [T, O] for 3 to 128 rows: the tensor cores multiply codes by activations, and each group is scaled afterwards.
 
     A word shifted and masked is a pair of codes as 16-bit floats, ready for the tensor cores; a scale and a zero come
     once for each group, output and row. `splits` cuts the groups into parts summed by different programs, for matrices

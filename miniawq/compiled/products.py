@@ -26,7 +26,7 @@ from miniawq.packing import CODES_PER_WORD
 # From so many rows on `DOT` was the faster form on an H200, for activations of 16 bits (docs/log).
 FEWEST_ROWS_DOTTED = 3
 MOST_ROWS_REDUCED = 3
-MOST_ROWS_DOTTED = 256
+MOST_ROWS_DOTTED = 128
 MOST_ROWS_ON_CPU = 32
 # With more rows a kernel of its own for the norm is faster than a factor in each program of the product (docs/log).
 MOST_ROWS_NORMED_LATE = 32
