@@ -61,12 +61,11 @@ def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
     model = load(name, device)
     tokens_BL, exact = random_prompt(model, batch), load(name, device)
     room = min(PROMPT + NEW, model.config.max_position_embeddings)
-    step, cache = DecodeStep(model, batch, room, compiles=False), KVCache(exact.config, batch, 32, device=device)
+    step, cache = DecodeStep(model, batch, room, compiles=False), KVCache(exact.config, batch, room, device=device)
     step.begin(tokens_BL)
     with torch.no_grad():
         ids_B = model.last_logits(tokens_BL, step.cache).argmax(-1)
         exact.last_logits(tokens_BL, cache)
-        # Beyond the trained length, where no text may end, NTK scaling turns old keys by their own time's frequencies.
         for _ in range(min(NEW, model.config.max_position_embeddings - PROMPT)):
             expected_BV = exact.last_logits(ids_B[:, None], cache)
             ids_B = step.step(ids_B)

@@ -1,16 +1,38 @@
 """Write tiny random checkpoints of every family with transformers, and the logits it computes from them.
 
-    python tests/golden/make_models.py        (needs transformers; made with 5.23.0 and torch 2.13.0)
+    python -P tests/golden/make_models.py [NAME ...]  (needs transformers; made with 5.23.0 or 5.24.0 and torch 2.13.0)
 
 Each directory of tests/golden/models holds config.json and model.safetensors as transformers writes them (weights in
 bfloat16), and reference.safetensors: tokens [2, 40] and the logits [2, 40, 64] computed in float32 from those weights.
 """
 
+import json
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Ernie4_5Config,
+    Exaone4Config,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
+    InternLM3Config,
+    LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 TINY = {
     "vocab_size": 64,
@@ -22,6 +44,8 @@ TINY = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
+SMALL = {**TINY, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": None}
+THREE = {**SMALL, "num_hidden_layers": 3}
 
 
 def rope(kind: str, **more: float) -> dict[str, object]:
@@ -51,11 +75,57 @@ MODELS = {
         attention_bias=True,
         **rope("yarn", factor=4.0, original_max_position_embeddings=2048, beta_fast=24.0, beta_slow=2.0),
     ),
+    "internlm3": InternLM3Config(**SMALL, head_dim=8, qkv_bias=True, bias=True, **rope("dynamic", factor=6.0)),
+    "seed-oss": SeedOssConfig(**SMALL, head_dim=8),
+    "seed-oss-biases": SeedOssConfig(**SMALL, head_dim=8, attention_out_bias=True, mlp_bias=True),
+    "ministral": MinistralConfig(
+        **SMALL, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "ministral3": Ministral3Config(
+        **SMALL,
+        head_dim=8,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=48, llama_4_scaling_beta=0.1, mscale=1.0),
+    ),
+    "smollm3": SmolLM3Config(**THREE, no_rope_layers=[1, 0, 1], **rope("default")),
+    "smollm3-window": SmolLM3Config(
+        **THREE, no_rope_layer_interval=2, sliding_window=8, use_sliding_window=True, **rope("default")
+    ),
+    "granite": GraniteConfig(
+        **SMALL,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.22,
+        logits_scaling=6.0,
+        attention_bias=True,
+    ),
+    "hunyuan": HunYuanDenseV1Config(
+        **SMALL, head_dim=8, attention_bias=True, **rope("dynamic", alpha=1000.0, factor=1.0, beta_fast=32)
+    ),
+    "helium": HeliumConfig(**SMALL, head_dim=4, mlp_bias=True),
+    "ernie": Ernie4_5Config(**SMALL, head_dim=8, use_bias=True),
+    "phi3": Phi3Config(**SMALL, sliding_window=8),
+    "phi3-long": Phi3Config(
+        **{**SMALL, "hidden_size": 32},
+        original_max_position_embeddings=16,
+        **rope("longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3], long_factor=[1.5, 2.5, 4.0]),
+    ),
+    "glm": GlmConfig(**SMALL, head_dim=8, attention_bias=True),
+    "glm4": Glm4Config(**SMALL, head_dim=8),
+    "olmo2": Olmo2Config(**SMALL),
+    "exaone4": Exaone4Config(
+        **THREE, sliding_window=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+    ),
+    "exaone4-full": Exaone4Config(**SMALL, sliding_window=None, layer_types=["full_attention"] * 2),
 }
+
+# transformers computes InternLM3 by its class of Llama, and renames its keys. The published files say this.
+INTERNLM3 = {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True, "bias": True}
 
 
 def main() -> None:
     for seed, (name, config) in enumerate(MODELS.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         for parameter in model.parameters():
@@ -72,6 +142,10 @@ def main() -> None:
         with torch.no_grad():
             logits = model(tokens).logits
         save_file({"tokens": tokens, "logits": logits}, directory / "reference.safetensors")
+        if name == "internlm3":
+            said = json.loads((directory / "config.json").read_text())
+            kept = {key: value for key, value in said.items() if key not in ("attention_bias", "mlp_bias")}
+            (directory / "config.json").write_text(json.dumps(kept | INTERNLM3, indent=2, sort_keys=True) + "\n")
         print(name, config.rope_parameters)
 
 

@@ -178,7 +178,8 @@ def test_aims_are_what_the_dense_block_gives(family: str, tmp_path: Path) -> Non
     stream, block = BlockStream(open_checkpoint(source)), model.model.layers[0]
     dense_BLD = torch.randn(3, 9, 128)
     streams = Streams(stream, dense_BLD, dense_BLD + 0.1 * torch.randn(3, 9, 128))
-    rope, _ = model.model.positions(0, 9, None, dense_BLD)
+    ropes, _ = model.model.positions(0, 9, 9, None)
+    rope = ropes[model.config.layer_ropes[0]]
     given_by = [[h_BLD + block.self_attn(block.input_layernorm(h_BLD), rope), block(h_BLD, rope)] for h_BLD in
                 (streams.dense_BLD, streams.quantized_BLD)]  # fmt: skip
     for fold in awq.llama_folds(model.config):
