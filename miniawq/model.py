@@ -10,13 +10,13 @@ H query heads, J key/value heads, E size of one head, N layers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +165,8 @@ INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
 }
 
 Rope = tuple[Tensor, Tensor]
-Ropes = dict[RopeConfig, Rope]
-Masks = dict[int | None, Tensor | None]
+Ropes = Mapping[RopeConfig, Rope]
+Masks = Mapping[int | None, Tensor | None]
 
 
 def rope_tables(rope: RopeConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
@@ -264,18 +264,12 @@ def attention(
     # The query heads that share a key head stand as further queries of one head, so each key is read once.
     q_BJTE = q_BHLE.reshape(batch, kv_heads, heads // kv_heads * new, size)
     rows = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)
-    return scaled_dot_product_attention(q_BJTE, k_BJME, v_BJME, attn_mask=rows, scale=scale).reshape(
-        batch, heads, new, size
-    )
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in float32 and rounded once."""
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    y_BJTE = scaled_dot_product_attention(q_BJTE, k_BJME, v_BJME, attn_mask=rows, scale=scale)
+    return y_BJTE.reshape(batch, heads, new, size)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight of its own."""
+    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in float32 and rounded once."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -283,7 +277,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class AllHeadsNorm(RMSNorm):
@@ -321,18 +315,9 @@ def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> 
     return nn.Linear(in_features, out_features, bias=bias)
 
 
-def add_linears(
-    module: nn.Module,
-    path: str,
-    names: Sequence[str],
-    inputs: int,
-    widths: Sequence[int],
-    bias: bool,
-    make: LinearFactory,
-) -> None:
-    """Give a module the linear layers that make outputs of these widths: one for each, or one for all."""
-    for name, width in zip(names, widths if len(names) == len(widths) else [sum(widths)], strict=True):
-        module.add_module(name, make(f"{path}.{name}", inputs, width, bias))
+def sizes_of(names: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """The outputs of each linear layer: one of the widths, or all where one matrix makes all."""
+    return zip(names, widths if len(names) == len(widths) else [sum(widths)], strict=True)
 
 
 def norm_and_turn(norm: nn.Module, x_BLHE: Tensor, rope: Rope, pairs: RopeConfig) -> Tensor:
@@ -354,7 +339,8 @@ class Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.config, self.layer = config, layer
         self.widths = [heads * size, kv_heads * size, kv_heads * size]
-        add_linears(self, path, names.qkv, config.hidden_size, self.widths, config.qkv_bias, linear)
+        for name, width in sizes_of(names.qkv, self.widths):
+            self.add_module(name, linear(f"{path}.{name}", config.hidden_size, width, config.qkv_bias))
         self.o_proj = linear(f"{path}.o_proj", heads * size, config.hidden_size, config.o_bias)
         for name, count in ((names.q_norm, heads), (names.k_norm, kv_heads)):
             self.add_module(name, self.norm_of(count))
@@ -384,10 +370,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
-        self.names, width, inner = config.names, config.hidden_size, config.intermediate_size
-        path, self.widths = f"model.layers.{layer}.{self.names.mlp}", [inner, inner]
-        add_linears(self, path, self.names.gate_up, width, self.widths, config.mlp_bias, linear)
-        add_linears(self, path, (self.names.down,), inner, (width,), config.mlp_bias, linear)
+        names, width, inner = config.names, config.hidden_size, config.intermediate_size
+        path = f"model.layers.{layer}.{names.mlp}"
+        self.names, self.widths = names, [inner, inner]
+        for name, size in sizes_of(names.gate_up, self.widths):
+            self.add_module(name, linear(f"{path}.{name}", width, size, config.mlp_bias))
+        self.add_module(names.down, linear(f"{path}.{names.down}", inner, width, config.mlp_bias))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         layers = [getattr(self, name) for name in self.names.gate_up]

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from miniawq.checkpoint import loading
 from miniawq.checkpoint.config import llama_config, rope_config
+from miniawq.checkpoint.families import FAMILIES
 from miniawq.checkpoint.loading import HALVES, DenseLinear, load_model, loaded_dtype
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
@@ -142,8 +143,8 @@ def test_both_spellings_of_the_rotary_embedding_are_read(name):
     old["rope_theta"] = scaling.pop("rope_theta")
     kind = scaling.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
-    head_dim = llama_config(new).head_dim
-    assert rope_config(old, head_dim) == rope_config(new, head_dim)
+    head_dim, family = llama_config(new).head_dim, FAMILIES[new["architectures"][0]]
+    assert rope_config(old, head_dim, family) == rope_config(new, head_dim, family)
 
 
 def test_a_qwen_window_holds_only_where_it_is_switched_on():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from miniawq.checkpoint.families import FAMILIES, MULTIPLIERS, Bias, Family
+from miniawq.checkpoint.families import FAMILIES, MULTIPLIERS, TOWERS, Bias, Family
 from miniawq.checkpoint.values import Key, checked_values, refuse, shown
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.model import INVERSE_FREQUENCIES, LlamaConfig, RopeConfig
@@ -23,6 +23,8 @@ FOREIGN_KEYS = {
     **dict.fromkeys((*MULTIPLIERS, "logit_scale"), "scaled residuals"),
     "add_bias_to_lm_head": "a bias on the head",
 }
+# Keys that a model of text and pictures may state for its text, beside `text_config`.
+KEPT_OUTSIDE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "compression_config")
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 # What config.json may say. The ranges have room for every published model: what is beyond them is an attack or a typo.
@@ -78,8 +80,23 @@ ROPE = {
     "long_factor": Key("numbers", "divisors of the frequencies in long texts", 1e-3, 1e6),
     "truncate": Key("flag", "whether bounds are rounded to channels", default=True),
 }
-LONG = ("short_factor", "long_factor")
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+
+
+def text_of(config: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
+    """The config of the text tower as one of its own, if this is a model of text and pictures whose text alone is
+    right; other configs stay. A notice about what is ignored is added to `notices`.
+    """
+    outer = checked_values("config.json", config, CONFIG)
+    towers = TOWERS.get((outer["architectures"] or [""])[0])
+    if towers is None or not isinstance(outer.get("text_config"), Mapping):
+        return dict(config)
+    inner = checked_values("config.json: text_config", outer["text_config"], CONFIG)
+    if (kind := inner.get("model_type")) not in towers:
+        refuse("model_type", kind, "supported: " + ", ".join(towers), "config.json: text_config")
+    notices.append("this model reads pictures too, which miniawq does not: its text is read alone")
+    kept = {key: config[key] for key in KEPT_OUTSIDE if key in config}
+    return kept | {**outer["text_config"], "architectures": [towers[str(kind)]]}
 
 
 def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
@@ -221,14 +238,15 @@ def rope_config(config: Mapping[str, Any], head_dim: int, family: Family = LLAMA
         original_max_position_embeddings=original,
         truncate=given["truncate"],
         attention_factor=ATTENTION_FACTORS.get(kind, lambda *_: 1.0)(given, longest / original, original),
+        short_factor=tuple(given["short_factor"] or ()) if kind == "longrope" else (),
+        long_factor=tuple(given["long_factor"] or ()) if kind == "longrope" else (),
         **{name: given[name] for name in SCALING if given[name] is not None},
-        **{name: tuple(given[name]) for name in LONG if kind == "longrope" and given[name]},
     )
     if kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
         refuse(f"{key}.low_freq_factor", rope.low_freq_factor, f"high_freq_factor is {rope.high_freq_factor}")
     if kind == "yarn" and rope.beta_slow > rope.beta_fast:
         refuse(f"{key}.beta_slow", rope.beta_slow, f"beta_fast is {rope.beta_fast}")
-    for name in LONG:
+    for name in ("short_factor", "long_factor"):
         if kind == "longrope" and len(getattr(rope, name)) != rotary_dim // 2:
             refuse(f"{key}.{name}", given[name], f"expected {rotary_dim // 2} numbers, one for each pair of channels")
     return rope

@@ -41,6 +41,16 @@ NORMS_AFTER = Names(
 )
 NORMS_AROUND = Names(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm", gate_up=GATE_UP)
 
+# Models of text and pictures: by the `model_type` of their text_config, the class that computes the text alone.
+TOWERS = {
+    "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+    "LlavaForConditionalGeneration": {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    },
+}
+
 FAMILIES = {
     "LlamaForCausalLM": Family(qkv_bias=ATTENTION, o_bias=ATTENTION, mlp_bias=MLP),
     "MistralForCausalLM": Family(window="always"),
