@@ -68,6 +68,10 @@ class Fold:
         """The factor of each input channel of the balance layers."""
         return factors_P if self.reads_I is None else factors_P[self.reads_I.to(factors_P.device)]
 
+    def channels(self, inputs: int) -> int:
+        """P, for balance layers of so many inputs."""
+        return inputs if self.reads_I is None else int(self.reads_I.max()) + 1
+
     def gather(self, values_I: Tensor) -> Tensor:
         """For each channel of the smooth layer the mean of `values_I` over the inputs that read it, [P]."""
         if self.reads_I is None:
@@ -344,8 +348,8 @@ def check_folds(block: nn.Module, folds: Sequence[Fold], forward: Callable[[], T
     before = forward()
     for fold in folds:
         weight_OI = block.get_parameter(f"{fold.balance_layers[0]}.weight")
-        channels = len(fold.gather(weight_OI[0]))
-        factors_P = 2.0 ** (torch.arange(channels, device=weight_OI.device) % 7 - 3)
+        channels_P = torch.arange(fold.channels(weight_OI.shape[1]), device=weight_OI.device)
+        factors_P = 2.0 ** (channels_P % 7 - 3)
         apply_fold(block, fold, factors_P)
         after = forward()
         apply_fold(block, fold, 1 / factors_P)

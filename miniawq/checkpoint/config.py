@@ -23,9 +23,9 @@ FOREIGN_KEYS = {
     **dict.fromkeys((*MULTIPLIERS, "logit_scale"), "scaled residuals"),
     "add_bias_to_lm_head": "a bias on the head",
 }
-# Keys that a model of text and pictures may state for its text, beside `text_config`.
+# Keys of a model of text and pictures that hold for its text, whatever `text_config` says.
 KEPT_OUTSIDE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "compression_config")
-ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+ATTENTION_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 # What config.json may say. The ranges have room for every published model: what is beyond them is an attack or a typo.
 MOST_POSITIONS = 1 << 31
@@ -36,6 +36,7 @@ CONFIG = {
     "vocab_size": Key("integer", "rows of the embedding", high=1 << 24),
     "hidden_size": Key("integer", "width of the model", high=1 << 18),
     "intermediate_size": Key("integer", "width of the feed-forward layers", high=1 << 20),
+    "shared_intermediate_size": Key("integer", "width of the feed-forward layers", high=1 << 20),
     "num_hidden_layers": Key("integer", "decoder layers", high=1 << 10),
     "num_attention_heads": Key("integer", "query heads", high=1 << 12),
     "num_key_value_heads": Key("integer", "key/value heads", high=1 << 12),
@@ -96,7 +97,7 @@ def text_of(config: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
         refuse("model_type", kind, "supported: " + ", ".join(towers), "config.json: text_config")
     notices.append("this model reads pictures too, which miniawq does not: its text is read alone")
     kept = {key: config[key] for key in KEPT_OUTSIDE if key in config}
-    return kept | {**outer["text_config"], "architectures": [towers[str(kind)]]}
+    return {**outer["text_config"], **kept, "architectures": [towers[str(kind)]]}
 
 
 def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
@@ -107,10 +108,10 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
         refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
     if config["hidden_act"] != "silu":
         refuse("hidden_act", config["hidden_act"], "supported: silu")
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    family = FAMILIES[architectures[0]]
+    for key in ("vocab_size", "hidden_size", family.intermediate_size, "num_hidden_layers", "num_attention_heads"):
         if config[key] is None:
             refuse(key, None, "the key is missing")
-    family = FAMILIES[architectures[0]]
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     kv_heads, head_dim = config["num_key_value_heads"] or heads, config["head_dim"] or hidden // heads
     if heads % kv_heads:
@@ -122,7 +123,7 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
         architecture=architectures[0],
         vocab_size=config["vocab_size"],
         hidden_size=hidden,
-        intermediate_size=config["intermediate_size"],
+        intermediate_size=config[family.intermediate_size],
         num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -194,6 +195,8 @@ def _layer_ropes(
     """The rotary embedding of each layer; in one without positions nothing is turned."""
     layers = config["num_hidden_layers"]
     turned = [True] * layers
+    if family.no_rope == "unless said":
+        turned = [config.get("position_embedding_type") == "rope"] * layers
     if family.no_rope == "without window" and config["sliding_window"] is not None:
         turned = [window is not None for window in windows]
     if family.no_rope == "listed":

@@ -12,7 +12,9 @@ class Family(NamedTuple):
     """A row of the table.
 
     window: whether a `sliding_window` holds: never, in all layers, with `use_sliding_window`, or by its pattern.
-    no_rope: the layers without positions: those that `no_rope_layers` lists, or those without a window beside others.
+    no_rope: the layers without positions: those that `no_rope_layers` lists, those without a window beside others, or
+    all unless `position_embedding_type` is rope.
+    intermediate_size: the key of the width of the feed-forward layers.
     partial_rotary_factor: the part of a head that is turned where config.json does not say; None: always all of it.
     honours: keys that ask for other mathematics (`config.FOREIGN_KEYS`), and mean what is computed here.
     """
@@ -22,11 +24,12 @@ class Family(NamedTuple):
     mlp_bias: Bias = False
     qk_norm: QKNorm = "none"
     window: Literal["never", "always", "switched", "pattern"] = "never"
-    no_rope: Literal["nowhere", "listed", "without window"] = "nowhere"
+    no_rope: Literal["nowhere", "listed", "without window", "unless said"] = "nowhere"
     interleaved: bool = False
     partial_rotary_factor: float | None = None
     rope_theta: float = 10000.0
     names: Names = Names()
+    intermediate_size: str = "intermediate_size"
     honours: tuple[str, ...] = ()
 
 
@@ -66,6 +69,14 @@ FAMILIES = {
         qkv_bias=ATTENTION, o_bias=ATTENTION, mlp_bias=MLP, window="switched", no_rope="listed", rope_theta=2e6
     ),
     "GraniteForCausalLM": Family(qkv_bias=ATTENTION, o_bias=ATTENTION, mlp_bias=MLP, honours=MULTIPLIERS),
+    "GraniteMoeHybridForCausalLM": Family(  # those without experts and with attention in all layers
+        qkv_bias=ATTENTION,
+        o_bias=ATTENTION,
+        no_rope="unless said",
+        names=Names(mlp="shared_mlp", gate_up=("input_linear",), down="output_linear"),
+        intermediate_size="shared_intermediate_size",
+        honours=(*MULTIPLIERS, "position_embedding_type", "mamba_d_state"),
+    ),
     "HunYuanDenseV1ForCausalLM": Family(
         qkv_bias=ATTENTION,
         o_bias=ATTENTION,

@@ -38,7 +38,8 @@ def assert_loads(directory: Path, reference: torch.nn.Module, device: torch.devi
 def test_layout_loads(tmp_path, packing, family, device):
     directory, reference = tiny.make(tmp_path, family=family, **PACKINGS[packing])
     model = assert_loads(directory, reference, device)
-    assert isinstance(model.model.layers[1].mlp.down_proj, QuantLinear)
+    names = model.config.names
+    assert isinstance(model.get_submodule(f"model.layers.1.{names.mlp}.{names.down}"), QuantLinear)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -14,20 +14,24 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Ernie4_5Config,
     Exaone4Config,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
     InternLM3Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PixtralVisionConfig,
     Qwen2Config,
     Qwen3Config,
     SeedOssConfig,
@@ -52,6 +56,11 @@ def rope(kind: str, **more: float) -> dict[str, object]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
+MINISTRAL3 = Ministral3Config(
+    **SMALL,
+    head_dim=8,
+    **rope("yarn", factor=4.0, original_max_position_embeddings=48, llama_4_scaling_beta=0.1, mscale=1.0),
+)
 MODELS = {
     "llama": LlamaConfig(**TINY),
     "llama-mha-tied": LlamaConfig(**{**TINY, "num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -81,11 +90,7 @@ MODELS = {
     "ministral": MinistralConfig(
         **SMALL, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     ),
-    "ministral3": Ministral3Config(
-        **SMALL,
-        head_dim=8,
-        **rope("yarn", factor=4.0, original_max_position_embeddings=48, llama_4_scaling_beta=0.1, mscale=1.0),
-    ),
+    "ministral3": MINISTRAL3,
     "smollm3": SmolLM3Config(**THREE, no_rope_layers=[1, 0, 1], **rope("default")),
     "smollm3-window": SmolLM3Config(
         **THREE, no_rope_layer_interval=2, sliding_window=8, use_sliding_window=True, **rope("default")
@@ -97,6 +102,18 @@ MODELS = {
         residual_multiplier=0.22,
         logits_scaling=6.0,
         attention_bias=True,
+    ),
+    "granite4": GraniteMoeHybridConfig(
+        **SMALL,
+        num_local_experts=0,
+        shared_intermediate_size=24,
+        layer_types=["full_attention"] * 2,
+        position_embedding_type="rope",
+        embedding_multiplier=12.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.22,
+        logits_scaling=10.0,
+        mamba_n_heads=2,
     ),
     "hunyuan": HunYuanDenseV1Config(
         **SMALL, head_dim=8, attention_bias=True, **rope("dynamic", alpha=1000.0, factor=1.0, beta_fast=32)
@@ -116,6 +133,12 @@ MODELS = {
         **THREE, sliding_window=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
     ),
     "exaone4-full": Exaone4Config(**SMALL, sliding_window=None, layer_types=["full_attention"] * 2),
+    "mistral3-pictures": Mistral3Config(
+        text_config=MINISTRAL3.to_dict(),
+        vision_config=PixtralVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+        ),
+    ),
 }
 
 # transformers computes InternLM3 by its class of Llama, and renames its keys. The published files say this.
@@ -127,7 +150,8 @@ def main() -> None:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        kind = AutoModelForImageTextToText if "pictures" in name else AutoModelForCausalLM
+        model = kind.from_config(config, attn_implementation="eager").eval()
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
             # Large enough that attention is far from uniform and every term shows in the logits.
@@ -138,7 +162,7 @@ def main() -> None:
         (directory / "generation_config.json").unlink(missing_ok=True)
         tokens = torch.randint(TINY["vocab_size"], (2, 40))
         # Read again, because casting the model also cast its rotary frequencies.
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        model = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
         with torch.no_grad():
             logits = model(tokens).logits
         save_file({"tokens": tokens, "logits": logits}, directory / "reference.safetensors")
@@ -146,7 +170,7 @@ def main() -> None:
             said = json.loads((directory / "config.json").read_text())
             kept = {key: value for key, value in said.items() if key not in ("attention_bias", "mlp_bias")}
             (directory / "config.json").write_text(json.dumps(kept | INTERNLM3, indent=2, sort_keys=True) + "\n")
-        print(name, config.rope_parameters)
+        print(name, config.get_text_config().rope_parameters)
 
 
 if __name__ == "__main__":
