@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from miniawq.checkpoint import loading
-from miniawq.checkpoint.config import llama_config, rope_config
+from miniawq.checkpoint.config import llama_config, rope_config, text_of
 from miniawq.checkpoint.families import FAMILIES
 from miniawq.checkpoint.loading import HALVES, DenseLinear, load_model, loaded_dtype
 from miniawq.checkpoint.opening import open_checkpoint
@@ -23,7 +23,7 @@ NAMES = sorted(path.name for path in MODELS.iterdir())
 
 
 def config_of(name: str) -> dict:
-    return json.loads((MODELS / name / "config.json").read_text())
+    return text_of(json.loads((MODELS / name / "config.json").read_text()), [])
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Llama:
@@ -156,6 +156,39 @@ def test_a_qwen_window_holds_only_where_it_is_switched_on():
     assert llama_config(config).layer_windows == (None, None)
     assert llama_config(config_of("mistral-window")).layer_windows == (8, 8)
     assert llama_config(config_of("llama") | {"sliding_window": 8}).layer_windows == (None, None)
+
+
+def test_texts_end_where_queries_would_begin_to_grow():
+    """Ministral 3: `llama_4_scaling_beta` changes nothing before the original context ends."""
+    checkpoint = open_checkpoint(MODELS / "ministral3")
+    assert checkpoint.config["max_position_embeddings"] == 64
+    assert checkpoint.model_config.max_position_embeddings == 48
+    assert "llama_4_scaling_beta is not implemented: texts end before it matters, at 48 positions" in checkpoint.notices
+    config = config_of("ministral3")
+    config["rope_parameters"]["llama_4_scaling_beta"] = 0.0
+    assert llama_config(config).max_position_embeddings == 64
+
+
+def test_of_a_model_of_text_and_pictures_the_text_is_read():
+    """The outer config decides what it states: the head is there although the inner one would tie it."""
+    checkpoint = open_checkpoint(MODELS / "mistral3-pictures")
+    assert checkpoint.config["architectures"] == ["Ministral3ForCausalLM"]
+    assert "this model reads pictures too" in checkpoint.notices[0]
+    assert not [name for name in checkpoint.tensors if "vision" in name or "projector" in name]
+    config = json.loads((MODELS / "mistral3-pictures" / "config.json").read_text())
+    config["text_config"]["model_type"] = "gemma"
+    with pytest.raises(UnsupportedCheckpoint, match="model_type = 'gemma'; supported: mistral, ministral3"):
+        text_of(config, [])
+
+
+def test_frequencies_are_those_of_the_longest_text_that_finds_room():
+    """A text that grows past the original context keeps all its keys turned by one set of frequencies."""
+    model = load("phi3-long")
+    tokens_BL = load_file(MODELS / "phi3-long" / "reference.safetensors")["tokens"][:, :12]
+    with torch.no_grad():
+        short, long = (model(tokens_BL, KVCache(model.config, 2, room)) for room in (16, 17))
+        assert torch.equal(short, model(tokens_BL))
+    assert not torch.allclose(short, long, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
             assert torch.equal(ids_B, expected_BV.argmax(-1))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "hunyuan", "glm4", "exaone4", "phi3-long"])
 def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
     model = load(name, device)
     tokens_BL, padding_B = random_prompt(model, 3), torch.tensor([0, 4, 8], device=device)
