@@ -321,9 +321,10 @@ def apply_fold(block: nn.Module, fold: Fold, factors_P: Tensor, dtype: torch.dty
     smooth: Any = block.get_submodule(fold.smooth_layer)
     weight = smooth.weight.data
     if weight.dim() == 1:
-        smooth.weight.data = (weight / factors_P).to(dtype).to(weight.dtype)
-        exact_P = weight / smooth.weight.data
-        factors_P = exact_P.where(smooth.weight.data.isfinite() & (smooth.weight.data != 0), factors_P)
+        offset = getattr(smooth, "offset", 0.0)  # what a norm adds to its weight
+        smooth.weight.data = ((weight + offset) / factors_P - offset).to(dtype).to(weight.dtype)
+        gain_P = smooth.weight.data + offset
+        factors_P = ((weight + offset) / gain_P).where(gain_P.isfinite() & (gain_P != 0), factors_P)
     else:
         divisors_O = last_of(len(weight), factors_P)
         smooth.weight.data = weight / divisors_O[:, None]

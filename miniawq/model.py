@@ -12,19 +12,17 @@ H query heads, J key/value heads, E size of one head, N layers.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, pad, rms_norm, scaled_dot_product_attention, silu
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: `rope_scaling` (transformers 4) or `rope_parameters` (5), all defaults filled in.
-
-    The first `rotary_dim` channels of a head are turned; of a layer without positions none.
-    """
+    """Rotary position embedding, all defaults filled in; the first `rotary_dim` channels of a head are turned, or none."""
 
     rope_type: str
     rope_theta: float
@@ -94,6 +92,8 @@ class LlamaConfig:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    hidden_act: str = "silu"
+    norm_offset: float = 0.0
 
 
 # Rotary position embedding (RoFormer, arXiv 2104.09864): pair i of the channels of a query or key, (i, i + R/2) or
@@ -269,15 +269,19 @@ def attention(
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in float32 and rounded once."""
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) along the last dimension, in float32 and rounded once."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, config: LlamaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+
+    @property
+    def gain(self) -> Tensor:
+        return self.weight + self.offset if self.offset else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, self.gain, self.eps)
 
 
 class AllHeadsNorm(RMSNorm):
@@ -287,9 +291,7 @@ class AllHeadsNorm(RMSNorm):
         return super().forward(x.flatten(-2)).view_as(x)
 
 
-def unchanged(x: Tensor) -> Tensor:
-    """What stands where a family has no norm."""
-    return x
+NO_NORM = nn.Identity()  # where a family has none
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -348,10 +350,11 @@ class Attention(nn.Module):
 
     def norm_of(self, heads: int) -> nn.Module:
         """The norm of so many heads of queries or keys."""
-        size, eps, kind = self.config.head_dim, self.config.rms_norm_eps, self.config.qk_norm
-        if kind == "none":
-            return nn.Identity()
-        return AllHeadsNorm(heads * size, eps) if kind == "all heads" else RMSNorm(size, eps)
+        if self.config.qk_norm == "none":
+            return NO_NORM
+        if self.config.qk_norm == "all heads":
+            return AllHeadsNorm(heads * self.config.head_dim, self.config)
+        return RMSNorm(self.config.head_dim, self.config)
 
     def forward(self, x_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         config, names = self.config, self.config.names
@@ -361,26 +364,28 @@ class Attention(nn.Module):
         k_BJLE = self.place(getattr(self, names.k_norm), k_BLJE, rope, config.rope)
         v_BJLE = v_BLJE.transpose(1, 2)
         k_BJME, v_BJME = (k_BJLE, v_BJLE) if cache is None else cache.append(self.layer, k_BJLE, v_BJLE)
-        attended_BHLE = attention(q_BHLE, k_BJME, v_BJME, mask, config.attention_multiplier)
-        return self.o_proj(attended_BHLE.transpose(1, 2).flatten(2))
+        y_BHLE = attention(q_BHLE, k_BJME, v_BJME, mask, config.attention_multiplier)
+        return self.o_proj(y_BHLE.transpose(1, 2).flatten(2))
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": silu, "gelu_pytorch_tanh": partial(gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or the same with another activation."""
 
     def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
         names, width, inner = config.names, config.hidden_size, config.intermediate_size
         path = f"model.layers.{layer}.{names.mlp}"
-        self.names, self.widths = names, [inner, inner]
+        self.names, self.widths, self.activation = names, [inner, inner], ACTIVATIONS[config.hidden_act]
         for name, size in sizes_of(names.gate_up, self.widths):
             self.add_module(name, linear(f"{path}.{name}", width, size, config.mlp_bias))
         self.add_module(names.down, linear(f"{path}.{names.down}", inner, width, config.mlp_bias))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        layers = [getattr(self, name) for name in self.names.gate_up]
-        gate_BLF, up_BLF = outputs_of(layers, x_BLD, self.widths)
-        return getattr(self, self.names.down)(silu(gate_BLF) * up_BLF)
+        gate_BLF, up_BLF = outputs_of([getattr(self, name) for name in self.names.gate_up], x_BLD, self.widths)
+        return getattr(self, self.names.down)(self.activation(gate_BLF) * up_BLF)
 
 
 class DecoderBlock(nn.Module):
@@ -393,11 +398,11 @@ class DecoderBlock(nn.Module):
         self.add_module(names.mlp, MLP(config, layer, linear))
         for name in (names.before_attention, names.after_attention, names.before_mlp, names.after_mlp):
             if name is not None:
-                self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+                self.add_module(name, RMSNorm(config.hidden_size, config))
 
     def named(self, name: str | None) -> Any:
         """The layer of this name; None is a layer that changes nothing."""
-        return unchanged if name is None else getattr(self, name)
+        return NO_NORM if name is None else getattr(self, name)
 
     def forward(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         names, multiplier = self.config.names, self.config.residual_multiplier
@@ -415,7 +420,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, layer, linear) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
     def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """hidden_BLD after the final norm; the cache, if any, moves on by L positions."""

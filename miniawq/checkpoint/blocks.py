@@ -78,7 +78,7 @@ class BlockStream:
 
     def head(self) -> "Head":
         """The function from hidden states to logits; a stored head is used even if config.json ties it."""
-        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm = RMSNorm(self.config.hidden_size, self.config)
         norm.weight = nn.Parameter(self.checkpoint.read("model.norm.weight", self.device).float(), requires_grad=False)
         stored = "lm_head.weight" in self.checkpoint.tensors or "lm_head" in self.checkpoint.quantized
         module, leaf = ("lm_head", "weight") if stored else ("model.embed_tokens", "weight")

@@ -8,7 +8,7 @@ from typing import Any
 from miniawq.checkpoint.families import FAMILIES, MULTIPLIERS, TOWERS, Bias, Family
 from miniawq.checkpoint.values import Key, checked_values, refuse, shown
 from miniawq.errors import UnsupportedCheckpoint
-from miniawq.model import INVERSE_FREQUENCIES, LlamaConfig, RopeConfig
+from miniawq.model import ACTIVATIONS, INVERSE_FREQUENCIES, LlamaConfig, RopeConfig
 
 LLAMA = FAMILIES["LlamaForCausalLM"]
 
@@ -21,6 +21,7 @@ FOREIGN_KEYS = {
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), "Gemma's soft-capping"),
     **dict.fromkeys(("alibi", "position_embedding_type"), "positions other than rotary ones"),
     **dict.fromkeys((*MULTIPLIERS, "logit_scale"), "scaled residuals"),
+    "use_bidirectional_attention": "attention to later tokens",
     "add_bias_to_lm_head": "a bias on the head",
 }
 # Keys of a model of text and pictures that hold for its text, whatever `text_config` says.
@@ -32,7 +33,10 @@ MOST_POSITIONS = 1 << 31
 BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias", "use_bias")
 CONFIG = {
     "architectures": Key("texts", "the class of the model"),
-    "hidden_act": Key("text", "the activation of the feed-forward layers", default="silu"),
+    "hidden_act": Key("text", "the activation of the feed-forward layers"),
+    "hidden_activation": Key("text", "the activation of the feed-forward layers"),
+    "query_pre_attn_scalar": Key("number", "queries are divided by its root", 1e-6, 1e9),
+    "rope_local_base_freq": Key("number", "the base of the rotary embedding in layers with a window", 1.01, 1e15),
     "vocab_size": Key("integer", "rows of the embedding", high=1 << 24),
     "hidden_size": Key("integer", "width of the model", high=1 << 18),
     "intermediate_size": Key("integer", "width of the feed-forward layers", high=1 << 20),
@@ -102,13 +106,14 @@ def text_of(config: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
 
 def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
     """The decoder that a parsed `config.json` describes; UnsupportedCheckpoint names a key that cannot be honoured."""
-    config = checked_values("config.json", config, CONFIG)
-    architectures = config["architectures"] or ["missing"]
+    architectures = checked_values("config.json", config, CONFIG)["architectures"] or ["missing"]
     if architectures[0] not in FAMILIES:
         refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
-    if config["hidden_act"] != "silu":
-        refuse("hidden_act", config["hidden_act"], "supported: silu")
     family = FAMILIES[architectures[0]]
+    config = checked_values("config.json", {**family.defaults, **config}, CONFIG)
+    activation = config["hidden_activation"] or config["hidden_act"] or "silu"
+    if activation not in ACTIVATIONS:
+        refuse("hidden_act", activation, "supported: " + ", ".join(ACTIVATIONS))
     for key in ("vocab_size", "hidden_size", family.intermediate_size, "num_hidden_layers", "num_attention_heads"):
         if config[key] is None:
             refuse(key, None, "the key is missing")
@@ -118,7 +123,7 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
         refuse("num_key_value_heads", kv_heads, f"{heads} query heads do not divide among them")
     if head_dim % 2 or not head_dim:
         refuse("head_dim", head_dim, "the rotary embedding turns pairs of channels")
-    windows, rope = _layer_windows(config, family), rope_config(config, head_dim, family)
+    windows, (rope, local) = _layer_windows(config, family), _ropes(config, head_dim, family)
     return LlamaConfig(
         architecture=architectures[0],
         vocab_size=config["vocab_size"],
@@ -137,10 +142,19 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
         qk_norm=family.qk_norm,
         layer_windows=windows,
         rope=rope,
-        layer_ropes=_layer_ropes(config, family, rope, windows),
+        layer_ropes=_layer_ropes(config, family, rope, local, windows),
         names=family.names,
-        **{key: config[key] for key in MULTIPLIERS if key in family.honours and config[key] is not None},
+        hidden_act=activation,
+        norm_offset=float(family.is_gemma),
+        **_multipliers(config, family),
     )
+
+
+def _multipliers(config: Mapping[str, Any], family: Family) -> dict[str, float]:
+    if family.is_gemma:
+        scale = config["query_pre_attn_scalar"] ** -0.5
+        return {"embedding_multiplier": config["hidden_size"] ** 0.5, "attention_multiplier": scale}
+    return {key: config[key] for key in MULTIPLIERS if key in family.honours and config[key] is not None}
 
 
 def _has_bias(config: Mapping[str, Any], bias: Bias) -> bool:
@@ -190,9 +204,13 @@ def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | Non
 
 
 def _layer_ropes(
-    config: Mapping[str, Any], family: Family, rope: RopeConfig, windows: tuple[int | None, ...]
+    config: Mapping[str, Any],
+    family: Family,
+    rope: RopeConfig,
+    local: RopeConfig,
+    windows: tuple[int | None, ...],
 ) -> tuple[RopeConfig, ...]:
-    """The rotary embedding of each layer; in one without positions nothing is turned."""
+    """The rotary embedding of each layer, `local` in one with a window; without positions nothing is turned."""
     layers = config["num_hidden_layers"]
     turned = [True] * layers
     if family.no_rope == "unless said":
@@ -205,7 +223,26 @@ def _layer_ropes(
         if len(listed) != layers:
             refuse("no_rope_layers", listed, f"expected {layers} numbers, one for each layer")
         turned = [bool(number) for number in listed]
-    return tuple(rope if is_turned else replace(rope, rotary_dim=0) for is_turned in turned)
+    kinds = [rope if window is None else local for window in windows]
+    return tuple(
+        kind if is_turned else replace(kind, rotary_dim=0) for kind, is_turned in zip(kinds, turned, strict=True)
+    )
+
+
+def _ropes(config: Mapping[str, Any], head_dim: int, family: Family) -> tuple[RopeConfig, RopeConfig]:
+    """The rotary embedding, and that of layers with a window."""
+    if not family.is_gemma:
+        rope = rope_config(config, head_dim, family)
+        return rope, rope
+    local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+    given = config["rope_parameters"] or {}
+    both = given.get("full_attention") or given or None, given.get("sliding_attention") or local
+    scaling = config["rope_scaling"], None
+    whole, windowed = (
+        rope_config({**config, "rope_parameters": one, "rope_scaling": old}, head_dim, family)
+        for one, old in zip(both, scaling, strict=True)
+    )
+    return whole, windowed
 
 
 def _rope_object(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -226,7 +263,7 @@ def rope_config(config: Mapping[str, Any], head_dim: int, family: Family = LLAMA
         refuse(f"{key}.factor", None, f"rope_type {kind} needs it")
     longest, rotary_dim = _longest(config), _rotary_dim(config, given, head_dim, family)
     original = given["original_max_position_embeddings"] or config["original_max_position_embeddings"] or longest
-    theta = given["rope_theta"] or config["rope_theta"] or family.rope_theta
+    theta = given["rope_theta"] or config["rope_theta"] or 10000.0
     if kind == "dynamic" and rotary_dim == 2:
         refuse("head_dim", head_dim, "rope_type dynamic needs more channels")
     if kind == "dynamic" and given["alpha"]:  # Hunyuan: the base grows once and for all
@@ -259,11 +296,9 @@ def _rotary_dim(config: Mapping[str, Any], given: Mapping[str, Any], head_dim: i
     """The channels of a head that are turned."""
     partial = given["partial_rotary_factor"]
     partial = config["partial_rotary_factor"] if partial is None else partial
-    if family.partial_rotary_factor is None:
-        if partial not in (None, 1.0):
-            refuse("partial_rotary_factor", partial, "only whole heads are rotated")
-        return head_dim
-    partial = family.partial_rotary_factor if partial is None else partial
+    partial = 1.0 if partial is None else partial
+    if partial != 1.0 and not family.turns_parts:
+        refuse("partial_rotary_factor", partial, "only whole heads are rotated")
     size = int(head_dim * partial)
     if size % 2 or not size:
         refuse("partial_rotary_factor", partial, f"the rotary embedding turns pairs of the {head_dim} channels")

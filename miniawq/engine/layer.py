@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding
 
 from miniawq.compiled import (
     Compiled,
@@ -43,7 +43,7 @@ from miniawq.compiled import (
 from miniawq.engine.attend import Blocks, block_attention, blocks_of, first_seen
 from miniawq.engine.sampling import NOT_A_NUMBER
 from miniawq.engine.weights import Layer
-from miniawq.model import LlamaConfig, Rope, RopeConfig, partners, scaled
+from miniawq.model import ACTIVATIONS, LlamaConfig, Rope, RopeConfig, partners, scaled
 
 PARTS_OF_LOGITS = 256  # of all rows together
 # Longer sums than those of parts of attention and of a norm's mean squares become kernels of their own.
@@ -119,7 +119,7 @@ def after_attention(
     h_BD = added(config, h_BD, attended_BD, layer.after_attention_D)
     normed = entering(config, layer.gate_up, h_BD, layer.before_mlp_D)
     gate_BF, up_BF = multiply(layer.gate_up, normed).chunk(2, dim=-1)
-    fed_BD = multiply(layer.down, prepare(layer.down, silu(gate_BF) * up_BF))
+    fed_BD = multiply(layer.down, prepare(layer.down, ACTIVATIONS[config.hidden_act](gate_BF) * up_BF))
     h_BD = added(config, h_BD, fed_BD, layer.after_mlp_D)
     return h_BD, entering(config, following.qkv, h_BD, following.before_attention_D)
 

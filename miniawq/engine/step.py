@@ -45,7 +45,7 @@ class DecodeStep:
         with torch.inference_mode(False), torch.no_grad():
             self.weights = [LayerWeights.of(block) for block in model.model.layers]
             self.head_weights = Weights.of(model.lm_head)
-        self.norm_D, self.embedding_VD = model.model.norm.weight.data, model.model.embed_tokens.weight.data
+        self.norm_D, self.embedding_VD = model.model.norm.gain.data, model.model.embed_tokens.weight.data
         self.by_blocks = compiles and self.device.type == "cuda" and self.config.head_dim >= SMALLEST_HEAD
         self.functions = UNCOMPILED
         self.is_ready = False

@@ -126,16 +126,16 @@ class Layer(NamedTuple):
 
 
 def _norm(block: Any, name: str | None) -> Tensor | None:
-    """The weight of a norm of a block; None where the family has none."""
-    return None if name is None else getattr(block, name).weight.data
+    """The gain of a norm of a block; None where the family has none."""
+    return None if name is None else getattr(block, name).gain.data
 
 
 def _norms_of_heads(attn: Any) -> Tensor | None:
-    """The weights of a layer's norms of queries and keys, one row a head; those of value heads are not used."""
+    """The gains of a layer's norms of queries and keys, one row a head; those of value heads are not used."""
     config = attn.config
     if config.qk_norm == "none":
         return None
-    queries, keys = (getattr(attn, name).weight.data for name in (config.names.q_norm, config.names.k_norm))
+    queries, keys = (getattr(attn, name).gain.data for name in (config.names.q_norm, config.names.k_norm))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     counted = (queries, heads), (keys, kv_heads), (keys, kv_heads)
     return torch.cat([norm.view(-1, config.head_dim).expand(count, -1) for norm, count in counted])

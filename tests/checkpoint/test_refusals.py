@@ -272,7 +272,10 @@ ARCHITECTURES = {
         {"architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 8},
         ["num_local_experts = 8"],
     ),
-    "mamba": ({"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]}, ["['mamba']"]),
+    "mamba-layers": (
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]},
+        ["['mamba']"],
+    ),
     "window-of-no-layer": (
         {"architectures": ["SmolLM3ForCausalLM"], "sliding_window": 8, "use_sliding_window": True},
         ["layer_types"],

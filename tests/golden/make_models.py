@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Ernie4_5Config,
     Exaone4Config,
+    Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -133,6 +134,17 @@ MODELS = {
         **THREE, sliding_window=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
     ),
     "exaone4-full": Exaone4Config(**SMALL, sliding_window=None, layer_types=["full_attention"] * 2),
+    "gemma3": Gemma3TextConfig(
+        **THREE,
+        head_dim=8,
+        query_pre_attn_scalar=5,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "mistral3-pictures": Mistral3Config(
         text_config=MINISTRAL3.to_dict(),
         vision_config=PixtralVisionConfig(
