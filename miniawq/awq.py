@@ -38,8 +38,7 @@ from miniawq.packing import TOP_CODE, Grid, Quantized, asymmetric_grid, dequanti
 
 RATIOS = [step / 20 for step in range(21)]  # exponents r of the candidates; the first is plain rounding
 CLIPPED_TO = [1 - step / 20 for step in range(10)]  # parts of a group's largest magnitude; the first clips nothing
-# Attention depends on the product of queries and keys, and clipping them does harm (the paper's code).
-UNCLIPPED = ("q_proj", "k_proj", "qkv_proj")
+UNCLIPPED = ("q_proj", "k_proj", "qkv_proj")  # clipping queries and keys does harm (the paper's code)
 LARGEST_LOG_FACTOR = math.log(1e4)  # float16 holds weights that are scaled by up to 1e4 either way
 EXACT = 1e-5  # relative error; the float32 sums of a block in another order differ by less
 
@@ -50,8 +49,7 @@ class Fold:
 
     The set of linears `balance_layers` is all that reads this output; `compared` is the module whose output decides.
     Input channel i of the linears reads channel `reads_I[i]` of the smooth layer; None: channel i. A smooth layer that
-    makes more than these channels makes them last. Without a smooth layer nothing can be folded: the linears read the
-    residual stream itself, and are rounded as they are.
+    makes more channels makes these last. Without one nothing is folded: the linears read the residual stream itself.
     """
 
     smooth_layer: str | None
@@ -68,10 +66,6 @@ class Fold:
         """The factor of each input channel of the balance layers."""
         return factors_P if self.reads_I is None else factors_P[self.reads_I.to(factors_P.device)]
 
-    def channels(self, inputs: int) -> int:
-        """P, for balance layers of so many inputs."""
-        return inputs if self.reads_I is None else int(self.reads_I.max()) + 1
-
     def gather(self, values_I: Tensor) -> Tensor:
         """For each channel of the smooth layer the mean of `values_I` over the inputs that read it, [P]."""
         if self.reads_I is None:
@@ -82,18 +76,17 @@ class Fold:
 
 
 def llama_folds(config: LlamaConfig) -> list[Fold]:
-    """The table of all families: only the names differ, and norms behind the linears cannot be folded.
+    """The table of the Llama family: only names differ. One matrix for q, k and v makes v last, as one for gate and up.
 
     Under grouped-query attention several query heads read the same value channel, so several columns of o_proj share
-    its factor. Values are the last outputs of a matrix that makes queries and keys too, as `up` is after `gate`.
+    its factor.
     """
     names = config.names
     qkv = tuple(f"self_attn.{name}" for name in names.qkv)
     gate_up = tuple(f"{names.mlp}.{name}" for name in names.gate_up)
     down = f"{names.mlp}.{names.down}"
-    shared = config.num_attention_heads // config.num_key_value_heads
     channels_JE = torch.arange(config.num_key_value_heads * config.head_dim).view(-1, config.head_dim)
-    reads_I = channels_JE.repeat_interleave(shared, dim=0).flatten()
+    reads_I = channels_JE.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=0).flatten()
     return [
         Fold(names.before_attention, qkv, "self_attn"),
         Fold(qkv[-1], ("self_attn.o_proj",), "self_attn.o_proj", reads_I),
@@ -129,8 +122,7 @@ def quantize_block(
     for fold, seen in statistics.items():
         ones_P = torch.ones_like(fold.gather(seen.magnitude_I))
         nothing = FactorSearch(fold, ones_P, [Trial("activations", 0, math.nan)])
-        has_factors = seen.usable and fold.smooth_layer
-        searches.append(method.factors(block, fold, seen, rounding) if has_factors else nothing)
+        searches.append(method.factors(block, fold, seen, rounding) if seen.usable and fold.smooth_layer else nothing)
     for index, search in enumerate(searches):
         factors_P = apply_fold(block, search.fold, search.factors_P, dtype)
         statistics[search.fold].divide(search.fold.spread(factors_P))
@@ -347,15 +339,12 @@ def check_folds(block: nn.Module, folds: Sequence[Fold], forward: Callable[[], T
     `forward` runs the block on a little text. Powers of two fold without rounding, so its outputs must stay the same.
     """
     before = forward()
-    for fold in folds:
-        weight_OI = block.get_parameter(f"{fold.balance_layers[0]}.weight")
-        channels_P = torch.arange(fold.channels(weight_OI.shape[1]), device=weight_OI.device)
-        factors_P = 2.0 ** (channels_P % 7 - 3)
+    for fold in [fold for fold in folds if fold.smooth_layer]:
+        ones_P = torch.ones_like(fold.gather(block.get_parameter(f"{fold.balance_layers[0]}.weight")[0]))
+        factors_P = 2.0 ** (ones_P.cumsum(0) % 7 - 3)
         apply_fold(block, fold, factors_P)
         after = forward()
         apply_fold(block, fold, 1 / factors_P)
-        if fold.smooth_layer is None:
-            continue
         if not (after - before).abs().max() <= EXACT * before.abs().max():
             raise UnsupportedCheckpoint(
                 f"{fold.smooth_layer} cannot be divided by factors",

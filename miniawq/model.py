@@ -22,7 +22,7 @@ from torch.nn.functional import gelu, pad, rms_norm, scaled_dot_product_attentio
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding, all defaults filled in; the first `rotary_dim` channels of a head are turned, or none."""
+    """Rotary position embedding, all defaults filled in; the first `rotary_dim` channels of a head are turned."""
 
     rope_type: str
     rope_theta: float

@@ -20,6 +20,7 @@ from miniawq.quantize.recipes import DEFAULT, Recipe
 from miniawq.quantize.recipes import PAPER as PAPER_RECIPE
 from tests.helpers import MODELS
 from tests.helpers.awq_blocks import Block, channel_spread, layer_and_inputs, statistics_of
+from tests.helpers.golden_models import MOST_THOROUGHLY
 from tests.helpers.tiny_checkpoints import FAMILIES
 
 ROUNDING = Rounding(32)
@@ -30,7 +31,7 @@ def test_folding_changes_no_output(family: str) -> None:
     text = Block(family, torch.float64)
     before = text.run()
     for fold in text.folds:
-        channels = fold.channels(text.block.get_parameter(f"{fold.balance_layers[0]}.weight").shape[1])
+        channels = len(fold.gather(text.block.get_parameter(f"{fold.balance_layers[0]}.weight")[0]))
         awq.apply_fold(text.block, fold, torch.rand(channels, dtype=torch.float64) * 9 + 0.1, torch.float64)
         torch.testing.assert_close(text.run(), before, rtol=1e-12, atol=1e-12)
 
@@ -70,7 +71,7 @@ def test_a_fold_that_misses_a_layer_is_refused() -> None:
         awq.check_folds(text.block, [missing], text.run)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in MODELS.iterdir()))
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 @pytest.mark.parametrize("recipe", [PAPER_RECIPE, DEFAULT], ids=["paper", "default"])
 def test_no_family_loses_to_plain_rounding_and_every_fold_of_it_is_exact(name: str, recipe: Recipe) -> None:
     """The blocks that transformers has written: all names and switches of `checkpoint/families.py`."""

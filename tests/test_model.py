@@ -10,16 +10,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from miniawq.checkpoint import loading
-from miniawq.checkpoint.config import llama_config, rope_config, text_of
-from miniawq.checkpoint.families import FAMILIES
+from miniawq.checkpoint.config import llama_config, text_of
 from miniawq.checkpoint.loading import HALVES, DenseLinear, load_model, loaded_dtype
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.model import KVCache, Llama, attention
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import MODELS
-
-NAMES = sorted(path.name for path in MODELS.iterdir())
+from tests.helpers.golden_models import MOST_THOROUGHLY, NAMES
 
 
 def config_of(name: str) -> dict:
@@ -39,7 +37,7 @@ def test_logits_are_those_of_transformers(name, device):
     assert error < 2e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_narrower_matrices_compute_what_wide_ones_do(name, device):
     tokens_BL = torch.arange(22, device=device).view(2, 11) % 50
     narrow, wide = load(name, device), load(name, device).float()
@@ -95,7 +93,7 @@ def test_only_matrices_of_16_bits_are_narrower_than_the_model():
     assert kept == {(stored, 2, torch.float32) for stored in HALVES}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
     model = load(name, device)
     tokens_BL = load_file(MODELS / name / "reference.safetensors")["tokens"].to(device)
@@ -107,7 +105,7 @@ def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_left_padded_rows_give_what_single_rows_give(name, device):
     model = load(name, device)
     tokens_BL = load_file(MODELS / name / "reference.safetensors")["tokens"].to(device)
@@ -138,13 +136,13 @@ def test_grouped_attention_is_attention_with_repeated_keys(batch, shared, reader
 @pytest.mark.parametrize("name", NAMES)
 def test_both_spellings_of_the_rotary_embedding_are_read(name):
     new = config_of(name)
-    scaling = dict(new["rope_parameters"])
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    scaling, old = dict(new["rope_parameters"]), {key: new[key] for key in new.keys() - {"rope_parameters"}}
+    if local := scaling.get("sliding_attention"):
+        scaling, old = dict(scaling["full_attention"]), old | {"rope_local_base_freq": local["rope_theta"]}
     old["rope_theta"] = scaling.pop("rope_theta")
     kind = scaling.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
-    head_dim, family = llama_config(new).head_dim, FAMILIES[new["architectures"][0]]
-    assert rope_config(old, head_dim, family) == rope_config(new, head_dim, family)
+    assert llama_config(old) == llama_config(new)
 
 
 def test_a_qwen_window_holds_only_where_it_is_switched_on():

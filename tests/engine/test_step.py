@@ -27,8 +27,8 @@ from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, attention, dense_linear
 from miniawq.packing import quantize
 from tests.helpers import MODELS
+from tests.helpers.golden_models import MOST_THOROUGHLY
 
-NAMES = sorted(path.name for path in MODELS.iterdir())
 PROMPT, NEW = 9, 12
 
 
@@ -56,7 +56,7 @@ def random_prompt(model: Llama, batch: int, length: int = PROMPT) -> torch.Tenso
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
     model = load(name, device)
     tokens_BL, exact = random_prompt(model, batch), load(name, device)

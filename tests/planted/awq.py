@@ -16,7 +16,7 @@ FAULTS = [
     Fault("awq.py", r"\(\(weight \+ offset\) / gain_P\)\.where\(", "factors_P.where(", TEST),
     Fault("awq.py", r"smooth\.bias\.data / divisors_O", "smooth.bias.data", TEST),
     Fault("awq.py", r"\(outputs - len\(factors_P\), 0\)", "(0, outputs - len(factors_P))", TEST),
-    Fault("awq.py", r"seen\.usable and fold\.smooth_layer$", "seen.usable", TEST),
+    Fault("awq.py", r"seen\.usable and fold\.smooth_layer", "seen.usable", TEST),
     # Whoever compares what a search thought, and not the codes that are stored, may keep a row that loses more.
     Fault("awq.py", r"losses\(found\) > plain_O", "losses(found) > 1e9 + plain_O", TEST),
     Fault("awq.py", r"safe\.where\(worse_O1, new\)", "safe.where(worse_O1.all(), new)", TEST),
