@@ -165,6 +165,9 @@ def test_texts_end_where_queries_would_begin_to_grow():
     config = config_of("ministral3")
     config["rope_parameters"]["llama_4_scaling_beta"] = 0.0
     assert llama_config(config).max_position_embeddings == 64
+    config["rope_parameters"] = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    with pytest.raises(UnsupportedCheckpoint, match="original_max_position_embeddings = None"):
+        llama_config(config)
 
 
 def test_of_a_model_of_text_and_pictures_the_text_is_read():
@@ -177,6 +180,21 @@ def test_of_a_model_of_text_and_pictures_the_text_is_read():
     config["text_config"]["model_type"] = "gemma"
     with pytest.raises(UnsupportedCheckpoint, match="model_type = 'gemma'; supported: mistral, ministral3"):
         text_of(config, [])
+
+
+def test_a_config_may_leave_out_what_is_usual_in_its_family():
+    """As the one of gemma-3-4b-it, which states what differs from the class's defaults."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 8}}
+    found = llama_config(text_of(outer | {"text_config": text}, []))
+    assert (found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (8, 4, 256)
+    assert (found.vocab_size, found.tie_word_embeddings, found.hidden_act) == (262208, True, "gelu_pytorch_tanh")
+    assert (found.embedding_multiplier, found.attention_multiplier, found.norm_offset) == (2560**0.5, 1 / 16, 1.0)
+    assert found.layer_windows[:7] == (1024,) * 5 + (None, 1024)
+    whole, local = found.layer_ropes[5], found.layer_ropes[0]
+    assert (whole.rope_type, whole.factor, whole.rope_theta) == ("linear", 8.0, 1e6)
+    assert (local.rope_type, local.factor, local.rope_theta) == ("default", 1.0, 1e4)
 
 
 def test_frequencies_are_those_of_the_longest_text_that_finds_room():

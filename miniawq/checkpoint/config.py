@@ -171,8 +171,11 @@ def _longest_text(config: Mapping[str, Any]) -> int:
     """
     key, given = _rope_object(config)
     grows = checked_values(f"config.json: {key}", given, ROPE)["llama_4_scaling_beta"]
-    original = given.get("original_max_position_embeddings")
-    return min(_longest(config), int(original)) if grows and original else _longest(config)
+    if not grows:
+        return _longest(config)
+    if (original := given.get("original_max_position_embeddings")) is None:
+        refuse(f"{key}.original_max_position_embeddings", None, "llama_4_scaling_beta needs it")
+    return min(_longest(config), int(original))
 
 
 def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
