@@ -186,6 +186,7 @@ def test_a_config_may_leave_out_what_is_usual_in_its_family():
     """As the one of gemma-3-4b-it, which states what differs from the class's defaults."""
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    text |= {"query_pre_attn_scalar": None, "rope_parameters": None}
     outer = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 8}}
     found = llama_config(text_of(outer | {"text_config": text}, []))
     assert (found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (8, 4, 256)

@@ -110,7 +110,8 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
     if architectures[0] not in FAMILIES:
         refuse("architectures", architectures, "supported: " + ", ".join(FAMILIES))
     family = FAMILIES[architectures[0]]
-    config = checked_values("config.json", {**family.defaults, **config}, CONFIG)
+    stated = {key: value for key, value in config.items() if value is not None}
+    config = checked_values("config.json", {**family.defaults, **stated}, CONFIG)
     activation = config["hidden_activation"] or config["hidden_act"] or "silu"
     if activation not in ACTIVATIONS:
         refuse("hidden_act", activation, "supported: " + ", ".join(ACTIVATIONS))
@@ -239,7 +240,9 @@ def _ropes(config: Mapping[str, Any], head_dim: int, family: Family) -> tuple[Ro
         return rope, rope
     local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
     given = config["rope_parameters"] or {}
-    both = given.get("full_attention") or given or None, given.get("sliding_attention") or local
+    if not given.keys() & {"full_attention", "sliding_attention"}:
+        given = {"full_attention": given}
+    both = given.get("full_attention") or None, given.get("sliding_attention") or local
     scaling = config["rope_scaling"], None
     whole, windowed = (
         rope_config({**config, "rope_parameters": one, "rope_scaling": old}, head_dim, family)

@@ -49,6 +49,7 @@ NORMS_AFTER = Names(
 )
 NORMS_AROUND = Names(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm", gate_up=GATE_UP)
 
+BIASED = {"attention_bias": True}
 HALF_TURNED = {"partial_rotary_factor": 0.5}
 GEMMA3 = {
     "vocab_size": 262208,
@@ -86,7 +87,7 @@ FAMILIES = {
     "InternLM3ForCausalLM": Family(
         qkv_bias=("qkv_bias", "attention_bias"), o_bias=("bias", "mlp_bias"), mlp_bias=("bias", "mlp_bias")
     ),
-    "SeedOssForCausalLM": Family(qkv_bias=ATTENTION, o_bias=("attention_out_bias",), mlp_bias=MLP),
+    "SeedOssForCausalLM": Family(qkv_bias=ATTENTION, o_bias=("attention_out_bias",), mlp_bias=MLP, defaults=BIASED),
     "SmolLM3ForCausalLM": Family(
         qkv_bias=ATTENTION,
         o_bias=ATTENTION,
@@ -114,12 +115,17 @@ FAMILIES = {
     "Ernie4_5ForCausalLM": Family(
         qkv_bias=ALL, o_bias=ALL, mlp_bias=ALL, interleaved=True, defaults={"rope_theta": 5e5}
     ),
-    "Phi3ForCausalLM": Family(window="always", turns_parts=True, names=Names(qkv=("qkv_proj",), gate_up=GATE_UP)),
+    "Phi3ForCausalLM": Family(
+        window="always",
+        turns_parts=True,
+        names=Names(qkv=("qkv_proj",), gate_up=GATE_UP),
+        defaults={"original_max_position_embeddings": 4096},
+    ),
     "GlmForCausalLM": Family(
         qkv_bias=ATTENTION, interleaved=True, turns_parts=True, names=Names(gate_up=GATE_UP), defaults=HALF_TURNED
     ),
     "Glm4ForCausalLM": Family(
-        qkv_bias=ATTENTION, interleaved=True, turns_parts=True, names=NORMS_AROUND, defaults=HALF_TURNED
+        qkv_bias=ATTENTION, interleaved=True, turns_parts=True, names=NORMS_AROUND, defaults=HALF_TURNED | BIASED
     ),
     "Olmo2ForCausalLM": Family(qkv_bias=ATTENTION, o_bias=ATTENTION, qk_norm="all heads", names=NORMS_AFTER),
     "Gemma3ForCausalLM": Family(
