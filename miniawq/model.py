@@ -406,10 +406,11 @@ class DecoderBlock(nn.Module):
 
     def forward(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         names, multiplier = self.config.names, self.config.residual_multiplier
-        attended_BLD = self.self_attn(self.named(names.before_attention)(h_BLD), rope, mask, cache)
-        h_BLD = h_BLD.add(self.named(names.after_attention)(attended_BLD), alpha=multiplier)
-        fed_BLD = self.named(names.mlp)(self.named(names.before_mlp)(h_BLD))
-        return h_BLD.add(self.named(names.after_mlp)(fed_BLD), alpha=multiplier)
+        y_BLD = self.self_attn(self.named(names.before_attention)(h_BLD), rope, mask, cache)
+        h_BLD = h_BLD.add(self.named(names.after_attention)(y_BLD), alpha=multiplier)
+        del y_BLD  # its memory is needed for the next
+        y_BLD = self.named(names.mlp)(self.named(names.before_mlp)(h_BLD))
+        return h_BLD.add(self.named(names.after_mlp)(y_BLD), alpha=multiplier)
 
 
 class Decoder(nn.Module):
