@@ -109,7 +109,7 @@ def stream_predictor(checkpoint: Checkpoint, tokens_BL: Tensor, device: torch.de
 def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
     """Run the windows through a model in memory."""
     hidden = [model.hidden(tokens_BL[rows].to(model.device)).cpu() for rows in micro_batches(*tokens_BL.shape)]
-    return Predictor(torch.cat(hidden), lambda hidden_TD: model.lm_head(hidden_TD.to(model.device)).float())
+    return Predictor(torch.cat(hidden), lambda hidden_TD: model.logits(hidden_TD.to(model.device)).float())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -90,7 +90,7 @@ ENGINES: dict[str, dict[str, EngineLimit]] = {
 }
 NEED_ZEROS = ("vLLM Marlin", "vLLM Machete")  # where an AWQ config says zero_point false, AutoAWQ's kernel is taken
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one matrix of each
-SPLIT_BY_INPUTS = ("o_proj", "down_proj")  # vLLM splits the others by outputs among devices
+SPLIT_BY_INPUTS = ("o_proj", "down_proj", "output_linear")  # vLLM splits the others by outputs among devices
 
 
 def engine_degrees(
