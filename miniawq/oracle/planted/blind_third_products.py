@@ -10,9 +10,22 @@ from torch import Tensor
 
 import miniawq.oracle.truth as truth
 from miniawq.oracle.planted.blind_second import cut
-from miniawq.oracle.planted.blind_third import after, lay, lay_kept, parts_of, refuse, reread, weight_of
+from miniawq.oracle.planted.blind_third import after, parts_of, refuse, reread, weight_of
+from miniawq.oracle.planted.grammar import Bred, bred
 
 Product = Callable[..., Tensor]
+
+BLIND_THIRD_PRODUCTS: list[Bred] = []
+
+
+def lay(function: str, kind: str, wrong: Product) -> None:
+    """Keep a wrong function under what is wrong with it."""
+    BLIND_THIRD_PRODUCTS.append(bred(function, kind, "", "", wrong))
+
+
+def lay_kept(function: str, kind: str, make: Callable[[], Product]) -> None:
+    """As `lay`, for a function that keeps something between calls."""
+    BLIND_THIRD_PRODUCTS.append(Bred(function, kind, "", "", make))
 
 
 def rows_of(x: Tensor) -> int:

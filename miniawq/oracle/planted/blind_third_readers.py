@@ -4,19 +4,29 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import miniawq.oracle.truth as truth
 from miniawq.oracle.planted import CORRECT
-from miniawq.oracle.planted.blind_third import after, lay, lay_kept, refuse
-from miniawq.oracle.planted.grammar import Function
+from miniawq.oracle.planted.blind_third import after, refuse
+from miniawq.oracle.planted.grammar import Bred, Function, bred
 
 Tensors = dict[str, Tensor]
+
+BLIND_THIRD_READERS: list[Bred] = []
+
+
+def lay(function: str, kind: str, wrong: Function) -> None:
+    """Keep a wrong function under what is wrong with it."""
+    BLIND_THIRD_READERS.append(bred(function, kind, "", "", wrong))
+
 
 # L4
 
@@ -26,13 +36,20 @@ def read(directory: Path) -> Tensors:
 
 
 def config_of(directory: Path) -> dict[str, Any]:
-    path = Path(directory) / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        config: dict[str, Any] = json.loads((Path(directory) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config
 
 
 def stored(directory: Path) -> list[tuple[Path, Tensors]]:
-    """The tensors of each file, in the order of names."""
-    return [(path, load_file(path)) for path in sorted(Path(directory).glob("*.safetensors"))]
+    """The tensors of each file that can be read, in the order of names."""
+    files = []
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with suppress(OSError, ValueError, SafetensorError):
+            files.append((path, load_file(path)))
+    return files
 
 
 def elsewhere(change: Callable[[Path], None]) -> Function:
@@ -176,7 +193,7 @@ lay("load_checkpoint", "a linear in two files left out", file_by_file)
 lay("load_checkpoint", "links to files of other names refused, as in the cache of the Hub", no_links)
 lay("load_checkpoint", "missing qzeros taken for eights", elsewhere(zeros_of_eight))
 lay("load_checkpoint", "a file cut short goes on with zeros", elsewhere(filled_up))
-lay_kept("load_checkpoint", "kept by path", kept_by_path)
+BLIND_THIRD_READERS.append(Bred("load_checkpoint", "kept by path", "", "", kept_by_path))
 
 # L5
 
