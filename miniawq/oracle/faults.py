@@ -32,6 +32,7 @@ from miniawq.oracle.planted.blind_third_products import BLIND_THIRD_PRODUCTS
 from miniawq.oracle.planted.blind_third_readers import BLIND_THIRD_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.edges import EDGES
+from miniawq.oracle.planted.paths import PATHS
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
 from miniawq.oracle.subject import Subject
@@ -45,6 +46,7 @@ FAULTS: list[Fault] = [
     *files.SEARCH,
     *SECOND,
     *EDGES,
+    *PATHS,
 ]
 
 UNSHRUNK = Profile(shrink=False)
