@@ -1,6 +1,7 @@
-"""Directories that appear whole: locked while they are filled, and published last.
+"""Directories and files that appear whole: locked while they are filled, and published last.
 
-`published` is for a run that is short, and begins again after a kill: it fills a directory beside the destination.
+`published` (a directory) and `published_file` are for a run that is short, and begins again after a kill: it fills what
+stands beside the destination.
 `locked`, `publish` and `recall` are for a long one, which goes on: it fills a directory inside the destination.
 """
 
@@ -29,7 +30,16 @@ LAST = "config.json"  # without which nobody takes a directory for a checkpoint
 
 @contextmanager
 def published(destination: str | Path) -> Iterator[Path]:
-    """A directory beside `destination` to fill, which gets that name when the block ends without an error.
+    """A directory beside `destination` to fill, which gets that name when the block ends without an error."""
+    with published_file(destination) as partial:
+        with disk_errors(partial):
+            partial.mkdir()
+        yield partial
+
+
+@contextmanager
+def published_file(destination: str | Path) -> Iterator[Path]:
+    """The name beside `destination` of a file to write, which gets that one when the block ends without an error.
 
     Until then it has a name that no other run uses, and a lock of that name beside it: what a killed run has left, the
     next one removes. UsageError when the destination exists, at the beginning or at the end.
@@ -45,19 +55,25 @@ def published(destination: str | Path) -> Iterator[Path]:
         with disk_errors(destination):
             _make_file_of(lock)
             lock.acquire()
-            partial.mkdir()
         yield partial
         with disk_errors(destination):
             _refuse_existing(destination)
             _rename(partial, destination)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_whole(partial)
         _remove_lock(lock)
         _remove_empty(made)
         raise
     _remove_lock(lock)
     with disk_errors(destination):
         sync_directory(destination.parent)
+
+
+def _remove_whole(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_abandoned(destination: Path) -> None:
@@ -67,7 +83,7 @@ def _remove_abandoned(destination: Path) -> None:
         with suppress(OSError):  # it is held, or another user's
             lock.acquire()
             log.info("removing %s, which an interrupted run has left", found.with_suffix(""))
-            shutil.rmtree(found.with_suffix(""), ignore_errors=True)
+            _remove_whole(found.with_suffix(""))
             _remove_lock(lock)
 
 
@@ -91,7 +107,7 @@ def _refuse_existing(destination: Path) -> None:
 
 
 def _rename(partial: Path, destination: Path) -> None:
-    """Give a directory its name. The system refuses when another run has taken the name in this moment."""
+    """Give what was made its name. A directory's is refused by the system if another run takes it in this moment."""
     try:
         os.rename(partial, destination)
     except OSError as error:

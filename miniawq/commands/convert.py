@@ -1,7 +1,8 @@
 """`miniawq convert SOURCE DESTINATION --format FORMAT`: one INT4 layout to another, losslessly, or to dense weights.
 
 Codes, scales and zeros are moved, not computed again: the weights stay equal bit for bit, and the way back gives the
-same bytes. One layer is in memory at a time.
+same bytes. One layer is in memory at a time. Only llama.cpp's blocks, whose zeros have 16 bits together with the scale,
+may move weights a little (`gguf_file.py`).
 """
 
 import argparse
@@ -23,17 +24,18 @@ from miniawq.checkpoint.blocks import place_stored, read_stored
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
-from miniawq.checkpoint.publishing import check_disk, published
+from miniawq.checkpoint.publishing import check_disk, published, published_file
 from miniawq.checkpoint.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
 from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, write_json
 from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, side_digests
-from miniawq.errors import InvalidInput
+from miniawq.commands.gguf_file import require_gguf, write_gguf
+from miniawq.errors import InvalidInput, UsageError
 from miniawq.hardware import pick_device, roomiest
 from miniawq.packing import CODES_PER_WORD, SYMMETRIC_ZERO, Quantized, dequantize
 from miniawq.quantize.verify import check_digests, has_tokenizer
 from miniawq.text.tokenizer import Tokenizer
 
-FORMATS = ("awq", "compressed-tensors", "dense")
+FORMATS = ("awq", "compressed-tensors", "dense", "gguf")
 BYTES_A_WEIGHT = 4  # that unpacking and packing a layer take at most
 
 
@@ -48,6 +50,7 @@ class Conversion:
     tensors: int
     nbytes: int
     seconds: float
+    largest_move: float  # of a weight, in scales of its group; 0 but for llama.cpp's blocks
 
 
 def convert_checkpoint(
@@ -58,10 +61,11 @@ def convert_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     device: torch.device | str = "cpu",
 ) -> Conversion:
-    """Write `source` to the new directory `destination` as "awq", "compressed-tensors" or "dense".
+    """Write `source` to the new directory `destination` as "awq", "compressed-tensors" or "dense", or to a file "gguf".
 
-    The directory appears when it is complete. AutoAWQ words hold eight outputs: layers with another number of outputs
-    become dense in that format. InvalidInput if the source is not quantized, or the format cannot hold its group sizes.
+    It appears when it is complete. AutoAWQ words hold eight outputs, llama.cpp's blocks 32 inputs of one group: other
+    layers become dense in these formats. InvalidInput if the source is not quantized, or the format cannot hold its
+    group sizes; UsageError without the package `gguf`.
     """
     started = time.monotonic()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -69,19 +73,28 @@ def convert_checkpoint(
         raise InvalidInput(
             f"{checkpoint.directory} is not quantized", "convert moves INT4 codes", "run miniawq quantize on it"
         )
-    with published(destination) as directory:
-        checkpoint = checkpoint.fetched()
-        layout = _layout(checkpoint, format)
-        packed = _packed_linears(checkpoint, layout)
-        specs = _write(checkpoint, directory, layout, packed, shard_bytes, torch.device(device))
+    device, largest_move = torch.device(device), 0.0
+    if format == "gguf":
+        require_gguf()
+        with published_file(destination) as path:
+            checkpoint = checkpoint.fetched()
+            layout = "Q4_0" if _is_symmetric(checkpoint) else "Q4_1"
+            packed, sizes, largest_move = write_gguf(checkpoint, path, layout, list(_pieces(checkpoint)), device)
+    else:
+        with published(destination) as directory:
+            checkpoint = checkpoint.fetched()
+            layout = _layout(checkpoint, format)
+            packed = _packed_linears(checkpoint, layout)
+            sizes = [spec.nbytes for spec in _write(checkpoint, directory, layout, packed, shard_bytes, device)]
     return Conversion(
         source_layout=next(iter(checkpoint.quantized.values())).layout,
         layout=layout,
         packed_linears=len(packed),
         unpacked_linears=sorted(checkpoint.quantized.keys() - packed),
-        tensors=len(specs),
-        nbytes=sum(spec.nbytes for spec in specs),
+        tensors=len(sizes),
+        nbytes=sum(sizes),
         seconds=time.monotonic() - started,
+        largest_move=largest_move,
     )
 
 
@@ -115,13 +128,15 @@ def _layout(checkpoint: Checkpoint, format: str) -> str:
     """The name in LAYOUTS: compressed-tensors has a layout without zeros for checkpoints whose zeros are all 8."""
     if format not in FORMATS:
         raise InvalidInput(f"there is no format {format!r}", f"known: {', '.join(FORMATS)}")
-    if format != "compressed-tensors":
-        return format
-    symmetric = all(_is_symmetric(checkpoint, name) for name in checkpoint.quantized)
-    return "compressed-tensors-symmetric" if symmetric else format
+    return f"{format}-symmetric" if format == "compressed-tensors" and _is_symmetric(checkpoint) else format
 
 
-def _is_symmetric(checkpoint: Checkpoint, name: str) -> bool:
+def _is_symmetric(checkpoint: Checkpoint) -> bool:
+    """Whether the zeros of all layers are 8."""
+    return all(_has_only_eights(checkpoint, name) for name in checkpoint.quantized)
+
+
+def _has_only_eights(checkpoint: Checkpoint, name: str) -> bool:
     if checkpoint.quantized[name].symmetric:
         return True
     quantized = checkpoint.read_linear(name)
@@ -205,10 +220,10 @@ def _common_group_size(checkpoint: Checkpoint, packed: set[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser("convert", "Write a quantized checkpoint in another layout, with the same weights bit for bit.")
+    parser = cli.parser("convert", "Write a quantized checkpoint in another layout, or for llama.cpp.")
     parser.add_argument("source", help="directory or Hub id of an INT4 checkpoint (AutoAWQ or compressed-tensors)")
-    parser.add_argument("destination", help="directory to make")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="layout to write")
+    parser.add_argument("destination", help="directory to make, or FILE.gguf")
+    parser.add_argument("--format", choices=FORMATS, help="layout to write (a destination FILE.gguf says it itself)")
     parser.add_argument("--device", help="where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_hub_flags(parser)
@@ -224,16 +239,21 @@ def device_for(checkpoint: Checkpoint, wanted: str | None) -> torch.device:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    format = arguments.format or ("gguf" if arguments.destination.endswith(".gguf") else None)
+    if format is None:
+        why = f"{arguments.destination} is no name of a .gguf file"
+        raise UsageError("convert needs a layout to write", why, f"give --format {'|'.join(FORMATS)}")
     checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
     device = device_for(checkpoint, arguments.device)
-    report = convert_checkpoint(checkpoint, arguments.destination, arguments.format, device=device)
+    report = convert_checkpoint(checkpoint, arguments.destination, format, device=device)
     if arguments.json:
         print(json.dumps(asdict(report)))
         return
     unpacked = f", {len(report.unpacked_linears)} layers became dense" if report.unpacked_linears else ""
+    moved = f", weights moved by {report.largest_move:.4f} of a scale at most" if report.largest_move else ""
     print(
         f"{arguments.destination}: {report.source_layout} to {report.layout}, {report.packed_linears} packed layers"
-        f"{unpacked}, {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s"
+        f"{unpacked}{moved}, {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s"
     )
 
 

@@ -78,14 +78,16 @@ class EngineLimit:
 
 
 # Read in this version: `layers/quantization/auto_awq.py` and `kernels/linear/mixed_precision` under model_executor. It
-# takes the last kernel here that has no obstacle; Machete on Hopper alone. Marlin pads shapes that fill no tile.
+# takes the last kernel here that has no obstacle; Machete on Hopper alone, the CPU's own on a CPU (its build lacks
+# the operation without AVX-512). Marlin pads shapes that fill no tile.
 ENGINES_OF = "vLLM 0.32.0"
 AWQ_KERNEL = EngineLimit(inputs=1, outputs=8)
 MARLIN = EngineLimit(inputs=1, outputs=8, group_sizes=(-1, 32, 64, 128))
 MACHETE = EngineLimit(inputs=64, outputs=128, group_sizes=(-1, 64, 128))
+CPU_WNA16 = EngineLimit(inputs=32, outputs=32)
 ENGINES: dict[str, dict[str, EngineLimit]] = {
-    "awq": {"vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
-    "compressed-tensors": {"vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
+    "awq": {"vLLM CPU": CPU_WNA16, "vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
+    "compressed-tensors": {"vLLM CPU": CPU_WNA16, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
     "gemv": {},
 }
 NEED_ZEROS = ("vLLM Marlin", "vLLM Machete")  # where an AWQ config says zero_point false, AutoAWQ's kernel is taken
@@ -238,11 +240,14 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     supply = f"of {size(plan.device.total)}, {size(plan.device.free)} free on {plan.device.name}"
     lines.append(f"total     {size(plan.total):>11}   {supply}: {verdict}")
     if plan.engines:
-        lines.append(f"engines   as {plan.engines_of} chooses them, Machete on Hopper only")
+        lines.append(f"engines   as {plan.engines_of} chooses them: Machete on Hopper only, the CPU's with AVX-512")
+    alike: dict[tuple[tuple[int, str], ...], list[str]] = {}
     for engine, degrees in plan.engines.items():
-        works = [str(degree) for degree, why in degrees.items() if not why]
-        lines.append(f"{engine:16} tensor-parallel {', '.join(works) or 'never'}")
-        lines += [f"                 not {degree}: {why}" for degree, why in degrees.items() if why]
+        alike.setdefault(tuple(degrees.items()), []).append(engine)
+    for reasons, engines in alike.items():
+        works = [str(degree) for degree, why in reasons if not why]
+        lines.append(f"{', '.join(engines)}: tensor-parallel {', '.join(works) or 'never'}")
+        lines += [f"          not {degree}: {why}" for degree, why in reasons if why]
     lines += [f"notice    {notice}" for notice in plan.notices]
     if show_tensors:
         lines += [

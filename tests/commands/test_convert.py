@@ -28,6 +28,7 @@ from tests.helpers.allocations import Allocations
 from tests.helpers.tiny_checkpoints import PACKINGS, TOKENS
 
 INT4 = ("awq", "compressed-tensors")
+DIRECTORIES = (*INT4, "dense")
 CPU = torch.device("cpu")
 SIDE = {
     "tokenizer.json": b'{"a": 1}\n\n',
@@ -151,7 +152,7 @@ def test_side_files_are_copied_byte_for_byte(tmp_path):
     assert extra == {"config.json", "model.safetensors.index.json"}
 
 
-@pytest.mark.parametrize("format", convert.FORMATS)
+@pytest.mark.parametrize("format", DIRECTORIES)
 def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path, format):
     """config.json ties the two: what is written must say that they are not tied, for every reader."""
     source, reference = tiny.make_with_its_own_head(tmp_path / "source")
@@ -332,7 +333,7 @@ def test_a_gpu_with_room_converts(tmp_path, monkeypatch, free, chosen):
     assert convert.device_for(checkpoint, "cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("format", convert.FORMATS)
+@pytest.mark.parametrize("format", DIRECTORIES)
 def test_a_layer_takes_the_memory_that_the_choice_of_device_counts_on(tmp_path, monkeypatch, format):
     monkeypatch.setattr(packing, "WEIGHTS_AT_ONCE", 1 << 14)
     directory, _ = tiny.make(tmp_path / "source", changes={"hidden_size": 512, "intermediate_size": 1024})

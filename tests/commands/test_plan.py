@@ -205,7 +205,7 @@ def quantized_of(name: str, **changes: object) -> tuple[LlamaConfig, dict[str, Q
     return model_config, find_quantized(infos, read_block(config, {}), linear_shapes(meta_model(model_config)))
 
 
-# model, group size, degrees of vLLM's AWQ kernel, of Marlin, of Machete
+# model, group size, degrees of vLLM's AWQ kernel (and of its kernel for CPUs), of Marlin, of Machete
 DEGREES = [
     ("Llama-3.1-8B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),
     ("Llama-2-7B", 128, [1, 2], [1, 2], [1, 2]),  # 11008 / 4 is 21.5 groups of 128
@@ -225,7 +225,18 @@ DEGREES = [
 def test_tensor_parallel_degrees(name, group_size, awq, marlin, machete):
     degrees = engine_degrees(*quantized_of(name, group_size=group_size))
     works = {engine: [degree for degree, why in reasons.items() if not why] for engine, reasons in degrees.items()}
-    assert works == {"vLLM AWQ": awq, "vLLM Marlin": marlin, "vLLM Machete": machete}
+    assert works == {"vLLM CPU": awq, "vLLM AWQ": awq, "vLLM Marlin": marlin, "vLLM Machete": machete}
+
+
+def test_a_cpu_wants_outputs_in_blocks_of_32():
+    degrees = engine_degrees(*quantized_of("Qwen2-0.5B", group_size=32))
+    assert not degrees["vLLM CPU"][2]
+    config, quantized = quantized_of("Llama-3.2-1B", group_size=32)
+    narrow = {"model.layers.0.mlp.down_proj": quantized["model.layers.0.mlp.down_proj"]._replace(out_features=2040)}
+    degrees = engine_degrees(config, narrow)
+    why = "model.layers.0.mlp.down_proj: 2040 outputs on each device are no multiple of 32"
+    assert degrees["vLLM CPU"][1] == why
+    assert not degrees["vLLM AWQ"][1]
 
 
 def test_fast_kernels_want_zero_points():

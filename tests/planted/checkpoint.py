@@ -136,7 +136,7 @@ FAULTS = [
         SHARDS,
     ),
     Fault("checkpoint/publishing.py", r"-\{uuid\.uuid4\(\)\.hex\[:8\]\}", "", SHARDS),
-    Fault("checkpoint/publishing.py", r"^(    except BaseException:\n) +shutil\.rmtree\(partial.*\n", r"\1", SHARDS),
+    Fault("checkpoint/publishing.py", r"^(    except BaseException:\n) +_remove_whole\(partial.*\n", r"\1", SHARDS),
     Fault("checkpoint/publishing.py", r"key=lambda path: \(path\.name == LAST, ", "key=lambda path: (", PUBLISHING),
     Fault("checkpoint/publishing.py", r"key=lambda name: name != LAST", "key=lambda name: name == LAST", PUBLISHING),
     Fault(
@@ -152,7 +152,7 @@ FAULTS = [
     Fault("checkpoint/publishing.py", r"^        _remove_abandoned\(destination\)\n", "", SHARDS),
     Fault("checkpoint/publishing.py", r"^ +lock\.acquire\(\)\n( +log)", r"\1", SHARDS),
     Fault("checkpoint/publishing.py", r"^    _remove_lock\(lock\)\n", "", SHARDS),
-    Fault("checkpoint/publishing.py", r"^ +shutil\.rmtree\(found.*\n", "", SHARDS),
+    Fault("checkpoint/publishing.py", r"^ +_remove_whole\(found.*\n", "", SHARDS),
     Fault("checkpoint/unchanged.py", r"or _sha256\(directory / name\) != digest", "", PUBLISHING),
     Fault("checkpoint/publishing.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
 ]

@@ -3,7 +3,7 @@
 from tests.planted.fault import Fault
 
 CONVERT, PLAN, EVALUATE, CONTEST = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate", "contest"))
-BENCH = "commands/test_bench"
+BENCH, GGUF = "commands/test_bench", "commands/test_gguf"
 MANY, FLAGS, THOUGHTS = (f"commands/test_{name}" for name in ("many", "flags", "thoughts"))
 FAULTS = [
     Fault("commands/bench.py", r"rows \* new_tokens / generation$", "new_tokens / generation", BENCH),
@@ -33,10 +33,18 @@ FAULTS = [
     Fault("commands/thoughts.py", r' and not os\.environ\.get\("NO_COLOR"\)', "", THOUGHTS),
     Fault("cli.py", r"0\], known, 1\)", "0], known, 0 + 1, 0.99)", FLAGS),
     Fault("engine/sampling.py", r"logits_BV\.float\(\)\.log_softmax", "(logits_BV.float() * 2).log_softmax", FLAGS),
-    Fault("commands/convert.py", r"symmetric = all\(", "symmetric = any(", CONVERT),
+    Fault("commands/convert.py", r"return all\(", "return any(", CONVERT),
     Fault("commands/convert.py", r'for leaf in \("weight", "bias"\):', 'for leaf in ("weight",):', CONVERT),
     Fault("commands/convert.py", r'if key != "compression_config"\}', "if key not in CONFIG_KEYS}", CONVERT),
     Fault("commands/convert.py", r"if len\(sizes\) == 1:", "if sizes:", CONVERT),
+    Fault("commands/gguf_file.py", r"return -\(quantized", "return (quantized", GGUF),
+    Fault("commands/gguf_file.py", r"low \| high << 4", "high | low << 4", GGUF),
+    Fault("commands/gguf_file.py", r"\(-1, 2, BLOCK // 2\)\)\.unbind\(2\)", "(-1, BLOCK // 2, 2)).unbind(3)", GGUF),
+    Fault("commands/gguf_file.py", r"(\(heads, 2, config\.head_dim // 2\)\))\.transpose\(1, 2\)", r"\1", GGUF),
+    Fault("commands/gguf_file.py", r" or ARCHITECTURES\[config\.architecture\] != TURNS_NEIGHBOURS:", ":", GGUF),
+    Fault("commands/gguf_file.py", r"min\(\[config\.max_position_embeddings, \*windows\]\)", "config.vocab_size", GGUF),
+    Fault("commands/gguf_file.py", r"if not all\(number_OG\.isfinite", "if not any(number_OG.isfinite", GGUF),
+    Fault("commands/gguf_file.py", r"written\.name != tensor\.name or .* != digest:", "False:", GGUF),
     Fault("commands/convert.py", r"BYTES_A_WEIGHT \* largest", "largest", CONVERT),
     Fault("commands/plan.py", r"min\(degree, kv_heads\) if part in .* else degree", "degree", PLAN),
     Fault("commands/plan.py", r"1 if whole_rows else linear\.group_size", "1", PLAN),
