@@ -34,6 +34,11 @@ from miniawq.quantize.verify import check_digests, has_tokenizer
 from miniawq.text.tokenizer import Tokenizer
 
 FORMATS = ("awq", "compressed-tensors", "dense")
+EXAMPLES = (
+    "miniawq convert my-awq my-ct --format compressed-tensors",
+    "miniawq convert Qwen/Qwen3-8B-AWQ qwen3-dense --format dense",
+    "miniawq convert my-ct my-awq --format awq --json",
+)
 BYTES_A_WEIGHT = 4  # that unpacking and packing a layer take at most
 
 
@@ -205,11 +210,20 @@ def _common_group_size(checkpoint: Checkpoint, packed: set[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser("convert", "Write a quantized checkpoint in another layout, with the same weights bit for bit.")
+    parser = cli.parser(
+        "convert",
+        "Write a quantized checkpoint in another layout, with the same weights bit for\nbit.",
+        usage="SOURCE DESTINATION --format NAME [flags]",
+        examples=EXAMPLES,
+        page="docs/checkpoints.md",
+    )
     parser.add_argument("source", help="directory or Hub id of an INT4 checkpoint (AutoAWQ or compressed-tensors)")
     parser.add_argument("destination", help="directory to make")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="layout to write")
-    parser.add_argument("--device", help="where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)")
+    parser.add_argument(
+        "--format", required=True, choices=FORMATS, metavar="NAME", help=f"layout to write: {', '.join(FORMATS)}"
+    )
+    where = "where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)"
+    parser.add_argument("--device", metavar="NAME", help=where)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_hub_flags(parser)
     return parser
