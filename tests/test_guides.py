@@ -7,13 +7,16 @@ import sys
 import pytest
 
 from miniawq.__main__ import main
+from miniawq.oracle.door import CHECKS
 from tests.helpers import ROOT
 from tests.helpers.pages import repository, shell
 from tests.scripts import script
+from tests.test_docs import FOREIGN, KNOWN
 
 READING = (ROOT / "docs" / "reading.md").read_text()
 EXPERIMENTS = re.findall(r"^```sh\n(.*?)^```(?:(?:(?!^```).)*?^```text\n(.*?)^```)?", READING, re.MULTILINE | re.DOTALL)
 GUIDES = {page.stem: page for page in sorted((ROOT / "docs" / "guides").glob("*.md"))}
+NOT_OURS = FOREIGN | {"trust_remote_code"}
 # Commands that show a refusal, or a report of failures, and their exit codes.
 REFUSED = {'miniawq generate wrong --prompt "The king"': 3, "miniawq oracle my_kernel --levels L3": 1}
 TOLD = {
@@ -68,6 +71,14 @@ def test_commands_of_the_guides_run(name, tmp_path):
         code, printed = shell(command, root)
         assert code == REFUSED.get(command, 0), printed
         assert TOLD.get(command, "") in printed
+
+
+@pytest.mark.parametrize("text", [READING, *(page.read_text() for page in GUIDES.values())], ids=["reading", *GUIDES])
+def test_checks_and_names_that_pages_speak_of_are_there(text):
+    spans = set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)))
+    ids = {span for span in spans if re.match(r"L\d\.", span)}
+    assert ids <= {check.id for check in CHECKS}
+    assert {span for span in spans - ids if re.fullmatch(r"[A-Za-z]+(?:_[A-Za-z]+)+", span)} <= KNOWN | NOT_OURS
 
 
 def test_memory_of_large_models_is_what_the_guide_says(tmp_path, monkeypatch, capsys):
