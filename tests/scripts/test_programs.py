@@ -10,7 +10,7 @@ from tests.scripts import script
 
 PROGRAMS = (
     "bench", "bench_batch", "bench_products", "bench_quantize", "planted_faults", "random_checkpoint", "train_demo",
-    "worked_example",
+    "worked_example", "draw_terminal",
     "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp",
 )  # fmt: skip
 
