@@ -53,6 +53,14 @@ def test_numpy_example_conforms(monkeypatch, checks):
     assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul"]
 
 
+@ALL_OR_SHORT
+def test_what_a_fresh_reader_wrote_conforms(monkeypatch, checks):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    report = conformance(importlib.import_module("fresh_reader"), checks)
+    assert report.ok, as_text(report)
+    assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul", "search_scales"]
+
+
 @pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 @ALL_OR_SHORT
