@@ -53,10 +53,10 @@ def test_numpy_example_conforms(monkeypatch, checks):
     assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul"]
 
 
-@ALL_OR_SHORT
-def test_what_a_fresh_reader_wrote_conforms(monkeypatch, checks):
+@pytest.mark.thorough
+def test_what_a_fresh_reader_wrote_conforms(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    report = conformance(importlib.import_module("fresh_reader"), checks)
+    report = conformance(importlib.import_module("fresh_reader"), CHECKS)
     assert report.ok, as_text(report)
     assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul", "search_scales"]
 
