@@ -265,7 +265,8 @@ def test_names_of_tensors_tell_their_shapes(work, tmp_path, fairytales):
 def documented_commands() -> list[str]:
     """The miniawq command lines in code blocks of the README and the guides."""
     found = set()
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    docs = ROOT / "docs"
+    for path in (ROOT / "README.md", *sorted(docs.glob("*.md")), *sorted((docs / "guides").glob("*.md"))):
         fenced = False
         for line in path.read_text().splitlines():
             fenced ^= line.lstrip().startswith("```")
