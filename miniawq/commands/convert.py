@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "convert",
         "Write a quantized checkpoint in another layout, or as a file of llama.cpp.",
-        usage="SOURCE DESTINATION --format NAME [flags]",
+        usage="SOURCE DESTINATION [--format NAME] [flags]",
         examples=EXAMPLES,
         page="docs/checkpoints.md",
     )
