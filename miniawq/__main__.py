@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from miniawq import __version__
-from miniawq.errors import DoesNotFit
+from miniawq.errors import DoesNotFit, MissingExtra
 
 
 class Verb(NamedTuple):
@@ -27,6 +26,8 @@ VERBS = {
     "convert": Verb("miniawq.commands.convert", "one INT4 layout to another, losslessly"),
     "oracle": Verb("miniawq.oracle.__main__", "check any implementation of AWQ INT4 for the properties it must have"),
 }
+ABOUT = "miniawq.commands.about"
+FIRST = "`miniawq generate` tells a fairy tale by a model that comes with it, and `miniawq VERB --help` has examples.\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in VERBS:
         try:
             module = importlib.import_module(VERBS[arguments[0]].module)
+        except MissingExtra as error:
+            print(f"miniawq {arguments[0]}: {error}", file=sys.stderr or io.StringIO())
+            return error.exit_code
         except (MemoryError, ImportError) as error:
             if isinstance(error, ImportError) and not any(word in str(error) for word in ("map segment", "allocate")):
                 raise
@@ -43,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return full.exit_code
         return module.main(arguments[1:])
     lines = [f"  {name:10} {verb.does}\n" for name, verb in VERBS.items()]
-    usage = "usage: miniawq VERB [--help] ...\n\n" + "".join(lines)
+    usage = "usage: miniawq VERB [--help] ...\n\n" + "".join(lines) + f"\n{FIRST}"
     match arguments:
         case ["--version"]:
-            print(f"miniawq {__version__}")
+            print(importlib.import_module(ABOUT).about())
         case ["--help" | "-h"]:
             print(usage, end="")
         case []:

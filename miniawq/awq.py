@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.model import LlamaConfig
@@ -37,7 +38,7 @@ from miniawq.packing import TOP_CODE, Grid, Quantized, asymmetric_grid, dequanti
 
 RATIOS = [step / 20 for step in range(21)]  # exponents r of the candidates; the first is plain rounding
 CLIPPED_TO = [1 - step / 20 for step in range(10)]  # parts of a group's largest magnitude; the first clips nothing
-UNCLIPPED = ("q_proj", "k_proj")  # attention depends on their product, and clipping them does harm (the paper's code)
+UNCLIPPED = ("q_proj", "k_proj", "qkv_proj")  # clipping queries and keys does harm (the paper's code)
 LARGEST_LOG_FACTOR = math.log(1e4)  # float16 holds weights that are scaled by up to 1e4 either way
 EXACT = 1e-5  # relative error; the float32 sums of a block in another order differ by less
 
@@ -47,10 +48,11 @@ class Fold:
     """A row of the table: divide the output of `smooth_layer`, multiply the columns of `balance_layers`.
 
     The set of linears `balance_layers` is all that reads this output; `compared` is the module whose output decides.
-    Input channel i of the linears reads channel `reads_I[i]` of the smooth layer; None: channel i.
+    Input channel i of the linears reads channel `reads_I[i]` of the smooth layer; None: channel i. A smooth layer that
+    makes more channels makes these last. Without one nothing is folded: the linears read the residual stream itself.
     """
 
-    smooth_layer: str
+    smooth_layer: str | None
     balance_layers: tuple[str, ...]
     compared: str
     reads_I: Tensor | None = None
@@ -74,19 +76,22 @@ class Fold:
 
 
 def llama_folds(config: LlamaConfig) -> list[Fold]:
-    """The table of the Llama family.
+    """The table of the Llama family: only names differ. One matrix for q, k and v makes v last, as one for gate and up.
 
     Under grouped-query attention several query heads read the same value channel, so several columns of o_proj share
     its factor.
     """
-    shared = config.num_attention_heads // config.num_key_value_heads
+    names = config.names
+    qkv = tuple(f"self_attn.{name}" for name in names.qkv)
+    gate_up = tuple(f"{names.mlp}.{name}" for name in names.gate_up)
+    down = f"{names.mlp}.{names.down}"
     channels_JE = torch.arange(config.num_key_value_heads * config.head_dim).view(-1, config.head_dim)
-    reads_I = channels_JE.repeat_interleave(shared, dim=0).flatten()
+    reads_I = channels_JE.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=0).flatten()
     return [
-        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-        Fold("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj", reads_I),
-        Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-        Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
+        Fold(names.before_attention, qkv, "self_attn"),
+        Fold(qkv[-1], ("self_attn.o_proj",), "self_attn.o_proj", reads_I),
+        Fold(names.before_mlp, gate_up, names.mlp),
+        Fold(gate_up[-1], (down,), down),
     ]
 
 
@@ -117,7 +122,7 @@ def quantize_block(
     for fold, seen in statistics.items():
         ones_P = torch.ones_like(fold.gather(seen.magnitude_I))
         nothing = FactorSearch(fold, ones_P, [Trial("activations", 0, math.nan)])
-        searches.append(method.factors(block, fold, seen, rounding) if seen.usable else nothing)
+        searches.append(method.factors(block, fold, seen, rounding) if seen.usable and fold.smooth_layer else nothing)
     for index, search in enumerate(searches):
         factors_P = apply_fold(block, search.fold, search.factors_P, dtype)
         statistics[search.fold].divide(search.fold.spread(factors_P))
@@ -196,7 +201,7 @@ def observe(
         first: Any = block.get_submodule(fold.balance_layers[0])
         found[fold] = seen = kind(first.in_features, first.weight.device, stride)
         handles.append(first.register_forward_pre_hook(seen.see_inputs))
-        if not fold.compares_one_layer:
+        if fold.smooth_layer and not fold.compares_one_layer:
             handles.append(block.get_submodule(fold.compared).register_forward_hook(seen.see_call, with_kwargs=True))
     yield found
     for handle in handles:
@@ -303,20 +308,29 @@ def apply_fold(block: nn.Module, fold: Fold, factors_P: Tensor, dtype: torch.dty
     A norm is stored in `dtype`: its divided weight is rounded to that, and the columns follow the rounded numbers, so
     that folding is exact for what the file holds.
     """
+    if fold.smooth_layer is None:
+        return factors_P
     smooth: Any = block.get_submodule(fold.smooth_layer)
     weight = smooth.weight.data
     if weight.dim() == 1:
-        smooth.weight.data = (weight / factors_P).to(dtype).to(weight.dtype)
-        exact_P = weight / smooth.weight.data
-        factors_P = exact_P.where(smooth.weight.data.isfinite() & (smooth.weight.data != 0), factors_P)
+        offset = getattr(smooth, "offset", 0.0)  # what a norm adds to its weight
+        smooth.weight.data = ((weight + offset) / factors_P - offset).to(dtype).to(weight.dtype)
+        gain_P = smooth.weight.data + offset
+        factors_P = ((weight + offset) / gain_P).where(gain_P.isfinite() & (gain_P != 0), factors_P)
     else:
-        smooth.weight.data = weight / factors_P[:, None]
-    if getattr(smooth, "bias", None) is not None:
-        smooth.bias.data = smooth.bias.data / factors_P
+        divisors_O = last_of(len(weight), factors_P)
+        smooth.weight.data = weight / divisors_O[:, None]
+        if smooth.bias is not None:
+            smooth.bias.data = smooth.bias.data / divisors_O
     for name in fold.balance_layers:
         parameter = block.get_parameter(f"{name}.weight")
         parameter.data = parameter.data * fold.spread(factors_P)
     return factors_P
+
+
+def last_of(outputs: int, factors_P: Tensor) -> Tensor:
+    """What each output of a linear layer is divided by: 1 before its last P."""
+    return pad(factors_P, (outputs - len(factors_P), 0), value=1.0)
 
 
 def check_folds(block: nn.Module, folds: Sequence[Fold], forward: Callable[[], Tensor]) -> None:
@@ -325,9 +339,9 @@ def check_folds(block: nn.Module, folds: Sequence[Fold], forward: Callable[[], T
     `forward` runs the block on a little text. Powers of two fold without rounding, so its outputs must stay the same.
     """
     before = forward()
-    for fold in folds:
-        weight = block.get_parameter(f"{fold.smooth_layer}.weight")
-        factors_P = 2.0 ** (torch.arange(len(weight), device=weight.device) % 7 - 3)
+    for fold in [fold for fold in folds if fold.smooth_layer]:
+        ones_P = torch.ones_like(fold.gather(block.get_parameter(f"{fold.balance_layers[0]}.weight")[0]))
+        factors_P = 2.0 ** (ones_P.cumsum(0) % 7 - 3)
         apply_fold(block, fold, factors_P)
         after = forward()
         apply_fold(block, fold, 1 / factors_P)

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TextIO
@@ -23,16 +24,20 @@ from miniawq.errors import MESSAGE_CHARACTERS, DoesNotFit, MiniawqError, clean
 
 INTERRUPTED = 130
 LEAST_BYTES = 64 << 20
+# Destinations of the flags that all verbs have, which --help leaves out.
+COMMON = {"help", "help_all", "debug", "version", "revision", "token", "cache_dir", "local_files_only"}
 
 
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes `--max_tokens` for `--max-tokens`, and tells which flag a mistyped one may be.
 
-    Its help has the flags with the destinations `essential` alone, if there are some: --help-all has all.
+    Its help is a screen: the flags with the destinations `essential` (if there are none: all that are not common to all
+    verbs), examples, and the page that tells more. --help-all has every flag.
     """
 
     essential: Collection[str] = ()
     examples: Collection[str] = ()
+    page = ""
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -47,12 +52,10 @@ class _Parser(argparse.ArgumentParser):
         super().error(clean(message))
 
     def format_help(self) -> str:
-        if not self.essential:
-            return super().format_help()
-        actions = [action for action in self._actions if action.dest in self.essential and action.help]
-        lines = [f"  {names_of(action):26} {action.help}" for action in actions]
+        essential = self.essential or {action.dest for action in self._actions} - COMMON
+        lines = [help_line(action) for action in self._actions if action.dest in essential]
         examples = [f"  {example}" for example in self.examples]
-        more = f"{self.prog} --help-all lists every flag, and docs/generate.md tells more."
+        more = f"{self.prog} --help-all has every flag; {self.page} tells more."
         return "\n".join(
             [self.format_usage(), self.description or "", "", *lines, "", "examples:", *examples, "", more, ""]
         )
@@ -69,6 +72,11 @@ class _WholeHelp(argparse.Action):
         assert isinstance(parser, _Parser)
         parser._print_message(parser.format_whole_help(), sys.stdout)
         parser.exit()
+
+
+def help_line(action: argparse.Action) -> str:
+    """A flag and what it does, in 80 columns."""
+    return textwrap.fill(f"  {names_of(action):26} {action.help}", 80, subsequent_indent=" " * 29)
 
 
 def names_of(action: argparse.Action) -> str:
@@ -88,19 +96,19 @@ def _kebab(argument: str) -> str:
 def parser(
     verb: str,
     description: str,
-    epilog: str | None = None,
     *,
-    essential: Collection[str] = (),
+    usage: str = "",
     examples: Collection[str] = (),
-    usage: str | None = None,
+    page: str = "",
+    essential: Collection[str] = (),
 ) -> argparse.ArgumentParser:
-    """A parser for `miniawq VERB` with the flags that every verb has. `essential` and those after it are for a verb
-    with so many flags that its help has the most important ones alone.
+    """A parser for `miniawq VERB` with the flags that every verb has. `essential` is for a verb with so many flags that
+    its help has the most important ones alone.
     """
-    made = _Parser(prog=f"miniawq {verb}", description=description, epilog=epilog, usage=usage, allow_abbrev=False)
-    made.essential, made.examples = essential, examples
-    if essential:
-        made.add_argument("--help-all", nargs=0, action=_WholeHelp, help="show every flag")
+    prog = f"miniawq {verb}"
+    made = _Parser(prog=prog, description=description, usage=f"{prog} {usage}", allow_abbrev=False)
+    made.essential, made.examples, made.page = essential, examples, page
+    made.add_argument("--help-all", nargs=0, action=_WholeHelp, help="show every flag")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error, and debug messages")
     made.add_argument("--version", action="version", version=f"miniawq {__version__}")
     return made

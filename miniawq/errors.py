@@ -68,3 +68,9 @@ class NotFound(MiniawqError):
     """A file, repository or revision that is not there, or not reachable offline."""
 
     exit_code = 5
+
+
+class MissingExtra(MiniawqError, ModuleNotFoundError):
+    """Packages that only some of miniawq needs, and that are not installed."""
+
+    exit_code = 5

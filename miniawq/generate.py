@@ -90,10 +90,10 @@ def generate(
     A row ends with the first of `stop_ids`, which is still yielded; the iterator ends with the last row, or after
     `max_tokens` steps. `padding_B` counts the padding at the start of each row. The prompts run in pieces of
     `prefill_chunk` tokens, those of all rows together, to bound the memory they take. `sampling` defaults to greedy,
-    `seed` to torch's global generator. A `decoder` computes the steps after the prompt in place of the model; it must
-    have the same `sampling`. `cached` says what its cache holds of the last text, and what it shares with this one is
-    not computed again; for prompts without padding. `reading` is given the pieces and gives them back one by one: a
-    progress bar.
+    `seed` to torch's global generator. A `decoder` computes each token after the first from the one before, for
+    `delivered`; without one `PlainStep` runs the model. It must have the same `sampling`. `cached` says what its cache
+    holds of the last text, and what it shares with this one is not computed again; for prompts without padding.
+    `reading` is given the pieces and gives them back one by one: a progress bar.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens, padding_B)

@@ -41,7 +41,7 @@ def dequantize_words(
     if not zeros_GO.shape == scales_GO.shape == (codes_IO.shape[0] // group_size, codes_IO.shape[1]):
         shapes = f"qweight {list(qweight_IW.shape)}, qzeros {list(qzeros_GW.shape)}, scales {list(scales_GO.shape)}"
         raise InvalidInput(f"these tensors are no weight in groups of {group_size}", shapes)
-    # The product of a 5-bit integer and a scale of at most 19 bits is exact in float32.
+    # code - zero has a sign and 4 bits: its product with a scale of at most 19 bits is exact in float32.
     steps_GSO = codes_IO.float().unflatten(0, (-1, group_size)) - zeros_GO.float().unsqueeze(1)
     return (steps_GSO * scales_GO.float().unsqueeze(1)).flatten(0, 1).to(dtype or scales_GO.dtype)
 

@@ -1,32 +1,35 @@
-"""Chapter 4: the Llama family as one decoder: Llama 1 to 3.3, Mistral, Qwen2, Qwen2.5 and dense Qwen3.
+"""Chapter 4: Llama and the families that are Llama with a few switches, as one decoder.
 
-The families differ in five switches of `LlamaConfig`: biases, norms of queries and keys, head size, sliding windows,
-and the kind of rotary embedding. `checkpoint/config.py` reads them from `config.json`. Modules have Hugging Face's
-names, so a checkpoint loads with no renaming. The linear layers are made by a function that is passed in; this file
-knows no quantizer.
+A family is a row of the table in `checkpoint/families.py`, and `checkpoint/config.py` reads its switches from
+`config.json` into a `LlamaConfig`: biases, norms, the rotary embedding and the sliding window of each layer,
+multipliers. Modules have the names that the family gives them (`Names`), so a checkpoint loads with no renaming. The
+linear layers are made by a function that is passed in; this file knows no quantizer.
 
 Shapes: B batch, L positions in this call, M positions in the cache, D model width, F feed-forward width, V vocabulary,
 H query heads, J key/value heads, E size of one head, N layers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, pad, rms_norm, scaled_dot_product_attention, silu
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: `rope_scaling` (transformers 4) or `rope_parameters` (5), all defaults filled in."""
+    """Rotary position embedding, all defaults filled in; the first `rotary_dim` channels of a head are turned."""
 
     rope_type: str
     rope_theta: float
     head_dim: int
+    rotary_dim: int
     max_position_embeddings: int
+    interleaved: bool = False
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0
@@ -35,11 +38,36 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a family calls the layers of a block. Norms before and after attention and MLP are None where it has none.
+
+    One name for several linear layers is one matrix that makes the outputs of all, in this order.
+    """
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    mlp: str = "mlp"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+
+
+# Norms of queries and keys: of each head, before or after it is turned, or of all heads of a position together.
+QKNorm = Literal["none", "heads", "turned heads", "all heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What decides the decoder's computation, under the names of `config.json`; the last seven are the switches."""
+    """What decides the decoder's computation, mostly under the names of `config.json`; from `qkv_bias` on switches."""
 
     architecture: str
     vocab_size: int
@@ -54,20 +82,28 @@ class LlamaConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: QKNorm
     head_dim: int
     layer_windows: tuple[int | None, ...]
     rope: RopeConfig
+    layer_ropes: tuple[RopeConfig, ...]
+    names: Names = Names()
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    hidden_act: str = "silu"
+    norm_offset: float = 0.0
 
 
-# Rotary position embedding (RoFormer, arXiv 2104.09864): each pair of channels (e, e + E/2) of a query or key is turned
-# by position * frequency_e. The types differ in how they lower the frequencies for texts longer than the training
-# texts.
+# Rotary position embedding (RoFormer, arXiv 2104.09864): pair i of the channels of a query or key, (i, i + R/2) or
+# (2 i, 2 i + 1) of the first R, is turned by position * frequency_i. The types differ in how they lower the frequencies
+# for texts longer than the training texts.
 
 
 def plain_frequencies(rope: RopeConfig, theta: float) -> Tensor:
-    """theta^(-2 i / E) for pair i, float32 [E/2]."""
-    return theta ** -(torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim)
+    """theta^(-2 i / R) for pair i, float32 [R/2]."""
+    return theta ** -(torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim)
 
 
 def default_frequencies(rope: RopeConfig, length: int) -> Tensor:
@@ -84,7 +120,7 @@ def dynamic_frequencies(rope: RopeConfig, length: int) -> Tensor:
     """NTK scaling: theta grows once the text is longer than the training texts."""
     ratio = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
     growth = rope.factor * ratio - (rope.factor - 1)
-    return plain_frequencies(rope, rope.rope_theta * growth ** (rope.head_dim / (rope.head_dim - 2)))
+    return plain_frequencies(rope, rope.rope_theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2)))
 
 
 def llama3_frequencies(rope: RopeConfig, length: int) -> Tensor:
@@ -102,15 +138,21 @@ def yarn_frequencies(rope: RopeConfig, length: int) -> Tensor:
 
     def channel(turns: float) -> float:
         wave = rope.original_max_position_embeddings / (turns * 2 * math.pi)
-        return rope.head_dim * math.log(wave) / (2 * math.log(rope.rope_theta))
+        return rope.rotary_dim * math.log(wave) / (2 * math.log(rope.rope_theta))
 
     low, high = channel(rope.beta_fast), channel(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.head_dim - 1)
-    ramp = (torch.arange(rope.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
     plain, stretch = plain_frequencies(rope, rope.rope_theta), ramp.clamp(0, 1)
     return plain * (1 - stretch) + plain / rope.factor * stretch
+
+
+def long_frequencies(rope: RopeConfig, length: int) -> Tensor:
+    """LongRoPE (arXiv 2402.13753): each frequency has a divisor of its own, and another one in long texts."""
+    divisors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
+    return plain_frequencies(rope, rope.rope_theta) / torch.tensor(divisors)
 
 
 INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
@@ -119,24 +161,39 @@ INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
     "dynamic": dynamic_frequencies,
     "llama3": llama3_frequencies,
     "yarn": yarn_frequencies,
+    "longrope": long_frequencies,
 }
 
 Rope = tuple[Tensor, Tensor]
+Ropes = Mapping[RopeConfig, Rope]
+Masks = Mapping[int | None, Tensor | None]
 
 
-def rope_tables(rope: RopeConfig, positions_L: Tensor, length: int, dtype: torch.dtype) -> Rope:
-    """cos_LE and sin_LE of the angles at each position; `length` counts all positions of the text so far."""
-    frequencies = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions_L.device)
-    angles_LE = torch.outer(positions_L.float(), frequencies).repeat(1, 2)
-    factor = rope.attention_factor
-    return (angles_LE.cos() * factor).to(dtype), (angles_LE.sin() * factor).to(dtype)
+def rope_tables(rope: RopeConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
+    """cos and sin [..., E] of the angles at positions [...]; `length` counts all positions that there may be.
+
+    The sine of a pair's first channel is negated: both channels are turned by x cos + partner sin.
+    """
+    frequencies = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions.device)
+    angles = positions.float().unsqueeze(-1) * frequencies
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    place, kept = -1 if rope.interleaved else -2, (0, rope.head_dim - rope.rotary_dim)
+    cos = pad(torch.stack((cos, cos), place).flatten(-2), kept, value=1.0)
+    sin = pad(torch.stack((-sin, sin), place).flatten(-2), kept)
+    return cos.to(dtype), sin.to(dtype)
 
 
-def apply_rope(x_BHLE: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair of channels (e, e + E/2) by its angle, of tables [L, E] for all rows, or [B, 1, L, E]."""
+def partners(x: Tensor, rope: RopeConfig) -> Tensor:
+    """In the place of each channel of x [..., E] the other one of its pair; those that are not turned stay."""
+    pairs = (rope.rotary_dim // 2, 2) if rope.interleaved else (2, rope.rotary_dim // 2)
+    swapped = x[..., : rope.rotary_dim].unflatten(-1, pairs).flip(-1 if rope.interleaved else -2).flatten(-2)
+    return swapped if rope.rotary_dim == rope.head_dim else torch.cat((swapped, x[..., rope.rotary_dim :]), dim=-1)
+
+
+def apply_rope(x_BHLE: Tensor, rope: Rope, pairs: RopeConfig) -> Tensor:
+    """Turn each pair of channels by its angle, of tables [L, E] for all rows, or [B, 1, L, E]."""
     cos, sin = rope
-    first, second = x_BHLE.chunk(2, dim=-1)
-    return x_BHLE * cos + torch.cat((-second, first), dim=-1) * sin
+    return x_BHLE * cos + partners(x_BHLE, pairs) * sin
 
 
 class KVCache:
@@ -196,38 +253,57 @@ def attention_mask(
     return seen_BLM[:, None]
 
 
-def attention(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention [B, H, L, E]: H / J query heads share each key head."""
+def attention(
+    q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """Grouped-query attention [B, H, L, E]: H / J query heads share each key head. `scale` defaults to 1 / sqrt(E)."""
     (batch, heads, new, size), kv_heads = q_BHLE.shape, k_BJME.shape[1]
     if mask is None and new > 1:
-        return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, is_causal=True, enable_gqa=heads != kv_heads)
+        is_grouped = heads != kv_heads
+        return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, is_causal=True, scale=scale, enable_gqa=is_grouped)
     # The query heads that share a key head stand as further queries of one head, so each key is read once.
     q_BJTE = q_BHLE.reshape(batch, kv_heads, heads // kv_heads * new, size)
     rows = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)
-    return scaled_dot_product_attention(q_BJTE, k_BJME, v_BJME, attn_mask=rows).reshape(batch, heads, new, size)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in float32 and rounded once."""
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    y_BJTE = scaled_dot_product_attention(q_BJTE, k_BJME, v_BJME, attn_mask=rows, scale=scale)
+    return y_BJTE.reshape(batch, heads, new, size)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight of its own."""
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) along the last dimension, in float32 and rounded once."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, config: LlamaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+
+    @property
+    def gain(self) -> Tensor:
+        return self.weight + self.offset if self.offset else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, self.gain, self.eps)
 
 
-def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """[layer(x) for layer in layers]. A class of layers that can do all by one product has a method `together`."""
+class AllHeadsNorm(RMSNorm):
+    """A norm of all heads of a position together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
+NO_NORM = nn.Identity()  # where a family has none
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor; x itself where there is nothing to multiply."""
+    return x if factor == 1.0 else x * factor
+
+
+def outputs_of(layers: Sequence[nn.Module], x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    """What layers make of x, cut into `widths`. A class of layers that do all at once has a method `together`."""
     together = getattr(layers[0], "together", None)
-    return [layer(x) for layer in layers] if together is None else together(x, layers)
+    outputs = [layer(x) for layer in layers] if together is None else together(x, layers)
+    return outputs if len(outputs) == len(widths) else outputs[0].split(widths, dim=-1)
 
 
 class LinearFactory(Protocol):
@@ -241,59 +317,100 @@ def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> 
     return nn.Linear(in_features, out_features, bias=bias)
 
 
+def sizes_of(names: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """The outputs of each linear layer: one of the widths, or all where one matrix makes all."""
+    return zip(names, widths if len(names) == len(widths) else [sum(widths)], strict=True)
+
+
+def norm_and_turn(norm: nn.Module, x_BLHE: Tensor, rope: Rope, pairs: RopeConfig) -> Tensor:
+    """Queries or keys as attention takes them, [B, H, L, E]."""
+    return apply_rope(norm(x_BLHE).transpose(1, 2), rope, pairs)
+
+
+def turn_and_norm(norm: nn.Module, x_BLHE: Tensor, rope: Rope, pairs: RopeConfig) -> Tensor:
+    """The same in the other order."""
+    return norm(apply_rope(x_BLHE.transpose(1, 2), rope, pairs))
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
 
     def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
-        name, size = f"model.layers.{layer}.self_attn", config.head_dim
-        width, kv_width = config.num_attention_heads * size, config.num_key_value_heads * size
-        self.layer, self.head_dim = layer, size
-        self.q_proj = linear(f"{name}.q_proj", config.hidden_size, width, config.qkv_bias)
-        self.k_proj = linear(f"{name}.k_proj", config.hidden_size, kv_width, config.qkv_bias)
-        self.v_proj = linear(f"{name}.v_proj", config.hidden_size, kv_width, config.qkv_bias)
-        self.o_proj = linear(f"{name}.o_proj", width, config.hidden_size, config.o_bias)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        path, size, names = f"model.layers.{layer}.self_attn", config.head_dim, config.names
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.config, self.layer = config, layer
+        self.widths = [heads * size, kv_heads * size, kv_heads * size]
+        for name, width in sizes_of(names.qkv, self.widths):
+            self.add_module(name, linear(f"{path}.{name}", config.hidden_size, width, config.qkv_bias))
+        self.o_proj = linear(f"{path}.o_proj", heads * size, config.hidden_size, config.o_bias)
+        for name, count in ((names.q_norm, heads), (names.k_norm, kv_heads)):
+            self.add_module(name, self.norm_of(count))
+        self.place = turn_and_norm if config.qk_norm == "turned heads" else norm_and_turn
+
+    def norm_of(self, heads: int) -> nn.Module:
+        """The norm of so many heads of queries or keys."""
+        if self.config.qk_norm == "none":
+            return NO_NORM
+        if self.config.qk_norm == "all heads":
+            return AllHeadsNorm(heads * self.config.head_dim, self.config)
+        return RMSNorm(self.config.head_dim, self.config)
 
     def forward(self, x_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        projected = outputs_of((self.q_proj, self.k_proj, self.v_proj), x_BLD)
-        q_BLHE, k_BLJE, v_BLJE = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        q_BHLE = apply_rope(self.q_norm(q_BLHE).transpose(1, 2), rope)
-        k_BJLE = apply_rope(self.k_norm(k_BLJE).transpose(1, 2), rope)
+        config, names = self.config, self.config.names
+        projected = outputs_of([getattr(self, name) for name in names.qkv], x_BLD, self.widths)
+        q_BLHE, k_BLJE, v_BLJE = (y.unflatten(-1, (-1, config.head_dim)) for y in projected)
+        q_BHLE = self.place(getattr(self, names.q_norm), q_BLHE, rope, config.rope)
+        k_BJLE = self.place(getattr(self, names.k_norm), k_BLJE, rope, config.rope)
         v_BJLE = v_BLJE.transpose(1, 2)
         k_BJME, v_BJME = (k_BJLE, v_BJLE) if cache is None else cache.append(self.layer, k_BJLE, v_BJLE)
-        return self.o_proj(attention(q_BHLE, k_BJME, v_BJME, mask).transpose(1, 2).flatten(2))
+        y_BHLE = attention(q_BHLE, k_BJME, v_BJME, mask, config.attention_multiplier)
+        return self.o_proj(y_BHLE.transpose(1, 2).flatten(2))
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": silu, "gelu_pytorch_tanh": partial(gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or the same with another activation."""
 
     def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
-        name, width, inner = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(f"{name}.gate_proj", width, inner, config.mlp_bias)
-        self.up_proj = linear(f"{name}.up_proj", width, inner, config.mlp_bias)
-        self.down_proj = linear(f"{name}.down_proj", inner, width, config.mlp_bias)
+        names, width, inner = config.names, config.hidden_size, config.intermediate_size
+        path = f"model.layers.{layer}.{names.mlp}"
+        self.names, self.widths, self.activation = names, [inner, inner], ACTIVATIONS[config.hidden_act]
+        for name, size in sizes_of(names.gate_up, self.widths):
+            self.add_module(name, linear(f"{path}.{name}", width, size, config.mlp_bias))
+        self.add_module(names.down, linear(f"{path}.{names.down}", inner, width, config.mlp_bias))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        gate_BLF, up_BLF = outputs_of((self.gate_proj, self.up_proj), x_BLD)
-        return self.down_proj(silu(gate_BLF) * up_BLF)
+        gate_BLF, up_BLF = outputs_of([getattr(self, name) for name in self.names.gate_up], x_BLD, self.widths)
+        return getattr(self, self.names.down)(self.activation(gate_BLF) * up_BLF)
 
 
 class DecoderBlock(nn.Module):
-    """Attention and MLP, each after a norm, each added to the residual stream."""
+    """Attention and MLP, each between the norms that the family has, each added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, layer: int, linear: LinearFactory) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config, names = config, config.names
         self.self_attn = Attention(config, layer, linear)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, layer, linear)
+        self.add_module(names.mlp, MLP(config, layer, linear))
+        for name in (names.before_attention, names.after_attention, names.before_mlp, names.after_mlp):
+            if name is not None:
+                self.add_module(name, RMSNorm(config.hidden_size, config))
+
+    def named(self, name: str | None) -> Any:
+        """The layer of this name; None is a layer that changes nothing."""
+        return NO_NORM if name is None else getattr(self, name)
 
     def forward(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        h_BLD = h_BLD + self.self_attn(self.input_layernorm(h_BLD), rope, mask, cache)
-        return h_BLD + self.mlp(self.post_attention_layernorm(h_BLD))
+        names, multiplier = self.config.names, self.config.residual_multiplier
+        y_BLD = self.self_attn(self.named(names.before_attention)(h_BLD), rope, mask, cache)
+        h_BLD = h_BLD.add(self.named(names.after_attention)(y_BLD), alpha=multiplier)
+        del y_BLD  # its memory is needed for the next
+        y_BLD = self.named(names.mlp)(self.named(names.before_mlp)(h_BLD))
+        return h_BLD.add(self.named(names.after_mlp)(y_BLD), alpha=multiplier)
 
 
 class Decoder(nn.Module):
@@ -304,28 +421,39 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, layer, linear) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
     def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """hidden_BLD after the final norm; the cache, if any, moves on by L positions."""
-        h_BLD = self.embed_tokens(tokens_BL).to(self.norm.weight.dtype)
-        past, padding_B = (0, None) if cache is None else (cache.length, cache.padding_B)
-        rope, masks = self.positions(past, tokens_BL.shape[1], padding_B, h_BLD)
-        for block, window in zip(self.layers, self.config.layer_windows, strict=True):
-            h_BLD = block(h_BLD, rope, masks[window], cache)
+        new = tokens_BL.shape[1]
+        past, room, padding_B = (0, new, None) if cache is None else (cache.length, cache.max_seq_len, cache.padding_B)
+        h_BLD = self.run(self.embed(tokens_BL), *self.positions(past, new, room, padding_B), cache)
         if cache is not None:
-            cache.length += tokens_BL.shape[1]
-        return self.norm(h_BLD)
+            cache.length += new
+        return h_BLD
 
-    def positions(
-        self, past: int, new: int, padding_B: Tensor | None, like: Tensor
-    ) -> tuple[Rope, dict[int | None, Tensor | None]]:
-        """What all blocks of one call share: rotary tables, and the mask of each sliding window."""
-        # Padding shifts a row's positions, which changes nothing: rotary attention sees only differences of positions.
-        positions_L = torch.arange(past, past + new, device=like.device)
-        rope = rope_tables(self.config.rope, positions_L, past + new, like.dtype)
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """The residual stream in front of the first block, in the dtype of the norms."""
+        return scaled(self.embed_tokens(tokens_BL).to(self.norm.weight.dtype), self.config.embedding_multiplier)
+
+    def positions(self, past: int, new: int, room: int, padding_B: Tensor | None) -> tuple[Ropes, Masks]:
+        """What all blocks of one call share: tables of each rotary embedding, and the mask of each sliding window.
+
+        `room` is how many positions the text may come to have: all its keys are turned by the same frequencies.
+        """
+        like = self.norm.weight
+        positions = torch.arange(past, past + new, device=like.device)
+        if padding_B is not None:
+            positions = (positions - padding_B[:, None, None]).clamp(min=0)
+        ropes = {rope: rope_tables(rope, positions, room, like.dtype) for rope in set(self.config.layer_ropes)}
         windows = set(self.config.layer_windows)
-        return rope, {window: attention_mask(past, new, window, padding_B, like.device) for window in windows}
+        return ropes, {window: attention_mask(past, new, window, padding_B, like.device) for window in windows}
+
+    def run(self, h_BLD: Tensor, ropes: Ropes, masks: Masks, cache: KVCache | None) -> Tensor:
+        """The residual stream through all blocks and the final norm."""
+        for block, rope, window in zip(self.layers, self.config.layer_ropes, self.config.layer_windows, strict=True):
+            h_BLD = block(h_BLD, ropes[rope], masks[window], cache)
+        return self.norm(h_BLD)
 
 
 class Llama(nn.Module):
@@ -359,10 +487,14 @@ class Llama(nn.Module):
         """hidden_BLD after the final norm, for callers that need the logits of few positions."""
         return self.model(tokens_BL, cache)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] to logits [..., V]."""
+        return scaled(self.lm_head(hidden), 1 / self.config.logits_scaling)
+
     def last_logits(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """logits_BV of the last of these positions; no other position is projected to the vocabulary."""
-        return self.lm_head(self.hidden(tokens_BL, cache)[:, -1])
+        return self.logits(self.hidden(tokens_BL, cache)[:, -1])
 
     def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """logits_BLV of every position."""
-        return self.lm_head(self.hidden(tokens_BL, cache))
+        return self.logits(self.hidden(tokens_BL, cache))

@@ -52,8 +52,8 @@ Grid = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def asymmetric_grid(weight_OGS: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [O, G] under which no weight is off by more than half a scale (docs/specification.md has the
-    proof).
+    """Scales and zeros [O, G] under which no weight is off by more than half a scale (docs/specification.md, 1.6, has
+    the proof). Only the ends of each group count, so a search gives its ranges [O, G, 2] instead of weights.
 
     The bound needs two choices: zero is always in range, and the scale is rounded up, so that codes cover the range.
     """
@@ -134,7 +134,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype | None = None) -> Tensor
     codes_OI, scales_OG, zeros_OG = quantized
     weight_OI = torch.empty_like(codes_OI, dtype=dtype or scales_OG.dtype)
     for rows in row_slices(codes_OI):
-        # The product of a 5-bit and an 11-bit number is exact in float32.
+        # code - zero has a sign and 4 bits, a scale 11 (bfloat16: 8): their product is exact in float32.
         codes_OGS = codes_OI[rows].unflatten(1, (scales_OG.shape[1], -1)).float()
         weight_OGS = (codes_OGS - zeros_OG[rows].unsqueeze(-1)) * scales_OG[rows].float().unsqueeze(-1)
         weight_OI[rows] = weight_OGS.flatten(1).to(weight_OI.dtype)

@@ -18,6 +18,7 @@ about the machine and how fast it copies; stderr has a line for people.
     float32     `torch.nn.functional.linear` with all in float32 (CPU)
     torch_int4  torch's own INT4 product: on a GPU tinygemm                         bfloat16
     gemlite     the package of that name, if it is installed (GPU)                  float16
+    humming     humming-kernels, if it is installed (GPU); compiles by nvcc         bfloat16
 """
 
 import argparse
@@ -57,14 +58,14 @@ from miniawq.compiled import (
 )
 from miniawq.compiled.eager import expansion
 from miniawq.hardware import copy_bandwidth
-from miniawq.packing import Quantized, dequantize
+from miniawq.packing import Quantized, dequantize, encode_awq
 
 GROUP_SIZE, SHARING = 128, 4
 SHAPES = {  # OUTPUTSxINPUTS: of Llama-3.1 8B and 70B; of Llama-3.2 1B and 8B
     "cuda": "6144x4096,4096x4096,28672x4096,4096x14336,10240x8192,8192x8192,57344x8192,8192x28672",
     "cpu": "2048x2048,8192x2048,2048x8192,4096x4096,28672x4096,4096x14336",
 }
-ROWS = {"cuda": "1,2,3,4,8,16,32,64,128,256,2048", "cpu": "1,2,3,4,6,8,16,32,64"}
+ROWS = {"cuda": "1,2,3,4,8,16,32,64,128,256,512,1024,2048", "cpu": "1,2,3,4,6,8,16,32,64"}
 CHECKED_ROWS = 64  # more rows repeat these
 L2_BYTES = 60e6
 LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
@@ -234,6 +235,21 @@ def gemlite(case: Case) -> Of:
     return lambda rows: Candidate(lambda x_TI, layer: layer(x_TI), case.sets(rows, dtype, layers), dtype, nbytes)
 
 
+def humming(case: Case) -> Of:
+    library = importlib.import_module("humming.layer")
+    weight_config = {"quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True}
+    layers, dtype = [], torch.bfloat16
+    for _ in case.prepacked:
+        layer = library.HummingLayer(
+            shape_n=case.outputs, shape_k=case.inputs, weight_config=weight_config, torch_dtype=dtype
+        ).to(case.device)
+        layer.load_from_tensors(encode_awq(case.quantized))
+        layer.transform()
+        layers.append(layer)
+    nbytes = bytes_of(case.prepacked[0])
+    return lambda rows: Candidate(lambda x_TI, layer: layer(x_TI), case.sets(rows, dtype, layers), dtype, nbytes)
+
+
 def shared(case: Case) -> Of:
     return in_step(case, case.clones(case.prepacked[0], SHARING), int4_product, case.our_dtype, SHARING)
 
@@ -250,7 +266,7 @@ EVERYWHERE: dict[str, Callable[[Case], Of]] = {
     "torch_int4": torch_int4,
 }
 PEERS = {
-    "cuda": EVERYWHERE | {"expand": expand, "gemlite": gemlite},
+    "cuda": EVERYWHERE | {"expand": expand, "gemlite": gemlite, "humming": humming},
     "cpu": EVERYWHERE | {"shared": shared, "float32": float32},
 }
 

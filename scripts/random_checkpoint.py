@@ -2,6 +2,7 @@
 
     python scripts/random_checkpoint.py tinyllama /tmp/tinyllama-4 --layers 4
     python scripts/random_checkpoint.py llama-3.1-8b /tmp/8b --int4 --device cuda      # AutoAWQ GEMM, groups of 128
+    python scripts/random_checkpoint.py llama-3.1-70b /tmp/70b --int4 --headers        # no values: for `miniawq plan`
 
 For measurements of time and memory, which do not depend on the values. The tokenizer is that of the demo model.
 """
@@ -9,6 +10,7 @@ For measurements of time and memory, which do not depend on the values. The toke
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.layouts import part_shapes
-from miniawq.checkpoint.shards import ShardWriter, Spec
+from miniawq.checkpoint.shards import ShardWriter, Spec, plan_shards
 from miniawq.model import Llama
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "fairytales"
@@ -97,12 +99,34 @@ def random_values(spec: Spec, generator: torch.Generator) -> Tensor:
     return values + 1 if len(shape) == 1 else values
 
 
+def write_values(directory: Path, specs: Sequence[Spec], generator: torch.Generator) -> None:
+    """The weight files."""
+    with ShardWriter(directory, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, random_values(spec, generator))
+        writer.finish()
+
+
+def write_headers(directory: Path, specs: Sequence[Spec]) -> None:
+    """Weight files of the right sizes whose values are holes."""
+    directory.mkdir(parents=True)
+    shards = plan_shards(specs)
+    for shard in shards:
+        with open(directory / shard.file, "wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+    places = {spec.name: shard.file for shard in shards for spec in shard.specs}
+    if len(shards) > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", choices=SHAPES)
     parser.add_argument("destination", type=Path)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--int4", action="store_true", help="packed, as if it had been quantized")
+    parser.add_argument("--headers", action="store_true", help="no values: files that take no room on the disk")
     parser.add_argument("--device", default="cpu", help="where the weights are drawn")
     arguments = parser.parse_args()
     config = COMMON | SHAPES[arguments.shapes]
@@ -113,11 +137,10 @@ def main() -> None:
     if arguments.int4:
         config |= {"quantization_config": AWQ}
     specs = specs_of(model, arguments.int4)
-    generator = torch.Generator(arguments.device).manual_seed(0)
-    with ShardWriter(arguments.destination, specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, random_values(spec, generator))
-        writer.finish()
+    if arguments.headers:
+        write_headers(arguments.destination, specs)
+    else:
+        write_values(arguments.destination, specs, torch.Generator(arguments.device).manual_seed(0))
     (arguments.destination / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (arguments.destination / name).write_bytes((TOKENIZER / name).read_bytes())

@@ -1,5 +1,7 @@
 """The paper's method: folding is exact, second moments stand for text, no search loses to plain rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,11 +10,17 @@ from torch import Tensor, nn
 
 from miniawq import awq
 from miniawq.awq import PAPER, Fold, Rounding
+from miniawq.checkpoint.loading import load_model
+from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.oracle.target import search_clip, search_scales
 from miniawq.packing import dequantize
 from miniawq.quantize.grids import GRIDS
-from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
+from miniawq.quantize.recipes import DEFAULT, Recipe
+from miniawq.quantize.recipes import PAPER as PAPER_RECIPE
+from tests.helpers import MODELS
+from tests.helpers.awq_blocks import Block, channel_spread, layer_and_inputs, statistics_of
+from tests.helpers.golden_models import ONE_OF_EACH_FOLD
 from tests.helpers.tiny_checkpoints import FAMILIES
 
 ROUNDING = Rounding(32)
@@ -23,7 +31,7 @@ def test_folding_changes_no_output(family: str) -> None:
     text = Block(family, torch.float64)
     before = text.run()
     for fold in text.folds:
-        channels = len(text.block.get_parameter(f"{fold.smooth_layer}.weight"))
+        channels = len(fold.gather(text.block.get_parameter(f"{fold.balance_layers[0]}.weight")[0]))
         awq.apply_fold(text.block, fold, torch.rand(channels, dtype=torch.float64) * 9 + 0.1, torch.float64)
         torch.testing.assert_close(text.run(), before, rtol=1e-12, atol=1e-12)
 
@@ -61,6 +69,25 @@ def test_a_fold_that_misses_a_layer_is_refused() -> None:
     missing = Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj"), "self_attn")
     with pytest.raises(UnsupportedCheckpoint, match="input_layernorm"):
         awq.check_folds(text.block, [missing], text.run)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_FOLD)
+@pytest.mark.parametrize("recipe", [PAPER_RECIPE, DEFAULT], ids=["paper", "default"])
+def test_no_family_loses_to_plain_rounding_and_every_fold_of_it_is_exact(name: str, recipe: Recipe) -> None:
+    """The blocks that transformers has written: all names and switches of `checkpoint/families.py`."""
+    model = load_model(open_checkpoint(MODELS / name), dtype=torch.float32).float()
+    text, config = Block.__new__(Block), model.config
+    text.config, text.block, text.folds = config, model.model.layers[0], awq.llama_folds(config)
+    ropes, masks = model.model.positions(0, 7, 7, None)
+    text.rope, text.mask = ropes[config.layer_ropes[0]], masks[config.layer_windows[0]]
+    text.hidden_BLD = torch.randn(3, 7, config.hidden_size) * channel_spread(config.hidden_size)
+    awq.check_folds(text.block, text.folds, text.run)
+    with torch.no_grad():
+        searches, layers = text.quantized(replace(recipe, group_size=8))
+    assert len(layers) == len([layer for layer in text.block.modules() if isinstance(layer, nn.Linear)])
+    assert all(layer.loss <= layer.plain_loss * (1 + 1e-5) for layer in layers.values())
+    assert all(search.chosen.loss <= search.trials[0].loss for search in searches if search.fold.smooth_layer)
+    assert all(bool((search.factors_P == 1).all()) for search in searches if search.fold.smooth_layer is None)
 
 
 @pytest.mark.parametrize("grid", ["asymmetric", "symmetric"])

@@ -27,12 +27,13 @@ from tests.test_house import CHAPTERS, FILES, PACKAGE, TABLE, room_of, suffix
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PYTHON, EXTENDING = ROOT / "docs" / "python.md", ROOT / "docs" / "extending.md"
 PAGES = {page.name: page for page in (README, CONTRIBUTING, PYTHON, EXTENDING)}
+EVERY_PAGE = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SHARED = {"errors", "cli", "hardware"}  # files that all rooms use, left out of walks
 # Words in backticks that are not ours, or that a page makes up.
 FOREIGN = {"transformers", "pip", "install", "assert", "True", "False", "None", "my"}
 
 
-@pytest.mark.parametrize(("page", "most"), [(README, 120), (CONTRIBUTING, 70)], ids=["README", "CONTRIBUTING"])
+@pytest.mark.parametrize(("page", "most"), [(README, 130), (CONTRIBUTING, 70)], ids=["README", "CONTRIBUTING"])
 def test_pages_stay_short(page: Path, most: int) -> None:
     assert page.read_text().count("\n") <= most
 
@@ -192,9 +193,8 @@ def test_commands_in_the_readme_can_be_parsed() -> None:
         importlib.import_module(VERBS[verb].module).build_parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_to_files(name: str) -> None:
-    page = PAGES[name]
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 

@@ -297,7 +297,11 @@ def test_sigint_ends_a_story_at_once():
             "--max-seq-len 513 is out of range\n  config.json: max_position_embeddings = 512",
         ),
         (["--max-seq-len", "-4"], 2, "--max-seq-len -4 is out of range"),
-        (["-i"], 2, "this model cannot talk\n  it has no chat template: a base model\n  use --prompt"),
+        (
+            ["-i"],
+            2,
+            "this model cannot talk\n  it has no chat template: a base model\n  use --prompt, or name a chat model",
+        ),
         (["--device", "warp"], 2, "device 'warp' cannot be used"),
         (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be a number above 0 and at most 1"),
         (["-p", "x", "--system-prompt", "y"], 1, "this checkpoint has no chat template"),

@@ -10,21 +10,18 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from miniawq.checkpoint import loading
-from miniawq.checkpoint.config import llama_config, rope_config
+from miniawq.checkpoint.config import llama_config, text_of
 from miniawq.checkpoint.loading import HALVES, DenseLinear, load_model, loaded_dtype
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
 from miniawq.model import KVCache, Llama, attention
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import MODELS
-
-NAMES = sorted(path.name for path in MODELS.iterdir())
-# Past its trained length, NTK scaling turns old keys by the frequencies of their own time, in transformers too.
-STATIC_NAMES = [name for name in NAMES if name != "llama-dynamic"]
+from tests.helpers.golden_models import MOST_THOROUGHLY, NAMES
 
 
 def config_of(name: str) -> dict:
-    return json.loads((MODELS / name / "config.json").read_text())
+    return text_of(json.loads((MODELS / name / "config.json").read_text()), [])
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Llama:
@@ -40,7 +37,7 @@ def test_logits_are_those_of_transformers(name, device):
     assert error < 2e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_narrower_matrices_compute_what_wide_ones_do(name, device):
     tokens_BL = torch.arange(22, device=device).view(2, 11) % 50
     narrow, wide = load(name, device), load(name, device).float()
@@ -96,7 +93,7 @@ def test_only_matrices_of_16_bits_are_narrower_than_the_model():
     assert kept == {(stored, 2, torch.float32) for stored in HALVES}
 
 
-@pytest.mark.parametrize("name", STATIC_NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
     model = load(name, device)
     tokens_BL = load_file(MODELS / name / "reference.safetensors")["tokens"].to(device)
@@ -108,7 +105,7 @@ def test_any_split_of_the_prompt_gives_what_no_cache_gives(name, device):
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("name", STATIC_NAMES)
+@pytest.mark.parametrize("name", MOST_THOROUGHLY)
 def test_left_padded_rows_give_what_single_rows_give(name, device):
     model = load(name, device)
     tokens_BL = load_file(MODELS / name / "reference.safetensors")["tokens"].to(device)
@@ -139,13 +136,13 @@ def test_grouped_attention_is_attention_with_repeated_keys(batch, shared, reader
 @pytest.mark.parametrize("name", NAMES)
 def test_both_spellings_of_the_rotary_embedding_are_read(name):
     new = config_of(name)
-    scaling = dict(new["rope_parameters"])
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    scaling, old = dict(new["rope_parameters"]), {key: new[key] for key in new.keys() - {"rope_parameters"}}
+    if local := scaling.get("sliding_attention"):
+        scaling, old = dict(scaling["full_attention"]), old | {"rope_local_base_freq": local["rope_theta"]}
     old["rope_theta"] = scaling.pop("rope_theta")
     kind = scaling.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
-    head_dim = llama_config(new).head_dim
-    assert rope_config(old, head_dim) == rope_config(new, head_dim)
+    assert llama_config(old) == llama_config(new)
 
 
 def test_a_qwen_window_holds_only_where_it_is_switched_on():
@@ -159,6 +156,58 @@ def test_a_qwen_window_holds_only_where_it_is_switched_on():
     assert llama_config(config_of("llama") | {"sliding_window": 8}).layer_windows == (None, None)
 
 
+def test_texts_end_where_queries_would_begin_to_grow():
+    """Ministral 3: `llama_4_scaling_beta` changes nothing before the original context ends."""
+    checkpoint = open_checkpoint(MODELS / "ministral3")
+    assert checkpoint.config["max_position_embeddings"] == 64
+    assert checkpoint.model_config.max_position_embeddings == 48
+    assert "llama_4_scaling_beta is not implemented: texts end before it matters, at 48 positions" in checkpoint.notices
+    config = config_of("ministral3")
+    config["rope_parameters"]["llama_4_scaling_beta"] = 0.0
+    assert llama_config(config).max_position_embeddings == 64
+    config["rope_parameters"] = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    with pytest.raises(UnsupportedCheckpoint, match="original_max_position_embeddings = None"):
+        llama_config(config)
+
+
+def test_of_a_model_of_text_and_pictures_the_text_is_read():
+    """The outer config decides what it states: the head is there although the inner one would tie it."""
+    checkpoint = open_checkpoint(MODELS / "mistral3-pictures")
+    assert checkpoint.config["architectures"] == ["Ministral3ForCausalLM"]
+    assert "this model reads pictures too" in checkpoint.notices[0]
+    assert not [name for name in checkpoint.tensors if "vision" in name or "projector" in name]
+    config = json.loads((MODELS / "mistral3-pictures" / "config.json").read_text())
+    config["text_config"]["model_type"] = "gemma"
+    with pytest.raises(UnsupportedCheckpoint, match="model_type = 'gemma'; supported: mistral, ministral3"):
+        text_of(config, [])
+
+
+def test_a_config_may_leave_out_what_is_usual_in_its_family():
+    """As the one of gemma-3-4b-it, which states what differs from the class's defaults."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    text |= {"query_pre_attn_scalar": None, "rope_parameters": None}
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 8}}
+    found = llama_config(text_of(outer | {"text_config": text}, []))
+    assert (found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (8, 4, 256)
+    assert (found.vocab_size, found.tie_word_embeddings, found.hidden_act) == (262208, True, "gelu_pytorch_tanh")
+    assert (found.embedding_multiplier, found.attention_multiplier, found.norm_offset) == (2560**0.5, 1 / 16, 1.0)
+    assert found.layer_windows[:7] == (1024,) * 5 + (None, 1024)
+    whole, local = found.layer_ropes[5], found.layer_ropes[0]
+    assert (whole.rope_type, whole.factor, whole.rope_theta) == ("linear", 8.0, 1e6)
+    assert (local.rope_type, local.factor, local.rope_theta) == ("default", 1.0, 1e4)
+
+
+def test_frequencies_are_those_of_the_longest_text_that_finds_room():
+    """A text that grows past the original context keeps all its keys turned by one set of frequencies."""
+    model = load("phi3-long")
+    tokens_BL = load_file(MODELS / "phi3-long" / "reference.safetensors")["tokens"][:, :12]
+    with torch.no_grad():
+        short, long = (model(tokens_BL, KVCache(model.config, 2, room)) for room in (16, 17))
+        assert torch.equal(short, model(tokens_BL))
+    assert not torch.allclose(short, long, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -169,7 +218,7 @@ def test_a_qwen_window_holds_only_where_it_is_switched_on():
         ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5; expected a positive integer"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3; 4 query heads do not divide among them"),
         ({"head_dim": 7}, "head_dim = 7"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.short_factor = None; expected 4 numbers"),
         ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope_scaling.rope_type = 'su'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor = None; rope_type linear needs it"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),

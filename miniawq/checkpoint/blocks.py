@@ -10,7 +10,7 @@ from miniawq.checkpoint.background import ahead
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.errors import InvalidInput
-from miniawq.model import DecoderBlock, RMSNorm, attention_mask, dense_linear, rope_tables
+from miniawq.model import DecoderBlock, RMSNorm, attention_mask, dense_linear, rope_tables, scaled
 from miniawq.packing import Quantized, dequantize
 
 TOKENS_PER_BATCH = 4096
@@ -43,7 +43,8 @@ class BlockStream:
                 "the tokenizer belongs to another model",
             )
         for rows in micro_batches(*tokens_BL.shape):
-            hidden_BLD[rows] = embedding_VD[tokens_BL[rows]].to(hidden_BLD.dtype)
+            embedded_BLD = embedding_VD[tokens_BL[rows]].to(hidden_BLD.dtype)
+            hidden_BLD[rows] = scaled(embedded_BLD, self.config.embedding_multiplier)
 
     def block(self, layer: int) -> DecoderBlock:
         """The next decoder block with its weights, on the device."""
@@ -70,29 +71,31 @@ class BlockStream:
         """Pairs of a slice of rows and the block's outputs for these rows, on the device."""
         batch, length, _ = hidden_BLD.shape
         positions_L = torch.arange(length, device=self.device)
-        rope = rope_tables(self.config.rope, positions_L, length, torch.float32)
+        rope = rope_tables(self.config.layer_ropes[layer], positions_L, length, torch.float32)
         mask = attention_mask(0, length, self.config.layer_windows[layer], None, self.device)
         for rows in micro_batches(batch, length):
             yield rows, block(hidden_BLD[rows].to(self.device, torch.float32), rope, mask)
 
     def head(self) -> "Head":
         """The function from hidden states to logits; a stored head is used even if config.json ties it."""
-        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm = RMSNorm(self.config.hidden_size, self.config)
         norm.weight = nn.Parameter(self.checkpoint.read("model.norm.weight", self.device).float(), requires_grad=False)
         stored = "lm_head.weight" in self.checkpoint.tensors or "lm_head" in self.checkpoint.quantized
         module, leaf = ("lm_head", "weight") if stored else ("model.embed_tokens", "weight")
-        return Head(norm, self._weight(module, read_stored(self.checkpoint, f"{module}.{leaf}", self.device)))
+        weight_VD = self._weight(module, read_stored(self.checkpoint, f"{module}.{leaf}", self.device))
+        return Head(norm, weight_VD, self.config.logits_scaling)
 
 
 class Head:
     """The final norm and the output matrix, from hidden states to logits."""
 
-    def __init__(self, norm: nn.Module, weight_VD: Tensor) -> None:
-        self.norm, self.weight_VD = norm, weight_VD
+    def __init__(self, norm: nn.Module, weight_VD: Tensor, logits_scaling: float) -> None:
+        self.norm, self.weight_VD, self.logits_scaling = norm, weight_VD, logits_scaling
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         """logits_TV in float32."""
-        return linear(self.norm(hidden_TD.to(self.weight_VD.device, torch.float32)), self.weight_VD)
+        logits_TV = linear(self.norm(hidden_TD.to(self.weight_VD.device, torch.float32)), self.weight_VD)
+        return scaled(logits_TV, 1 / self.logits_scaling)
 
 
 def micro_batches(batch: int, length: int) -> Iterator[slice]:

@@ -16,6 +16,9 @@ from miniawq.errors import UnsupportedCheckpoint
 STORED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 LARGEST = 1 << 48  # of a shape: with a 0 beside it, any number takes no bytes
 SHOWN = 5  # names in a message
+# Names in models of text and pictures.
+OF_TEXT = re.compile(r"^(model\.)?language_model\.(model\.)?")
+OF_PICTURES = re.compile(r"^(model\.)?(vision_tower|vision_model|multi_modal_projector)\.")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 IGNORED_WITH_NOTICE = re.compile(r"\.(k_scale|v_scale|q_scale|input_scale|output_scale)$")
 
@@ -101,7 +104,8 @@ def tensors_of(files: LocalFiles, weights: Mapping[str, set[str]], notices: list
             )
         for key, (dtype, shape) in header.items():
             name = "model." + key if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
-            if IGNORED.search(name):
+            name = OF_TEXT.sub("" if ".lm_head." in name else "model.", name)
+            if OF_PICTURES.match(name) or IGNORED.search(name):
                 continue
             if IGNORED_WITH_NOTICE.search(name):
                 ignored.append(name)

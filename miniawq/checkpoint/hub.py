@@ -347,12 +347,12 @@ HUB_ERRORS = {
         "run once with the network, without --local-files-only",
     ),
     "LocalEntryNotFoundError": (
-        "{repo} is not in the cache, and the Hub cannot be reached or may not be asked",
+        "{repo} is no directory here, it is not in the cache, and the Hub cannot be reached or may not be asked",
         "{error}",
         "check the network; HF_HUB_OFFLINE and --local-files-only forbid downloads",
     ),
     "RevisionResolutionError": (
-        "{repo} is not in the cache, and the Hub cannot be reached or may not be asked",
+        "{repo} is no directory here, it is not in the cache, and the Hub cannot be reached or may not be asked",
         "{error}",
         "check the network; HF_HUB_OFFLINE and --local-files-only forbid downloads",
     ),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniawq.checkpoint import reading
-from miniawq.checkpoint.config import llama_config, refuse_architecture
+from miniawq.checkpoint.config import llama_config, refuse_architecture, text_of
 from miniawq.checkpoint.detection import QuantizedLinear, find_quantized
 from miniawq.checkpoint.headers import INDEX, TensorInfo, some, tensors_of, weight_files
 from miniawq.checkpoint.hub import SMALL_FILES, LocalFiles, locate
@@ -138,11 +138,14 @@ def open_checkpoint(
     """
     files = locate(model, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     weights = weight_files(files)
-    config = files.json("config.json")
+    notices: list[str] = []
+    config = text_of(files.json("config.json"), notices)
     refuse_architecture(config)
     quantization = read_block(config, {name: files.json(name) for name in CONFIG_FILES if name in files.names})
     model_config = llama_config(config)
-    notices: list[str] = []
+    if model_config.max_position_embeddings < (config.get("max_position_embeddings") or 0):
+        longest = model_config.max_position_embeddings
+        notices.append(f"llama_4_scaling_beta is not implemented: texts end before it matters, at {longest} positions")
     tensors = tensors_of(files, weights, notices)
     check_layers(model_config, tensors, str(files.directory))
     linears = linear_shapes(meta_model(model_config))

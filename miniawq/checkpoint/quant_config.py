@@ -53,7 +53,7 @@ REFUSED_METHODS = {
     "mxfp4": "MXFP4",
     "openvino": "OpenVINO",
 }
-PACK_QUANTIZED = "pack-quantized"
+PACK_QUANTIZED, MIXED = "pack-quantized", "mixed-precision"
 
 # Types of what is read of a block, whatever its method; what is implemented is checked where it is read.
 _PLACES = {key: Key("object", "the quantization") for key in (*CONFIG_KEYS, "text_config")}
@@ -174,9 +174,11 @@ def _checked_group_size(where: str, value: object) -> int:
 
 def _read_compressed_tensors(where: str, block: Mapping[str, Any]) -> QuantizationConfig:
     named = (block.get("config_groups") or {}).items()
-    groups = [checked_values(f"{where}: config_groups.{name}", group, _GROUP) for name, group in named]
-    groups = [group for group in groups if group["weights"]]
-    for form in [block.get("format"), *(group.get("format") for group in groups)]:
+    groups = {name: checked_values(f"{where}: config_groups.{name}", group, _GROUP) for name, group in named}
+    groups = {name: group for name, group in groups.items() if group["weights"]}
+    forms = [group.get("format") for group in groups.values()]
+    # Where each group states its form, "mixed-precision" says no more.
+    for form in [*forms, *([] if block.get("format") == MIXED and forms and all(forms) else [block.get("format")])]:
         if form not in (None, PACK_QUANTIZED):
             refuse_setting(where, "format", form, f"of its formats only {PACK_QUANTIZED} is implemented")
     if (sparsity := block.get("sparsity_config") or {}).get("format", "dense") != "dense":
@@ -184,9 +186,9 @@ def _read_compressed_tensors(where: str, block: Mapping[str, Any]) -> Quantizati
     if (block.get("transform_config") or {}).get("config_groups"):
         refuse_setting(where, "transform_config", "present", "rotations at run time are not implemented")
     sizes, symmetric = set(), set()
-    for group in groups:
-        weights = checked_values(f"{where}: config_groups.weights", group["weights"], _WEIGHTS)
-        _check_weights(where, group, weights)
+    for name, group in groups.items():
+        weights = checked_values(f"{where}: config_groups.{name}.weights", group["weights"], _WEIGHTS)
+        _check_weights(where, name, group, weights)
         channel = weights.get("strategy") == "channel"
         if channel or weights.get("group_size") is not None:
             sizes.add(-1 if channel else _checked_group_size(where, weights["group_size"]))
@@ -200,7 +202,7 @@ def _read_compressed_tensors(where: str, block: Mapping[str, Any]) -> Quantizati
     )
 
 
-def _check_weights(where: str, group: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+def _check_weights(where: str, name: str, group: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     allowed: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("weights.num_bits", weights.get("num_bits"), (BITS,)),
         ("weights.type", weights.get("type", "int"), ("int",)),
@@ -212,7 +214,8 @@ def _check_weights(where: str, group: Mapping[str, Any], weights: Mapping[str, A
     )
     for key, value, values in allowed:
         if value not in values:
-            refuse_setting(where, f"config_groups.{key}", value, f"implemented: {', '.join(map(repr, values))}")
+            why = f"implemented: {', '.join(map(repr, values))}; targets = {shown(group.get('targets'))}"
+            refuse_setting(where, f"config_groups.{name}.{key}", value, why)
 
 
 def awq_block(group_size: int, dense_linears: Sequence[str]) -> dict[str, Any]:

@@ -26,13 +26,16 @@ class Key(NamedTuple):
             return isinstance(value, types) and not isinstance(value, bool) and self.low <= value <= self.high
         if self.kind == "texts":
             return isinstance(value, list) and all(isinstance(text, str) for text in value)
+        if self.kind == "numbers":
+            return isinstance(value, list) and all(map(self._replace(kind="number").takes, value))
         return isinstance(value, {"flag": bool, "text": str, "object": Mapping}[self.kind])
 
     def __str__(self) -> str:
         if self.kind == "integer":
             return f"a positive integer up to {self.high}" if self.low == 1 else f"an integer from 0 to {self.high}"
         names = {"flag": "true or false", "text": "a text", "texts": "a list of texts", "object": "an object"}
-        return names.get(self.kind) or f"a number from {self.low:g} to {self.high:g}"
+        numbers = {"number": "a number", "numbers": "a list of numbers"}
+        return names.get(self.kind) or f"{numbers[self.kind]} from {self.low:g} to {self.high:g}"
 
 
 def checked_values(where: str, given: object, described: Mapping[str, Key]) -> dict[str, Any]:

@@ -31,6 +31,11 @@ from miniawq.hardware import copy_bandwidth, device_memory, peak_memory, pick_de
 from miniawq.model import Llama
 
 LONGEST_DEFAULT = 512
+EXAMPLES = (
+    "miniawq bench my-awq",
+    "miniawq bench my-awq --rows 1,4,16 --context 512,4096",
+    "miniawq bench my-awq --rows 16 --price 2.50",
+)
 
 
 @dataclass(frozen=True)
@@ -155,18 +160,24 @@ def numbers(text: str) -> list[int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = cli.parser("bench", "How fast a checkpoint runs on this machine, for rows and contexts, and at what cost.")
+    parser = cli.parser(
+        "bench",
+        "How fast a checkpoint runs on this machine, for rows and contexts, and at what\ncost.",
+        usage="[MODEL] [flags]",
+        examples=EXAMPLES,
+        page="docs/performance.md",
+    )
     add = parser.add_argument
-    add("model", nargs="?", help="directory, Hub id or id@revision (default: the demo)")
+    add("model", nargs="?", help="directory, Hub id or id@revision (the demo)")
     add("--rows", type=numbers, default=[1], metavar="N,N", help="texts at a time (1)")
     add("--context", type=numbers, metavar="N,N", help=f"tokens of a prompt ({LONGEST_DEFAULT}, or what fits)")
     add("--new-tokens", "-n", type=int, default=32, metavar="N", help="tokens to generate after it (32)")
     add("--repeats", type=int, default=3, metavar="N", help="turns of which the median is told (3)")
     add("--price", type=float, metavar="X", help="of this machine per hour, for the cost of a million tokens")
     add("--json", action="store_true", help="print one JSON object")
-    add("--device", help="cuda, cuda:1, cpu (cuda if there is one)")
-    auto = "of activations (auto: config.json's; float32 on CPU)"
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help=auto)
+    add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
+    auto = "of activations (config.json's; float32 on a CPU)"
+    add("--dtype", choices=["auto", *DTYPES], default="auto", metavar="DTYPE", help=auto)
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps (on a GPU)")
     add_hub_flags(parser)
     return parser

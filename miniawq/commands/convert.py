@@ -36,6 +36,11 @@ from miniawq.quantize.verify import check_digests, has_tokenizer
 from miniawq.text.tokenizer import Tokenizer
 
 FORMATS = ("awq", "compressed-tensors", "dense", "gguf")
+EXAMPLES = (
+    "miniawq convert my-awq my-ct --format compressed-tensors",
+    "miniawq convert Qwen/Qwen3-8B-AWQ qwen3-dense --format dense",
+    "miniawq convert my-awq my-model.gguf",
+)
 BYTES_A_WEIGHT = 4  # that unpacking and packing a layer take at most
 
 
@@ -220,11 +225,23 @@ def _common_group_size(checkpoint: Checkpoint, packed: set[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser("convert", "Write a quantized checkpoint in another layout, or for llama.cpp.")
+    parser = cli.parser(
+        "convert",
+        "Write a quantized checkpoint in another layout, or as a file of llama.cpp.",
+        usage="SOURCE DESTINATION [--format NAME] [flags]",
+        examples=EXAMPLES,
+        page="docs/checkpoints.md",
+    )
     parser.add_argument("source", help="directory or Hub id of an INT4 checkpoint (AutoAWQ or compressed-tensors)")
     parser.add_argument("destination", help="directory to make, or FILE.gguf")
-    parser.add_argument("--format", choices=FORMATS, help="layout to write (a destination FILE.gguf says it itself)")
-    parser.add_argument("--device", help="where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        metavar="NAME",
+        help=f"layout to write: {', '.join(FORMATS)} (FILE.gguf says it itself)",
+    )
+    where = "where to unpack and pack: cuda, cuda:1, cpu (cuda if there is one with room)"
+    parser.add_argument("--device", metavar="NAME", help=where)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_hub_flags(parser)
     return parser

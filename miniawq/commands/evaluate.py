@@ -48,6 +48,11 @@ from miniawq.text.tokenizer import Tokenizer
 
 log = logging.getLogger("miniawq.evaluate")
 
+EXAMPLES = (
+    "miniawq evaluate my-awq --text held-out.txt --reference ./my-model",
+    "miniawq evaluate my-awq --text held-out.txt --reference ./my-model --worst 20",
+    "miniawq evaluate ./my-model --text held-out.txt --formats rtn,nf4,q4_k",
+)
 SEQUENCE_LENGTH = 2048
 CALIBRATION_LENGTH = 512
 FIX_LENGTH = "give a smaller --sequence-length"
@@ -109,32 +114,33 @@ def stream_predictor(checkpoint: Checkpoint, tokens_BL: Tensor, device: torch.de
 def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
     """Run the windows through a model in memory."""
     hidden = [model.hidden(tokens_BL[rows].to(model.device)).cpu() for rows in micro_batches(*tokens_BL.shape)]
-    return Predictor(torch.cat(hidden), lambda hidden_TD: model.lm_head(hidden_TD.to(model.device)).float())
+    return Predictor(torch.cat(hidden), lambda hidden_TD: model.logits(hidden_TD.to(model.device)).float())
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "evaluate",
-        "Perplexity of a model on a text, and its divergence from a reference; or what formats cost a dense model.",
+        "Perplexity of a model on a text, and its divergence from a reference; or what\nformats cost a dense model.",
+        usage="MODEL --text FILE [--reference MODEL] [flags]",
+        examples=EXAMPLES,
+        page="docs/quality.md",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id of the model to measure")
-    add("--text", required=True, help="a UTF-8 text file, or - for stdin")
+    add("--text", required=True, metavar="FILE", help="a UTF-8 text file, or - for stdin")
     add("--reference", metavar="MODEL", help="the dense model it was made from")
-    add(
-        "--sequence-length",
-        type=int,
-        help=f"tokens of one window (default: {SEQUENCE_LENGTH}, or the context where that is shorter)",
-    )
-    add("--max-windows", type=int, help="score at most so many, spread over the text")
-    add("--worst", type=int, default=0, metavar="N", help="show the N tokens that diverge most from the reference")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    longest = f"tokens of a window ({SEQUENCE_LENGTH}, or the model's context)"
+    add("--sequence-length", type=int, metavar="N", help=longest)
+    add("--max-windows", type=int, metavar="N", help="score at most N, spread over the text")
+    add("--worst", type=int, default=0, metavar="N", help="show the N tokens that diverge most")
+    add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object")
     add = parser.add_argument_group("formats of a dense model, side by side").add_argument
-    add("--formats", type=_names, metavar="A,B", help=f"of {', '.join(contest.ALL)}; the model is the reference")
-    add("--group-size", type=_sizes, default=[128], metavar="N,N", help="of the formats that have one (-1: a row)")
-    add("--calib", metavar="FILE", help=f"calibration text, for {', '.join(contest.LEARNERS)}")
-    add("--num-samples", type=int, default=128, help="windows of it, of 512 tokens (default %(default)s)")
+    add("--formats", type=_names, metavar="A,B", help=f"some of {', '.join(contest.ALL)}")
+    sizes = "of the formats that have one, -1 for a row (128)"
+    add("--group-size", type=_sizes, default=[128], metavar="N,N", help=sizes)
+    add("--calib", metavar="FILE", help="text for the formats that learn from one")
+    add("--num-samples", type=int, default=128, metavar="N", help="windows of it, of 512 tokens (128)")
     add("--plot", type=Path, metavar="FILE", help="draw quality against bytes (the extra `plots`)")
     add_hub_flags(parser)
     return parser

@@ -38,9 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "generate",
         "Write text with a model: to stdout, and everything else to stderr.",
-        essential=ESSENTIAL,
+        usage="[MODEL] [-p TEXT | -i | --prompts FILE] [flags]",
         examples=EXAMPLES,
-        usage="miniawq generate [MODEL] [-p TEXT | -i | --prompts FILE] [flags]",
+        page="docs/generate.md",
+        essential=ESSENTIAL,
     )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="directory, Hub id or id@revision (a demo)")

@@ -37,6 +37,11 @@ from miniawq.model import LlamaConfig
 
 DEGREES = (1, 2, 4, 8)
 DEFAULT_CONTEXT = 8192
+EXAMPLES = (
+    "miniawq plan Qwen/Qwen3-8B-AWQ",
+    "miniawq plan my-awq --device cuda --device-memory 24GiB --batch 8",
+    "miniawq plan my-awq --max-seq-len 32768 --json",
+)
 LARGEST = 1 << 60  # number of a flag
 
 
@@ -92,7 +97,7 @@ ENGINES: dict[str, dict[str, EngineLimit]] = {
 }
 NEED_ZEROS = ("vLLM Marlin", "vLLM Machete")  # where an AWQ config says zero_point false, AutoAWQ's kernel is taken
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one matrix of each
-SPLIT_BY_INPUTS = ("o_proj", "down_proj")  # vLLM splits the others by outputs among devices
+SPLIT_BY_INPUTS = ("o_proj", "down_proj", "output_linear")  # vLLM splits the others by outputs among devices
 
 
 def engine_degrees(
@@ -269,20 +274,23 @@ def parse_size(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
-        "plan", "What is in a checkpoint, what memory it needs, which engines run it; reads headers only."
+        "plan",
+        "What is in a checkpoint, what memory it needs, which engines run it; reads\nheaders only.",
+        usage="[MODEL] [flags]",
+        examples=EXAMPLES,
+        page="docs/guides/gpu.md",
     )
-    parser.add_argument("model", nargs="?", help="directory, Hub id or ID@REVISION (default: the demo)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: 1)")
-    parser.add_argument(
-        "--max-seq-len",
-        type=int,
-        help=f"tokens of prompt and answer (default: {DEFAULT_CONTEXT}, or the model's limit)",
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument("model", nargs="?", help="directory, Hub id or ID@REVISION (the demo)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (1)")
+    longest = f"tokens of prompt and answer ({DEFAULT_CONTEXT}, or the model's limit)"
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help=longest)
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
     parser.add_argument(
         "--device-memory", type=parse_size, metavar="SIZE", help="plan for a device of this size (24GiB)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is not packed")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", metavar="DTYPE", help="of what is not packed (float16)"
+    )
     parser.add_argument(
         "--memory-margin", type=parse_size, metavar="SIZE", help="overhead to leave free (1GiB on CUDA)"
     )

@@ -84,7 +84,9 @@ def check_prompt_flags(arguments: argparse.Namespace) -> None:
 def check_template(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
     """UsageError if the checkpoint's template, or its absence, does not go with the flags."""
     if (arguments.interactive or arguments.prefill_response) and not tokenizer.has_chat_template:
-        raise UsageError("this model cannot talk", "it has no chat template: a base model", "use --prompt")
+        raise UsageError(
+            "this model cannot talk", "it has no chat template: a base model", "use --prompt, or name a chat model"
+        )
     if arguments.think is not None and not tokenizer.template_mentions("enable_thinking"):
         why = "its chat template never asks for enable_thinking"
         raise UsageError("this model cannot be told to think, or not to", why, "leave --think and --no-think out")

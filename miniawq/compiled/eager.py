@@ -155,8 +155,9 @@ def expand(words_KWGP: Tensor, grid_KGW: Tensor, scale_dtype: torch.dtype, dtype
     return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)
 
 
-# Below this threshold Inductor would cut `expand` in two.
-EXPAND_IN_ONE = {"realize_opcount_threshold": 1000}
+# Below this threshold Inductor would cut `expand` in two, and by the order of most of what is read it would go through
+# one group of all outputs after the other, and write 256 bytes here and there.
+EXPAND_IN_ONE = {"realize_opcount_threshold": 1000, "pick_loop_orders": False}
 
 
 @lru_cache(maxsize=64)

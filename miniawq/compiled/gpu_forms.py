@@ -1,8 +1,8 @@
 """The INT4 product on a GPU, as expressions that Inductor makes one kernel of each.
 
     rows      form                                                       arithmetic
-    1..3      `reduce_vectors`: multiply and sum                         float32
-    4..256    `dot_pairs`: four tensor-core products of each group       16 bits, summed and scaled in float32
+    1, 2      `reduce_vectors`: multiply and sum                         float32
+    3..128    `dot_pairs`: four tensor-core products of each group       16 bits, summed and scaled in float32
     more      `eager.expand`, then the library's matmul                  the dtype of x, summed in float32
 
 Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, has a zero
@@ -47,9 +47,9 @@ def vector_words(words_of_a_group: int) -> int:
 def prescale(x_TI: Tensor, powers_I: Tensor, words_of_a_group: int) -> tuple[Tensor, Tensor]:
     """Activations as `reduce_vectors` wants them: x_TNJ float32, each times its nibble's power of two; sums_TG.
 
-    Powers of two are exact as long as |x| < 2^48. The sums are in units of 2^(149 - PRESCALE). The powers are a tensor
-    (`powers_of_places`) as long as a row: Inductor goes through the inputs in the order of most of what it reads, and
-    then it writes and sums them by one kernel.
+    Powers of two are exact as long as |x| < 2^48. Products with |x| < 2^-57 lose up to 2^-81 of a scale each. The sums
+    are in units of 2^(149 - PRESCALE). The powers are a tensor (`powers_of_places`) as long as a row: Inductor goes
+    through the inputs in the order of most of what it reads, and then it writes and sums them by one kernel.
     """
     x_TNJ = (x_TI.float() * powers_I).unflatten(1, (-1, CODES_PER_WORD)).transpose(1, 2)
     sums_TG = x_TI.float().unflatten(1, (-1, words_of_a_group * CODES_PER_WORD)).sum(2)
@@ -63,9 +63,14 @@ def powers_of_places(inputs: int, device: torch.device) -> Tensor:
 
 
 def shared_out(x_TG: Tensor, vectors: int) -> Tensor:
-    """The same share of its group's number for each vector, [T, V]."""
+    """Exact shares of its group's number for the vectors of a group, [T, V]: equal ones, or 0 for some vectors."""
     of_a_group = vectors // x_TG.shape[1]
-    return (x_TG / of_a_group).unsqueeze(2).expand(-1, -1, of_a_group).flatten(1)
+    shares = of_a_group & -of_a_group
+    share_TG1 = (x_TG / shares).unsqueeze(2)
+    if shares < of_a_group:
+        takes_one = torch.arange(of_a_group, device=x_TG.device) % (of_a_group // shares) == 0
+        share_TG1 = torch.where(takes_one, share_TG1, 0.0)
+    return share_TG1.expand(-1, -1, of_a_group).flatten(1)
 
 
 def reduce_vectors(
@@ -165,7 +170,7 @@ def dot_pairs(
     factors_T1: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """y [T, O] for 4 to 256 rows: the tensor cores multiply codes by activations, and each group is scaled afterwards.
+    """y [T, O] for 3 to 128 rows: the tensor cores multiply codes by activations, and each group is scaled afterwards.
 
     A word shifted and masked is a pair of codes as 16-bit floats, ready for the tensor cores; a scale and a zero come
     once for each group, output and row. `splits` cuts the groups into parts summed by different programs, for matrices

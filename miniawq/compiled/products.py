@@ -23,9 +23,10 @@ from miniawq.compiled.operations import product_unrounded, sum_in_loop
 from miniawq.compiled.prepacked import Prepacked
 from miniawq.packing import CODES_PER_WORD
 
-# Up to so many rows `REDUCE` was the faster form on an H200 (docs/log).
+# From so many rows on `DOT` was the faster form on an H200, for activations of 16 bits (docs/log).
+FEWEST_ROWS_DOTTED = 3
 MOST_ROWS_REDUCED = 3
-MOST_ROWS_DOTTED = 256
+MOST_ROWS_DOTTED = 128
 MOST_ROWS_ON_CPU = 32
 # With more rows a kernel of its own for the norm is faster than a factor in each program of the product (docs/log).
 MOST_ROWS_NORMED_LATE = 32
@@ -297,7 +298,8 @@ def int4_product(weight: Prepacked, bias_O: Tensor | None, rows: int, dtype: tor
         has_16_bits = dtype.itemsize == 2
         few = (REDUCE,) if rows <= MOST_ROWS_REDUCED else ()
         some = (DOT,) if has_16_bits and rows <= MOST_ROWS_DOTTED and gpu_forms.steps_fit(weight.words) else ()
-        wanted = (*few, *some, *((EXPAND,) if has_16_bits else ()))
+        first, second = (few, some) if rows < FEWEST_ROWS_DOTTED else (some, few)
+        wanted = (*first, *second, *((EXPAND,) if has_16_bits else ()))
     form = next(filter(accepts, wanted), PLAIN)
     return Product(form, int4_tensors(form, weight, bias_O))
 

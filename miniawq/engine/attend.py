@@ -50,7 +50,12 @@ def blocks_of(position_B: Tensor, first_B: Tensor, room: int) -> Blocks:
 
 
 def block_attention(
-    q_BHE: Tensor, keys_BMJE: Tensor, values_BMJE: Tensor, blocks: Blocks, parts: int | None = None
+    q_BHE: Tensor,
+    keys_BMJE: Tensor,
+    values_BMJE: Tensor,
+    blocks: Blocks,
+    scale: float | None = None,
+    parts: int | None = None,
 ) -> Tensor:
     """[B, H, E]. Programs read parts of a row's blocks, each key once for the heads that share it.
 
@@ -82,7 +87,13 @@ def block_attention(
     if extra:
         q_BHE = pad(q_BHE.unflatten(1, (kv_heads, shared)), (0, 0, 0, extra)).flatten(1, 2)
     y_BHE = flex_attention(
-        q_BHE.unsqueeze(2), keys_BJME, values_BJME, block_mask=mask, enable_gqa=True, kernel_options=options
+        q_BHE.unsqueeze(2),
+        keys_BJME,
+        values_BJME,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+        kernel_options=options,
     ).squeeze(2)
     return y_BHE.unflatten(1, (kv_heads, -1))[:, :, :shared].flatten(1, 2) if extra else y_BHE
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding
 
 from miniawq.compiled import (
     Compiled,
@@ -43,7 +43,7 @@ from miniawq.compiled import (
 from miniawq.engine.attend import Blocks, block_attention, blocks_of, first_seen
 from miniawq.engine.sampling import NOT_A_NUMBER
 from miniawq.engine.weights import Layer
-from miniawq.model import LlamaConfig, Rope
+from miniawq.model import ACTIVATIONS, LlamaConfig, Rope, RopeConfig, partners, scaled
 
 PARTS_OF_LOGITS = 256  # of all rows together
 # Longer sums than those of parts of attention and of a norm's mean squares become kernels of their own.
@@ -72,19 +72,31 @@ def rotate_into_cache(
     rows, (row_B, head_A, place_E) = len(new_BAE), (torch.arange(n, device=new_BAE.device) for n in new_BAE.shape)
     row_B1, is_value_A = row_B.unsqueeze(1), head_A >= heads + kv_heads
     if qk_norm_AE is not None:
-        # One weight for each head, which the library's norm does not take.
-        normed_BAE = qk_norm_AE * torch.nn.functional.rms_norm(new_BAE, (size,), eps=config.rms_norm_eps)
+        normed_BAE = normed_heads(config, new_BAE)
+        # A norm of a head after turning is one before, but for its weight: turning keeps the mean square.
+        normed_BAE = normed_BAE if config.qk_norm == "turned heads" else qk_norm_AE * normed_BAE
         new_BAE = written(torch.where(is_value_A.unsqueeze(1), new_BAE, normed_BAE))
     cos_B1E, sin_B1E = (table_BE.unsqueeze(1) for table_BE in rope)
-    # `apply_rope`: the partner of each channel, and whether it is taken away.
-    partner_BAE = new_BAE.unflatten(2, (2, -1)).flip(2).flatten(2)
-    turned_BAE = new_BAE * cos_B1E + partner_BAE * torch.where(place_E < size // 2, -sin_B1E, sin_B1E)
+    turned_BAE = new_BAE * cos_B1E + partners(new_BAE, config.rope) * sin_B1E
+    if qk_norm_AE is not None and config.qk_norm == "turned heads":
+        turned_BAE = qk_norm_AE * turned_BAE
     shared = heads // kv_heads
     room = (len(cache_UJE) - rows * shared) // (2 * rows)
     place_BA = rows * shared + (row_B1 + rows * is_value_A) * room + position_B.unsqueeze(1)
     slot_BA = torch.where(head_A < heads, row_B1 * shared + head_A // kv_heads, place_BA)
     places = slot_BA.unsqueeze(2), (head_A % kv_heads).unsqueeze(1), place_E
     cache_UJE.index_put_(places, torch.where(is_value_A.unsqueeze(1), new_BAE, turned_BAE))
+
+
+def normed_heads(config: LlamaConfig, new_BAE: Tensor) -> Tensor:
+    """Heads divided by the roots of their mean squares, or of that of all heads of their kind."""
+    if config.qk_norm != "all heads":
+        # One weight for each head, which the library's norm does not take.
+        return torch.nn.functional.rms_norm(new_BAE, (config.head_dim,), eps=config.rms_norm_eps)
+    kinds = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    parts = new_BAE.split(kinds, dim=1)
+    normed = [torch.nn.functional.rms_norm(part, part.shape[1:], eps=config.rms_norm_eps) for part in parts]
+    return torch.cat(normed, dim=1)
 
 
 def parts_of_cache(config: LlamaConfig, rows: int, cache_UJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,11 +115,25 @@ def after_attention(
     The kernel that ends this layer does both.
     """
     attended_BI = with_rows(attended_BHE.flatten(1), len(h_BD))
-    h_BD = written(h_BD + multiply(layer.o, prepare(layer.o, attended_BI)))
-    normed = prepare_normed(layer.gate_up, h_BD, layer.post_norm_D, config.rms_norm_eps)
+    attended_BD = multiply(layer.o, prepare(layer.o, attended_BI))
+    h_BD = added(config, h_BD, attended_BD, layer.after_attention_D)
+    normed = entering(config, layer.gate_up, h_BD, layer.before_mlp_D)
     gate_BF, up_BF = multiply(layer.gate_up, normed).chunk(2, dim=-1)
-    h_BD = written(h_BD + multiply(layer.down, prepare(layer.down, silu(gate_BF) * up_BF)))
-    return h_BD, prepare_normed(following.qkv, h_BD, following.input_norm_D, config.rms_norm_eps)
+    fed_BD = multiply(layer.down, prepare(layer.down, ACTIVATIONS[config.hidden_act](gate_BF) * up_BF))
+    h_BD = added(config, h_BD, fed_BD, layer.after_mlp_D)
+    return h_BD, entering(config, following.qkv, h_BD, following.before_attention_D)
+
+
+def entering(config: LlamaConfig, products: tuple[Product, ...], h_BD: Tensor, norm_D: Tensor | None) -> Prepared:
+    """The residual stream, after the norm if the family has one there, prepared for products."""
+    return prepare(products, h_BD) if norm_D is None else prepare_normed(products, h_BD, norm_D, config.rms_norm_eps)
+
+
+def added(config: LlamaConfig, h_BD: Tensor, y_BD: Tensor, norm_D: Tensor | None) -> Tensor:
+    """The residual stream and what attention or MLP adds to it, after the norm if the family has one there."""
+    if norm_D is not None:
+        y_BD = torch.nn.functional.rms_norm(y_BD, norm_D.shape, norm_D, config.rms_norm_eps)
+    return written(h_BD + scaled(y_BD, config.residual_multiplier))
 
 
 def whole_layer(
@@ -122,7 +148,8 @@ def whole_layer(
 ) -> tuple[Tensor, Prepared]:
     """`before_attention`, attention by blocks and `after_attention`."""
     before_attention(config, layer, prepared, rope, blocks.position_B, cache_UJE)
-    attended_BHE = block_attention(*parts_of_cache(config, layer.rows, cache_UJE), blocks)
+    parts = parts_of_cache(config, layer.rows, cache_UJE)
+    attended_BHE = block_attention(*parts, blocks, config.attention_multiplier)
     return after_attention(config, layer, following, h_BD, attended_BHE)
 
 
@@ -131,6 +158,7 @@ def finish(
 ) -> tuple[Tensor, Tensor | None]:
     """logits_BV, and the most probable ids_B if that is what is wanted."""
     logits_BV = multiply(head, prepare_normed(head, h_BD, norm_D, config.rms_norm_eps))
+    logits_BV = scaled(logits_BV, 1 / config.logits_scaling)
     return logits_BV, most_probable(logits_BV) if is_greedy else None
 
 
@@ -148,12 +176,19 @@ def most_probable(logits_BV: Tensor) -> Tensor:
     return ids_B.masked_fill(best.amax(-1).isnan(), NOT_A_NUMBER)
 
 
+def ropes_of(config: LlamaConfig) -> list[RopeConfig]:
+    """The different rotary embeddings of the layers."""
+    return list(dict.fromkeys(config.layer_ropes))
+
+
 class Entry(NamedTuple):
-    """What all layers share in one token, `seen` by their window, and the first layer's activations."""
+    """What layers share in one token, `ropes` in the order of `ropes_of`, `seen` by their window, and the first layer's
+    activations.
+    """
 
     h_BD: Tensor
     prepared: Prepared
-    rope: Rope
+    ropes: tuple[Rope, ...]
     seen: dict[int | None, Any]
 
 
@@ -162,34 +197,33 @@ def enter(
     first: Layer,
     by_blocks: bool,
     embedding_VD: Tensor,
-    tables_ME: Rope,
+    tables: tuple[Rope, ...],
     ids_B: Tensor,
     position_B: Tensor,
     padding_B: Tensor,
 ) -> Entry:
-    """The embedding of each id, the rotary tables of its position, and what each window shows: blocks, or first
-    positions.
+    """The embedding of each id, the rows of the rotary tables at its position, and what each window shows: blocks, or
+    first positions.
 
     A row whose logits held a NaN has the id -1; it counts as 0, and its result is not used.
     """
-    cos_ME, sin_ME = tables_ME
     starts = {window: first_seen(position_B, padding_B, window) for window in dict.fromkeys(config.layer_windows)}
-    embedded_BD = embedding(ids_B.clamp_min(0), embedding_VD).to(first.input_norm_D.dtype)
+    own_B = (position_B - padding_B).clamp_min(0)
+    room, dtype = len(tables[0][0]), tables[0][0].dtype
+    embedded_BD = scaled(embedding(ids_B.clamp_min(0), embedding_VD).to(dtype), config.embedding_multiplier)
     h_BD = written(in_whole_rows(first.qkv, embedded_BD))
     return Entry(
         h_BD,
-        prepare_normed(first.qkv, h_BD, first.input_norm_D, config.rms_norm_eps),
-        (cos_ME[position_B], sin_ME[position_B]),
-        {window: blocks_of(position_B, first_B, len(cos_ME)) for window, first_B in starts.items()}
-        if by_blocks
-        else starts,
+        entering(config, first.qkv, h_BD, first.before_attention_D),
+        tuple((cos_ME[own_B], sin_ME[own_B]) for cos_ME, sin_ME in tables),
+        {window: blocks_of(position_B, first_B, room) for window, first_B in starts.items()} if by_blocks else starts,
     )
 
 
 # Nothing compiled depends on how many positions there are.
 OF_ANY_LENGTH: dict[Callable[..., Any], Callable[..., Arguments]] = {
-    enter: lambda config, first, by_blocks, embedding_VD, tables_ME, *others: (
-        config, first, by_blocks, embedding_VD, tuple(map(any_length, tables_ME)), *others
+    enter: lambda config, first, by_blocks, embedding_VD, tables, *others: (
+        config, first, by_blocks, embedding_VD, tuple(tuple(map(any_length, rope)) for rope in tables), *others
     ),
     before_attention: lambda *others_and_cache: (*others_and_cache[:-1], any_length(others_and_cache[-1])),
     whole_layer: lambda *others: (

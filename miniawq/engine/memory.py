@@ -126,7 +126,7 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
     """The most that is alive beside weights and cache while a piece of the prompts runs, its logits included.
 
     That is in attention, in what gate and up make together, or at the end of the MLP. A prompt longer than its piece
-    needs a mask, and so do rows of different lengths, which begin with padding.
+    needs a mask, and so do rows of different lengths, which begin with padding and have rotary tables of their own.
     """
     config = model.config
     is_packed = any(isinstance(module, QuantLinear) for module in model.modules())
@@ -147,7 +147,8 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
         gate_up += temporaries(2 * width * inner, dtype)
         down += temporaries(width * inner, dtype)
     logits = 2 * 4 * batch * config.vocab_size
-    return max(attention, gate_up, gated, down) + seen + logits
+    tables = 2 * len(set(config.layer_ropes)) * config.head_dim * tokens * dtype.itemsize
+    return max(attention, gate_up, gated, down) + seen + logits + tables
 
 
 def expanded_bytes(codes: int, dtype: torch.dtype) -> int:

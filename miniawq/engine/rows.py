@@ -52,15 +52,13 @@ class PlainRows:
         decoder, config = self.model.model, self.model.config
         end, position_B = max(lengths) + 1, torch.tensor(lengths, device=ids_B.device)
         none_B = torch.zeros_like(position_B)  # of padding
-        tables = rope_tables(config.rope, position_B, end, self.model.dtype)
-        rope = tuple(table_BE[:, None, None] for table_BE in tables)
+        room, positions_B11 = self.cache.max_seq_len, position_B[:, None, None]
+        ropes = {rope: rope_tables(rope, positions_B11, room, self.model.dtype) for rope in set(config.layer_ropes)}
         starts = {window: first_seen(position_B, none_B, window) for window in set(config.layer_windows)}
         masks = {window: mask_of(position_B, first_B, end) for window, first_B in starts.items()}
         ends = RowEnds(self.cache, position_B, end)
-        h_BLD = decoder.embed_tokens(ids_B[:, None]).to(self.model.dtype)
-        for block, window in zip(decoder.layers, config.layer_windows, strict=True):
-            h_BLD = block(h_BLD, rope, masks[window], ends)
-        return self.model.lm_head(decoder.norm(h_BLD)[:, -1])
+        h_BLD = decoder.run(decoder.embed(ids_B[:, None]), ropes, masks, ends)
+        return self.model.logits(h_BLD[:, -1])
 
 
 class RowEnds(KVCache):
@@ -124,7 +122,7 @@ def prefill(step: RowsStep, first: int, prompts: Sequence[Sequence[int]], past: 
     for chunk_BL in tokens_BL.split(PREFILL_CHUNK, dim=1):
         h_BLD = model.hidden(chunk_BL, cache)
     last_B = torch.tensor([(len(ids) - 1) % PREFILL_CHUNK for ids in prompts], device=model.device)
-    return model.lm_head(h_BLD[torch.arange(len(prompts), device=model.device), last_B])
+    return model.logits(h_BLD[torch.arange(len(prompts), device=model.device), last_B])
 
 
 def share(step: RowsStep, ids: Sequence[int]) -> None:

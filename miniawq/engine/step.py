@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miniawq.compiled import check, identity
 from miniawq.engine.attend import SMALLEST_HEAD, mask_of
-from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache
+from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache, ropes_of
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.weights import Accepts, LayerWeights, Weights
 from miniawq.errors import InvalidInput, MiniawqError
@@ -45,7 +45,7 @@ class DecodeStep:
         with torch.inference_mode(False), torch.no_grad():
             self.weights = [LayerWeights.of(block) for block in model.model.layers]
             self.head_weights = Weights.of(model.lm_head)
-        self.norm_D, self.embedding_VD = model.model.norm.weight.data, model.model.embed_tokens.weight.data
+        self.norm_D, self.embedding_VD = model.model.norm.gain.data, model.model.embed_tokens.weight.data
         self.by_blocks = compiles and self.device.type == "cuda" and self.config.head_dim >= SMALLEST_HEAD
         self.functions = UNCOMPILED
         self.is_ready = False
@@ -70,7 +70,9 @@ class DecodeStep:
         """All that belongs to the text."""
         with torch.inference_mode(False), torch.no_grad():
             positions_M = torch.arange(max_seq_len, device=self.device)
-            self.tables_ME = rope_tables(self.config.rope, positions_M, max_seq_len, self.dtype)
+            self.tables = tuple(
+                rope_tables(rope, positions_M, max_seq_len, self.dtype) for rope in ropes_of(self.config)
+            )
             self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=self.dtype)
             layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
             of_queries = batch * self.config.num_attention_heads // kv_heads
@@ -179,15 +181,17 @@ class DecodeStep:
     def _token(self, end: int) -> None:
         """From `ids_B` to the next `ids_B`, by operations that a CUDA graph can record."""
         config, functions, position_B = self.config, self.functions, self.position_B
-        h_BD, prepared, rope, seen = functions.enter(
-            config, self.layers[0], self.by_blocks, self.embedding_VD, self.tables_ME, self.ids_B, position_B,
+        h_BD, prepared, tables, seen = functions.enter(
+            config, self.layers[0], self.by_blocks, self.embedding_VD, self.tables, self.ids_B, position_B,
             self.padding_B,
         )  # fmt: skip
+        ropes = dict(zip(ropes_of(config), tables, strict=True))
         masks = {} if self.by_blocks else self._masks(end, seen)
         following = (*self.layers[1:], self.layers[-1])  # Nobody reads what the last one prepares.
-        for layer, next_layer, cache_UJE, window in zip(
-            self.layers, following, self.caches, config.layer_windows, strict=True
+        for layer, next_layer, cache_UJE, window, kind in zip(
+            self.layers, following, self.caches, config.layer_windows, config.layer_ropes, strict=True
         ):
+            rope = ropes[kind]
             if self.by_blocks:
                 h_BD, prepared = functions.layer(
                     config, layer, next_layer, h_BD, prepared, rope, cache_UJE, seen[window]
@@ -207,7 +211,7 @@ class DecodeStep:
     def _attended(self, cache_UJE: Tensor, mask: Tensor | None, end: int) -> Tensor:
         q_BHE, keys_BMJE, values_BMJE = parts_of_cache(self.config, len(self.ids_B), cache_UJE)
         keys, values = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
-        return attention(q_BHE.unsqueeze(2), keys, values, mask).squeeze(2)
+        return attention(q_BHE.unsqueeze(2), keys, values, mask, self.config.attention_multiplier).squeeze(2)
 
     def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
         if self.device.type == "cuda":

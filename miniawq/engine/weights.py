@@ -69,26 +69,31 @@ def can_step(model: nn.Module) -> bool:
 class LayerWeights(NamedTuple):
     """The weights of one layer; matrices that read the same input lie together."""
 
-    input_norm_D: Tensor
+    before_attention_D: Tensor | None
     qkv: Weights
     qk_norm_AE: Tensor | None
     o: Weights
-    post_norm_D: Tensor
+    after_attention_D: Tensor | None
+    before_mlp_D: Tensor | None
     gate_up: Weights
     down: Weights
+    after_mlp_D: Tensor | None
 
     @classmethod
     def of(cls, block: Any) -> "LayerWeights":
         """The weights of a DecoderBlock, whose own are views of these from now on."""
-        attn, mlp = block.self_attn, block.mlp
+        attn, names = block.self_attn, block.config.names
+        mlp = getattr(block, names.mlp)
         return cls(
-            input_norm_D=block.input_layernorm.weight.data,
-            qkv=Weights.of(attn.q_proj, attn.k_proj, attn.v_proj),
+            before_attention_D=_norm(block, names.before_attention),
+            qkv=Weights.of(*(getattr(attn, name) for name in names.qkv)),
             qk_norm_AE=_norms_of_heads(attn),
             o=Weights.of(attn.o_proj),
-            post_norm_D=block.post_attention_layernorm.weight.data,
-            gate_up=Weights.of(mlp.gate_proj, mlp.up_proj),
-            down=Weights.of(mlp.down_proj),
+            after_attention_D=_norm(block, names.after_attention),
+            before_mlp_D=_norm(block, names.before_mlp),
+            gate_up=Weights.of(*(getattr(mlp, name) for name in names.gate_up)),
+            down=Weights.of(getattr(mlp, names.down)),
+            after_mlp_D=_norm(block, names.after_mlp),
         )
 
     def for_rows(self, rows: int, dtype: torch.dtype, accepts: Accepts) -> "Layer":
@@ -103,13 +108,15 @@ class LayerWeights(NamedTuple):
 class Layer(NamedTuple):
     """One layer as the functions of a token take it, for so many rows."""
 
-    input_norm_D: Tensor
+    before_attention_D: Tensor | None
     qkv: tuple[Product, ...]
     qk_norm_AE: Tensor | None
     o: tuple[Product, ...]
-    post_norm_D: Tensor
+    after_attention_D: Tensor | None
+    before_mlp_D: Tensor | None
     gate_up: tuple[Product, ...]
     down: tuple[Product, ...]
+    after_mlp_D: Tensor | None
     rows: int
 
     @property
@@ -118,12 +125,17 @@ class Layer(NamedTuple):
         return frozenset(product.form for product in (*self.qkv, *self.o, *self.gate_up, *self.down))
 
 
+def _norm(block: Any, name: str | None) -> Tensor | None:
+    """The gain of a norm of a block; None where the family has none."""
+    return None if name is None else getattr(block, name).gain.data
+
+
 def _norms_of_heads(attn: Any) -> Tensor | None:
-    """The weights of a layer's norms of queries and keys, one row a head; those of value heads are not used."""
-    if isinstance(attn.q_norm, nn.Identity):
+    """The gains of a layer's norms of queries and keys, one row a head; those of value heads are not used."""
+    config = attn.config
+    if config.qk_norm == "none":
         return None
-    norms = (attn.q_norm.weight.data, attn.k_norm.weight.data, attn.k_norm.weight.data)
-    linears = (attn.q_proj, attn.k_proj, attn.v_proj)
-    return torch.cat(
-        [norm_E.expand(linear.out_features // attn.head_dim, -1) for norm_E, linear in zip(norms, linears, strict=True)]
-    )
+    queries, keys = (getattr(attn, name).gain.data for name in (config.names.q_norm, config.names.k_norm))
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    counted = (queries, heads), (keys, kv_heads), (keys, kv_heads)
+    return torch.cat([norm.view(-1, config.head_dim).expand(count, -1) for norm, count in counted])

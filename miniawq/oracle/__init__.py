@@ -9,9 +9,11 @@
 
 from importlib.util import find_spec
 
-for extra in ("hypothesis", "pytest"):
-    if find_spec(extra) is None:
-        raise ModuleNotFoundError(f"the oracle needs {extra}: pip install 'miniawq[oracle]'")
+from miniawq.errors import MissingExtra
+
+for package in ("hypothesis", "pytest"):
+    if find_spec(package) is None:
+        raise MissingExtra(f"the oracle needs {package}", "it is not installed", "pip install 'miniawq[oracle]'")
 
 from miniawq.oracle.contract import FLAGS, LEVELS, Limits, Target  # noqa: E402
 from miniawq.oracle.door import conformance_tests, run_conformance  # noqa: E402

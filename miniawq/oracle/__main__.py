@@ -16,24 +16,42 @@ from miniawq.oracle.report import ConformanceReport, as_json, as_junit, as_text,
 from miniawq.oracle.stdio import Program
 
 DEFAULT_TARGET = "miniawq.oracle.target"
+EXAMPLES = (
+    "miniawq oracle my_package.my_adapter",
+    "miniawq oracle my_package.my_adapter:kernels --levels L0,L1 --verbose",
+    "miniawq oracle --command ./my_program --examples failures",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "oracle",
-        __doc__ or "",
-        "exit code 0: no failure; 1: a failure, an unexpected pass, or nothing that passed; 2: usage",
+        "Check an implementation of AWQ INT4 and report what it breaks. Exit code 0: no\n"
+        "failure; 1: a failure, an unexpected pass, or nothing that passed; 2: usage.",
+        usage="[PACKAGE.MODULE[:OBJECT] | --command PROGRAM] [flags]",
+        examples=EXAMPLES,
+        page="docs/oracle.md",
     )
     parser.add_argument("target", nargs="?", default=DEFAULT_TARGET, help="pkg.module or pkg.module:object (miniawq)")
-    parser.add_argument("--command", help="check a program that speaks the stdio protocol instead (docs/oracle.md)")
-    parser.add_argument("--levels", default="", help=f"some of {','.join(LEVELS)}, separated by commas")
+    parser.add_argument(
+        "--command", metavar="PROGRAM", help="check a program that speaks the stdio protocol instead (docs/oracle.md)"
+    )
+    parser.add_argument(
+        "--levels", default="", metavar="L0,L1", help=f"some of {','.join(LEVELS)}, separated by commas"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="only checks whose id contains this")
-    parser.add_argument("--device", default="cpu", help="where the arguments lie (cpu, cuda)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the arguments lie (cpu, cuda)")
     parser.add_argument("--xfails", type=Path, metavar="FILE", help="expected failures, lines `id  # reason`; strict")
     parser.add_argument(
-        "--profile", choices=sorted(PROFILES), default="default", help="deep: 2000 random examples a check"
+        "--profile",
+        choices=sorted(PROFILES),
+        default="default",
+        metavar="NAME",
+        help="deep: 2000 random examples a check",
     )
-    parser.add_argument("--seed", type=int, help="another random stream; the default profile is derandomised")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="another random stream; the default profile is derandomised"
+    )
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML")
     parser.add_argument("--badge", action="store_true", help="one line on stdout")

@@ -91,6 +91,11 @@ def tied(made: Model, copy: bool) -> None:
         del made.tensors[HEAD], made.expected[HEAD]
 
 
+def tied_to_another(made: Model) -> None:
+    """tie_word_embeddings, and a head in the file that is not the embedding."""
+    made.config["tie_word_embeddings"] = True
+
+
 def biased(made: Model) -> None:
     """Qwen2: biases on q, k and v, and no key that says so."""
     made.config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
@@ -234,6 +239,7 @@ CASES = [
           lambda d: (d / "pytorch_model.bin").write_bytes(b"not even a pickle")),
     valid("tied", "tie_word_embeddings and no lm_head in the file", changed(lambda m: tied(m, copy=False))),
     valid("tied-copy", "tie_word_embeddings and an equal copy of the head", changed(lambda m: tied(m, copy=True))),
+    either("tied-to-another", "tie_word_embeddings, and another head in the file", changed(tied_to_another)),
     valid("quant-config-file", "only quant_config.json, as AutoAWQ wrote it up to 0.1.6", changed(old_quant_config)),
     valid("synonyms", "w_bit, q_group_size and capitals in config.json", changed(synonyms)),
     valid("group-64", "groups of 64", lambda: model(hidden=128, head=64, group_size=64)),

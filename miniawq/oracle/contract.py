@@ -8,7 +8,8 @@ Shapes: K input features, N output features, G groups along K (K / group_size), 
 orientation is that of the files: [K, N], the transpose of `nn.Linear.weight`. Tensors arrive on the device the suite
 was started with; results may lie on any device and may be anything that `torch.as_tensor` takes, a NumPy array
 included. No function may change the tensors it is given, or a result that it has given. Arguments may be views with any
-strides and offsets, unless a function says otherwise. What is refused for its dtype may also be taken rightly.
+strides and offsets, unless a function says otherwise; none requires a gradient. What is refused for its dtype may also
+be taken rightly.
 """
 
 from collections.abc import Mapping
@@ -105,7 +106,8 @@ class Target(Protocol):
 
         The weight is that of `dequantize`, rounded to the dtype of x or not rounded at all; sums are kept in float32 or
         better. bias [N] has the dtype of x; another shape is not broadcast. Any number of leading dimensions, any
-        strides, no rows included. Raises (anything) when the shapes do not fit together.
+        strides, no rows included. Infinity in x may give NaN, where the zero is taken out of the sum. Raises (anything)
+        when the shapes do not fit together.
         """
 
     def load_checkpoint(self, directory: Path) -> Mapping[str, Tensor]:

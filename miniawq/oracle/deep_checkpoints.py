@@ -6,6 +6,7 @@ differ, all tensors differ, and the parts of one layer lie in different shards.
 
 import tempfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -159,6 +160,16 @@ def outside(absolute: bool) -> Callable[[Path], None]:
     return damage
 
 
+def as_the_hub_keeps_it(directory: Path) -> None:
+    """Every file is a link to one in another directory whose name is a hash, as in the cache of the Hub."""
+    blobs = directory.parent / f"{directory.name}-blobs"
+    blobs.mkdir()
+    for path in sorted(directory.iterdir()):
+        blob = blobs / sha256(path.name.encode()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(Path("..") / blobs.name / blob.name)
+
+
 DEEP = [
     valid("layers", "three layers, no two dimensions equal", deep),
     valid("layers-sharded", "three layers in three shards, the parts of a layer apart", deep_sharded),
@@ -206,6 +217,8 @@ DEEP = [
 ]  # fmt: skip
 
 OUTSIDE = [
+    valid("hub-cache", "files are links to files named by their hashes, as in the cache of the Hub", deep_sharded,
+          as_the_hub_keeps_it),
     invalid("index-above", "the index names a file above the directory, which is there",
             f"outside path .. {INDEX} name", deep_sharded, outside(absolute=False)),
     invalid("index-absolute", "the index names a file by its absolute path, which is there",

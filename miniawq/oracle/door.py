@@ -19,6 +19,7 @@ import miniawq.oracle.dequantization as dequantization
 import miniawq.oracle.dtypes as dtypes
 import miniawq.oracle.edges as edges
 import miniawq.oracle.multiplication as multiplication
+import miniawq.oracle.paths as paths
 import miniawq.oracle.ranges as ranges
 import miniawq.oracle.refusals as refusals
 import miniawq.oracle.rounding as rounding
@@ -54,6 +55,7 @@ CHECKS: list[Check] = sorted(
         *checks_in(refusals),
         *checks_in(dtypes),
         *checks_in(edges),
+        *paths.CHECKS,
     ],
     key=lambda check: check.level,
 )

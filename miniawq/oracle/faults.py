@@ -1,8 +1,8 @@
 """`python -m miniawq.oracle.faults`: plant wrong implementations, and tell which check finds each. Exit code 1 if one
 survives that no list argues for.
 
-Sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; `blind` and
-`second-blind`, written after the checks were frozen.
+Sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; `blind`,
+`second-blind` and `third-blind`, written after the checks were frozen.
 """
 
 import argparse
@@ -27,8 +27,12 @@ from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
 from miniawq.oracle.planted.blind_readers import BLIND_READERS
 from miniawq.oracle.planted.blind_second import BLIND_SECOND
 from miniawq.oracle.planted.blind_second_readers import BLIND_SECOND_READERS
+from miniawq.oracle.planted.blind_third import BLIND_THIRD
+from miniawq.oracle.planted.blind_third_products import BLIND_THIRD_PRODUCTS
+from miniawq.oracle.planted.blind_third_readers import BLIND_THIRD_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.edges import EDGES
+from miniawq.oracle.planted.paths import PATHS
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
 from miniawq.oracle.subject import Subject
@@ -42,6 +46,7 @@ FAULTS: list[Fault] = [
     *files.SEARCH,
     *SECOND,
     *EDGES,
+    *PATHS,
 ]
 
 UNSHRUNK = Profile(shrink=False)
@@ -57,6 +62,7 @@ SETS: dict[str, list[Any]] = {
     "grammar": grammar(),
     "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS],
     "second-blind": [*BLIND_SECOND, *BLIND_SECOND_READERS],
+    "third-blind": [*BLIND_THIRD, *BLIND_THIRD_PRODUCTS, *BLIND_THIRD_READERS],
 }
 
 

@@ -126,7 +126,7 @@ def as_text(report: ConformanceReport, verbose: bool = False) -> str:
         elif verbose and result.status == "passed":
             lines.append(f"{result.status:7} {result.check.id} ({result.seconds:.2f} s)")
     if report.causes:
-        lines += ["", "Mend the first cause and run again: it may hide others."]
+        lines += ["", "Mend the first cause and run again: it may hide others, or be why they fail."]
     reasons = Counter(r.reason for r in report.results if r.status == "skipped")
     lines += ["", *(f"skipped {count}: {reason}" for reason, count in reasons.items())]
     lines += [badge(report), f"{tally(report.counts()) or 'nothing ran'} in {report.seconds:.1f} s"]
@@ -164,7 +164,8 @@ def cause_lines(report: ConformanceReport, number: int, cause: Cause, verbose: b
         lines += ["", *failure_lines(report, result)]
     others = ", ".join(result.check.id for result in cause.failures[len(shown) :])
     if others:
-        lines += ["", *wrap(f"and so {others}", 110, initial_indent="  ", subsequent_indent="    ")]
+        text = f"and so {others}"
+        lines += ["", *wrap(text, 110, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)]
     return lines
 
 

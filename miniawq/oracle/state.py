@@ -53,11 +53,15 @@ def words(target: Subject, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
     return cases.random_layer(seed, *smallest(target.limits, 2 + seed // 2, 2), cases.exact_scales).packed
 
 
-def factors(target: Subject, seed: int) -> Arguments:
-    """x, a layer and a bias."""
-    layer, dtype = words(target, seed), dtypes_taken(target)[0]
-    x = exact_activations(Random(seed), 3, len(layer[0]), layer[3], dtype)
-    return (x, *layer, (torch.arange(layer[2].shape[1]) % (5 + seed) / 8).to(dtype))
+def factors(rows: int) -> Callable[[Subject, int], Arguments]:
+    """A function that makes x of so many rows, a layer and a bias."""
+
+    def make(target: Subject, seed: int) -> Arguments:
+        layer, dtype = words(target, seed), dtypes_taken(target)[0]
+        x = exact_activations(Random(seed), min(rows, target.limits.max_rows), len(layer[0]), layer[3], dtype)
+        return (x, *layer, (torch.arange(layer[2].shape[1]) % (5 + seed) / 8).to(dtype))
+
+    return make
 
 
 def weight(target: Subject, seed: int) -> Arguments:
@@ -77,7 +81,9 @@ SMALL = [
     Small("L0.unpack.state", "unpack", lambda t, seed: (truth.pack(codes_and_words(t.limits, seed)),), expect_unpacked),
     Small("L1.state", "dequantize", words, expect_decoded),
     Small("L2.state", "quantize", weight, expect_bound),
-    Small("L3.state", "matmul", factors, expect_product),
+    Small("L3.state", "matmul", factors(3), expect_product),
+    Small("L3.state-of-one-row", "matmul", factors(1), expect_product, FEW_CALLS),
+    Small("L3.state-of-more-rows", "matmul", factors(17), expect_product, FEW_CALLS),
     Small("L5.scales.state", "search_scales", searched, expect_no_worse, FEW_CALLS),
     Small("L5.clip.state", "search_clip", searched, expect_clip_no_worse, FEW_CALLS),
 ]

@@ -26,36 +26,46 @@ log = logging.getLogger("miniawq.quantize")
 
 FORMATS = ("awq", "compressed-tensors")
 LARGEST = 1_000_000_000  # of the numbers that count something
-RECIPE_HELP = (
-    "our searches, these with learned codes (better, slower; needs 16,000 tokens or more), the paper's, or none"
+ESSENTIAL = "source destination calib num_samples sequence_length recipe group_size format dtype device".split()
+EXAMPLES = (
+    "miniawq quantize ./my-model my-awq --calib my-texts.txt",
+    "miniawq quantize Qwen/Qwen3-8B qwen3-awq --calib chats.jsonl --group-size 64",
+    "miniawq quantize ./my-model my-awq --calib my-texts.txt --recipe neighbours",
 )
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser("quantize", "Make an AWQ INT4 checkpoint from a dense one, one block in memory at a time.")
-    parser.add_argument("source", help="directory or Hub id of a dense Llama-family checkpoint")
+    parser = cli.parser(
+        "quantize",
+        "Make an AWQ INT4 checkpoint from a dense one, one block in memory at a time.",
+        usage="SOURCE DESTINATION [--calib FILE] [flags]",
+        examples=EXAMPLES,
+        page="docs/guides/quantize.md",
+        essential=ESSENTIAL,
+    )
+    parser.add_argument("source", help="directory or Hub id of a dense Llama-family model")
     parser.add_argument("destination", help="directory to write; an interrupted run in it goes on")
-    text = parser.add_argument_group("calibration text")
-    text.add_argument(
-        "--calib", metavar="FILE", help=".txt, .jsonl with text or messages, or - (default: the model's own)"
-    )
-    text.add_argument("--num-samples", type=_positive, default=128, help="windows of text (default %(default)s)")
-    text.add_argument("--sequence-length", type=_positive, default=512, help="tokens of one (default %(default)s)")
-    text.add_argument("--seed", type=_seed, default=0, help="of text the model writes itself (default %(default)s)")
-    method = parser.add_argument_group("method")
-    method.add_argument("--recipe", choices=RECIPES, default="default", help=RECIPE_HELP)
-    method.add_argument(
-        "--group-size", type=_inputs_of_a_group, default=128, help="inputs that share a scale; -1 is all"
-    )
-    method.add_argument("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
-    method.add_argument("--compared-tokens", type=_positive, default=4096, help="that modules' outputs are compared on")
-    method.add_argument("--no-clip", action="store_true", help="leave out the search of ranges")
-    output = parser.add_argument_group("output")
-    output.add_argument("--format", choices=FORMATS, default="awq", help="AutoAWQ GEMM, or compressed-tensors")
-    output.add_argument("--dtype", choices=STORED_DTYPES, default="float16", help="of scales and dense tensors")
-    output.add_argument("--shard-gigabytes", type=_gigabytes, default=SHARD_BYTES / 1e9, help="largest file")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add = parser.add_argument_group("calibration text").add_argument
+    add("--calib", metavar="FILE", help=".txt, .jsonl, or - (text the model writes itself)")
+    add("--num-samples", type=_positive, default=128, metavar="N", help="windows of text (128)")
+    add("--sequence-length", type=_positive, default=512, metavar="N", help="tokens of a window (512)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of text the model writes itself (0)")
+    add = parser.add_argument_group("method").add_argument
+    recipes = "default; neighbours: better, slower, 16,000 tokens or more; paper; plain: no search"
+    add("--recipe", choices=RECIPES, default="default", metavar="NAME", help=recipes)
+    sizes = "inputs that share a scale, -1 for all (128)"
+    add("--group-size", type=_inputs_of_a_group, default=128, metavar="N", help=sizes)
+    add("--grid", choices=GRIDS, default="asymmetric", help="how a range becomes scale and zero")
+    compared = "that modules' outputs are compared on (4096)"
+    add("--compared-tokens", type=_positive, default=4096, metavar="N", help=compared)
+    add("--no-clip", action="store_true", help="leave out the search of ranges")
+    add = parser.add_argument_group("output").add_argument
+    add("--format", choices=FORMATS, default="awq", metavar="NAME", help=f"{', '.join(FORMATS)} (awq)")
+    dtypes = f"of scales and dense tensors: {', '.join(STORED_DTYPES)}"
+    add("--dtype", choices=STORED_DTYPES, default="float16", metavar="DTYPE", help=dtypes)
+    add("--shard-gigabytes", type=_gigabytes, default=SHARD_BYTES / 1e9, metavar="X", help="largest file (5)")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
     parser.add_argument("--offload-directory", type=Path, help="keep the hidden states of the text in a file there")
     add_hub_flags(parser)
     return parser
@@ -105,7 +115,7 @@ def _command(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     calibration = calibrate(Quantizer(checkpoint, settings, device), arguments)
     log.info(
-        "calibration: %d tokens in %d windows, of %d found in %s",
+        "calibration: %d tokens in %d windows, of %d found, %s",
         calibration.tokens_BL.numel(), len(calibration.tokens_BL), calibration.tokens_found, calibration.source,
     )  # fmt: skip
     report = quantize_checkpoint(
@@ -117,6 +127,8 @@ def _command(arguments: argparse.Namespace) -> None:
         offload_directory=arguments.offload_directory,
     )
     log.info("%s", report.summary())
+    told = "try it: miniawq generate %s; measure it: miniawq evaluate %s --text FILE --reference %s"
+    log.info(told, arguments.destination, arguments.destination, arguments.source)
 
 
 def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:

@@ -147,7 +147,9 @@ class Quantizer:
             "largest_activation": largest,
             "folds": [record_of(search, notes[search.fold]) for search in searches],
             "layers": {name: {"plain_loss": done.plain_loss, "loss": done.loss} for name, done in layers.items()},
-            "scales": encode_factors({search.fold.smooth_layer: search.factors_P for search in searches}),
+            "scales": encode_factors(
+                {found.fold.smooth_layer: found.factors_P for found in searches if found.fold.smooth_layer}
+            ),
         }
         tensors = dict(self._tensors(block, layer, layers))
         if self.streams:
@@ -202,10 +204,12 @@ class Quantizer:
     def smooth(self, factors: list[dict[str, Tensor]], name: str, weight_OI: Tensor) -> Tensor:
         """A layer's weight as it was when it was rounded: after all folds."""
         number, _, local = name.removeprefix("model.layers.").partition(".")
-        found = {fold: factors[int(number)][fold.smooth_layer].to(weight_OI.device) for fold in self.folds}
-        for fold, factors_P in found.items():
+        for fold in self.folds:
+            if fold.smooth_layer is None:
+                continue
+            factors_P = factors[int(number)][fold.smooth_layer].to(weight_OI.device)
             if local == fold.smooth_layer:
-                weight_OI = weight_OI / factors_P[:, None]
+                weight_OI = weight_OI / awq.last_of(len(weight_OI), factors_P)[:, None]
             if local in fold.balance_layers:
                 weight_OI = weight_OI * fold.spread(factors_P)
         return weight_OI

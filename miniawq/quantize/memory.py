@@ -94,7 +94,7 @@ def plan_memory(
     batch = max(length, min(TOKENS_PER_BATCH, samples * length))
     embedding = checkpoint.tensors["model.embed_tokens.weight"].nbytes
     readers = {fold: checkpoint.linears[f"model.layers.0.{fold.balance_layers[0]}"][0] for fold in folds}
-    modules = sum(not fold.compares_one_layer for fold in folds)
+    modules = sum(fold.smooth_layer is not None and not fold.compares_one_layer for fold in folds)
     text = batch * (3 * config.intermediate_size + 2 * config.hidden_size) * FLOAT
     # At one time: a module with rounded weights on a batch of text, one layer being rounded, or one group's candidates.
     rounded = max(

@@ -70,7 +70,7 @@ def record_problem(record: Mapping[str, Any], layer: int, specs: Sequence[Spec],
         factors = decode_factors(record["scales"])
     except (KeyError, TypeError, ValueError) as error:
         return f"`scales` cannot be decoded: {str(error)[:100]}"
-    if factors.keys() != {fold.smooth_layer for fold in folds}:
+    if factors.keys() != {fold.smooth_layer for fold in folds if fold.smooth_layer}:
         return "`scales` does not name the folds of this model"
     if not all(factors_P.is_floating_point() and factors_P.dim() == 1 for factors_P in factors.values()):
         return "`scales` holds something that is no row of factors"

@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CARD = """---
 | format | {layout}, group size {group_size}, scales {scale_dtype} |
 | packed layers | {packed} |
 | dense layers | {dense} |
-| calibration | {tokens} tokens from {source} (sha256 of the ids {sha256}) |
+| calibration | {tokens} tokens, {source} (sha256 of the ids {sha256}) |
 | size | {size:.1f} MB, {source_size:.1f} MB before |
 
 `quantization_report.json` holds the settings, and for each block what was searched and what it gained.
@@ -56,16 +57,28 @@ class QuantizationReport:
     seconds: float
 
     def summary(self) -> str:
-        """Three lines for people."""
-        lost = sum(layer["loss"] for block in self.blocks for layer in block["layers"].values())
-        plain = sum(layer["plain_loss"] for block in self.blocks for layer in block["layers"].values())
-        kept = f"the searches left {lost / plain:.1%} of the layers' loss" if plain > 0 else "this text shows no loss"
+        """Four lines for people."""
         worst = self.verification["largest_error_over_bound"]
         return (
             f"{self.verification['packed_linears']} layers packed, {len(self.dense_linears)} dense; "
             f"the largest error is {worst:.4f} of its bound\n"
-            f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before; {kept}\n"
+            f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before\n{self.gains()}\n"
             f"{self.seconds:.1f} s, {self.peak_memory_bytes / 2**30:.2f} GiB of memory at most"
+        )
+
+    def gains(self) -> str:
+        """What the searches left of plain rounding's loss on the calibration text."""
+        recipe = self.settings["recipe"]
+        if not recipe["formulas"] and (recipe["clip"], recipe["codes"]) == ("none", "nearest"):
+            return "plain rounding: nothing was searched"
+        layers = [layer for block in self.blocks for layer in block["layers"].values()]
+        lost, plain = (sum(layer[name] for layer in layers) for name in ("loss", "plain_loss"))
+        folds = [left_of(fold) for block in self.blocks for fold in block["folds"] if fold["plain_loss"] > 0]
+        if not plain > 0 or not folds:
+            return "this text shows no loss"
+        return (
+            f"factors left {statistics.median(folds):.1%} of plain rounding's loss (the median of {len(folds)} folds), "
+            f"then ranges and codes {lost / plain:.1%} of the layers' loss"
         )
 
 
@@ -81,6 +94,7 @@ def write_report(directory: Path, name: str, report: QuantizationReport) -> None
     try:
         import matplotlib  # noqa: F401  (the extra `plots`)
     except ImportError:
+        log.info("quantization_report.png is not drawn: it needs pip install 'miniawq[plots]'")
         return
     try:
         draw_report(directory / "quantization_report.png", report.blocks)
@@ -123,31 +137,51 @@ def model_card(name: str, report: QuantizationReport, inherited: Sequence[str] =
 
 
 def draw_report(path: Path, blocks: list[dict[str, Any]]) -> None:
-    """Above, each fold's loss as a part of plain rounding's, by block; below, loss by ratio where most was gained."""
+    """What searches left of plain rounding's loss by block: factors of each fold's, ranges and codes of each layer's.
+    Below, the loss over the exponent where factors gained most.
+    """
     from matplotlib.figure import Figure
 
-    searches = [(block["layer"], fold) for block in blocks for fold in block["folds"] if fold["plain_loss"] > 0]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    rows = figure.subfigures(2, 1, squeeze=False)
-    axes = rows[0, 0].subplots()
-    for compared in dict.fromkeys(fold["compared"] for _, fold in searches):
-        points = [
-            (layer, fold["loss"] / fold["plain_loss"]) for layer, fold in searches if fold["compared"] == compared
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=compared)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="block", ylabel="loss with scales / plain rounding", ylim=(0, 1.05))
-    axes.legend()
-    gained = sorted(searches, key=lambda found: found[1]["loss"] / found[1]["plain_loss"])[:PANELS]
-    for panel, (layer, fold) in zip(
-        rows[1, 0].subplots(1, max(1, len(gained)), squeeze=False)[0], gained, strict=False
-    ):
+    folds = [(block["layer"], fold) for block in blocks for fold in block["folds"] if fold["plain_loss"] > 0]
+    by_factors = [(layer, fold["compared"], left_of(fold)) for layer, fold in folds]
+    by_codes = [
+        (block["layer"], name.rpartition(".")[2], left_of(layer))
+        for block in blocks
+        for name, layer in block["layers"].items()
+        if layer["plain_loss"] > 0
+    ]
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    left, right = above.subplots(1, 2, sharey=True)
+    for axes, points, what in ((left, by_factors, "Factors"), (right, by_codes, "Then ranges and codes")):
+        for kind in dict.fromkeys(kind for _, kind, _ in points):
+            axes.plot(
+                *zip(*[(layer, part) for layer, name, part in points if name == kind], strict=True), "o-", label=kind
+            )
+        parts = [part for *_, part in points] or [1.0]
+        axes.set_title(f"{what} left {min(parts):.0%} to {max(parts):.0%} of the loss")
+        axes.set(xlabel="block", ylim=(0, 1.05))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize="small", ncols=2)
+    left.set_ylabel("loss, plain rounding is 1")
+    below.suptitle("Loss over the exponent r where factors gained most: r = 0 is plain rounding")
+    most = sorted(folds, key=lambda found: left_of(found[1]))[:PANELS]
+    panels = below.subplots(1, max(1, len(most)), squeeze=False, sharey=True)[0]
+    for panel, (layer, fold) in zip(panels, most, strict=False):
         for formula in dict.fromkeys(trial[0] for trial in fold["trials"]):
-            points = sorted(
+            tried = sorted(
                 (ratio, loss / fold["plain_loss"]) for kind, ratio, loss in fold["trials"] if kind == formula
             )
-            panel.plot(*zip(*points, strict=True), marker=".", label=formula)
+            panel.plot(*zip(*tried, strict=True), ".-", label=formula)
         panel.axhline(1, color="grey", linewidth=0.8)
-        panel.set(title=f"block {layer}, {fold['compared'].rpartition('.')[2]}", xlabel="ratio")
-        panel.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+        panel.set(title=f"block {layer}, {fold['compared'].rpartition('.')[2]}", xlabel="exponent r")
+    panels[0].set(ylabel="loss, plain rounding is 1")
+    if most:
+        panels[0].set_ylim(0, 1.25)
+        panels[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def left_of(found: Mapping[str, Any]) -> float:
+    """The part of plain rounding's loss that a fold or a layer still has."""
+    return found["loss"] / found["plain_loss"]

@@ -15,11 +15,18 @@ from torch import Tensor, nn
 
 from miniawq.awq import Fold
 from miniawq.checkpoint.blocks import BlockStream
-from miniawq.model import DecoderBlock
+from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.quantize.moments import SymmetricStatistics
 
-# The norm that reads the residual stream to which a layer adds.
-RESIDUAL = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+
+def residual_readers(config: LlamaConfig) -> dict[str, str]:
+    """The layers whose outputs add to the residual stream as they are, with the norm that reads the stream before."""
+    names = config.names
+    if names.after_attention or names.after_mlp or config.residual_multiplier != 1:
+        return {}
+    assert names.before_attention
+    assert names.before_mlp
+    return {"self_attn.o_proj": names.before_attention, f"{names.mlp}.{names.down}": names.before_mlp}
 
 
 class Aim(SymmetricStatistics):
@@ -80,9 +87,9 @@ class UpTo(nn.Module):
 
 
 @contextmanager
-def watched(block: nn.Module, fold: Fold) -> Iterator[Seen]:
+def watched(block: DecoderBlock, fold: Fold) -> Iterator[Seen]:
     """What a block shows of a fold in its latest call, which ends there."""
-    seen, handles = Seen(), []
+    seen, handles, readers = Seen(), [], residual_readers(block.config)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -97,8 +104,8 @@ def watched(block: nn.Module, fold: Fold) -> Iterator[Seen]:
 
     for name in fold.balance_layers:
         handles.append(block.get_submodule(name).register_forward_hook(keep(name)))
-        if name in RESIDUAL:
-            handles.append(block.get_submodule(RESIDUAL[name]).register_forward_pre_hook(keep_residual))
+        if name in readers:
+            handles.append(block.get_submodule(readers[name]).register_forward_pre_hook(keep_residual))
     try:
         yield seen
     finally:

@@ -1,8 +1,12 @@
 """docs/checkpoints.md stays honest."""
 
+import json
 import re
 
-from tests.helpers import ROOT, TESTS
+from miniawq.checkpoint.config import text_of
+from miniawq.checkpoint.families import FAMILIES, TOWERS
+from tests.helpers import MODELS, ROOT, TESTS
+from tests.helpers.golden_models import NAMES
 
 
 def test_every_row_of_the_guide_names_a_test():
@@ -18,3 +22,13 @@ def test_every_path_in_the_guide_is_there():
     paths = re.findall(r"(?:miniawq|tests|scripts)/[\w/]+\.py", text)
     assert paths
     assert all((ROOT / path).is_file() for path in paths)
+
+
+def test_every_family_has_golden_models_and_a_row():
+    configs = [text_of(json.loads((MODELS / name / "config.json").read_text()), []) for name in NAMES]
+    assert {config["architectures"][0] for config in configs} == FAMILIES.keys()
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", (ROOT / "docs" / "checkpoints.md").read_text(), re.MULTILINE)
+    named = dict(rows)
+    assert FAMILIES.keys() <= named.keys()
+    assert {name for cell in named.values() for name in re.findall(r"\[([\w-]+)\]", cell)} <= {*NAMES}
+    assert all(name in (ROOT / "docs" / "checkpoints.md").read_text() for name in TOWERS)

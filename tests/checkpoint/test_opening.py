@@ -38,7 +38,8 @@ def assert_loads(directory: Path, reference: torch.nn.Module, device: torch.devi
 def test_layout_loads(tmp_path, packing, family, device):
     directory, reference = tiny.make(tmp_path, family=family, **PACKINGS[packing])
     model = assert_loads(directory, reference, device)
-    assert isinstance(model.model.layers[1].mlp.down_proj, QuantLinear)
+    names = model.config.names
+    assert isinstance(model.get_submodule(f"model.layers.1.{names.mlp}.{names.down}"), QuantLinear)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -160,7 +161,16 @@ def test_quantized_head_loads(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    "ignore", [["lm_head", "model.layers.0.mlp.gate_proj"], ["re:.*gate_proj$"]], ids=["name", "re"]
+    "ignore",
+    [
+        ["lm_head", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"],
+        ["re:.*gate_proj$", "re:vision_tower.*"],
+        ["language_model.lm_head", "model.language_model.layers.0.mlp.gate_proj", "re:^(?!.*language_model).*"],
+        ["Embedding", "lm_head"],
+        [],
+        None,
+    ],
+    ids=["name", "re", "tower", "class", "empty", "null"],
 )
 def test_partly_quantized_loads(tmp_path, ignore):
     leave = ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj")
@@ -168,6 +178,29 @@ def test_partly_quantized_loads(tmp_path, ignore):
     directory, reference = tiny.make(tmp_path, layout="compressed-tensors", block=block, leave=leave)
     model = assert_loads(directory, reference)
     assert isinstance(model.model.layers[1].mlp.gate_proj, torch.nn.Linear)
+
+
+def test_groups_of_layers_with_settings_of_their_own_load(tmp_path):
+    """Two recipes in one file, as llm-compressor writes them: the tensors tell which layer has which."""
+    model = tiny.dense_model(tiny.config_of())
+    linears = tiny.quantized_linears(model)
+    mlp = tuple(name for name in linears if ".mlp." in name)
+    attention = tuple(name for name in linears if ".mlp." not in name)
+    first = tiny.pack_model(model, "compressed-tensors", 64, leave=mlp)
+    second = tiny.pack_model(model, "compressed-tensors-symmetric", 32, grid="symmetric", leave=attention)
+    tensors = {name: tensor for name, tensor in first.items() if ".mlp." not in name}
+    tensors |= {name: tensor for name, tensor in second.items() if ".mlp." in name}
+    weights = (tiny.CT_WEIGHTS | {"actorder": "static"}, tiny.CT_WEIGHTS | {"symmetric": True, "group_size": 32})
+    targets = ["re:.*self_attn.*"], [*mlp]
+    groups = {
+        f"group_{number}": {"targets": names, "weights": values, "format": "pack-quantized"}
+        for number, (names, values) in enumerate(zip(targets, weights, strict=True))
+    }
+    block = tiny.CT_BLOCK | {"config_groups": groups, "format": "mixed-precision"}
+    directory = tiny.write(tmp_path / "mixed", tiny.config_of() | {"quantization_config": block}, tensors)
+    assert_loads(directory, model)
+    found = open_checkpoint(directory).quantized
+    assert {(linear.group_size, linear.symmetric) for linear in found.values()} == {(64, False), (32, True)}
 
 
 def test_shards_load(tmp_path):

@@ -83,7 +83,15 @@ def test_awq_setting_refused(tmp_path, setting):
 CT_SETTINGS = {
     "format": (["format"], "int-quantized", ["format = 'int-quantized'"]),
     "format-of-group": (["config_groups", "group_0", "format"], "nvfp4-pack-quantized", ["nvfp4"]),
-    "bits-8": (["config_groups", "group_0", "weights", "num_bits"], 8, ["num_bits = 8"]),
+    "bits-8": (["config_groups", "group_0", "weights", "num_bits"], 8, ["group_0.weights.num_bits = 8", "['Linear']"]),
+    "head-of-8-bits": (
+        ["config_groups", "group_1"],
+        {"targets": ["lm_head"], "weights": {"num_bits": 8, "strategy": "channel"}},
+        ["group_1.weights.num_bits = 8", "['lm_head']"],
+    ),
+    "format-mixed": (["format"], "mixed-precision", ["mixed-precision"]),
+    "block-structure": (["config_groups", "group_0", "weights", "strategy"], "tensor_group", ["'tensor_group'"]),
+    "dynamic-ordering": (["config_groups", "group_0", "weights", "actorder"], "dynamic", ["actorder = 'dynamic'"]),
     "float": (["config_groups", "group_0", "weights", "type"], "float", ["type = 'float'"]),
     "block": (["config_groups", "group_0", "weights", "strategy"], "block", ["strategy = 'block'"]),
     "activation-ordering": (["config_groups", "group_0", "weights", "actorder"], "group", ["actorder = 'group'"]),
@@ -257,7 +265,33 @@ ARCHITECTURES = {
     "own-code": ({"architectures": ["RuQwen2ForCausalLM"], "auto_map": {"AutoModel": "m.M"}}, ["RuQwen2ForCausalLM"]),
     "own-head": ({"add_bias_to_lm_head": True}, ["add_bias_to_lm_head"]),
     "no-architecture": ({"architectures": None}, ["architectures"]),
-    "rope": ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["rope_type", "longrope"]),
+    "rope": ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, ["rope_type", "'su'"]),
+    "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, ["short_factor = None", "expected 16 numbers"]),
+    "scaled": ({"residual_multiplier": 0.2}, ["residual_multiplier = 0.2", "scaled residuals"]),
+    "experts-beside": (
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 8},
+        ["num_local_experts = 8"],
+    ),
+    "mamba-layers": (
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]},
+        ["['mamba']"],
+    ),
+    "window-of-no-layer": (
+        {"architectures": ["SmolLM3ForCausalLM"], "sliding_window": 8, "use_sliding_window": True},
+        ["layer_types"],
+    ),
+    "pattern": (
+        {"architectures": ["Exaone4ForCausalLM"], "sliding_window": 8, "sliding_window_pattern": "LLLG"},
+        ["sliding_window_pattern = 'LLLG'"],
+    ),
+    "no-rope": (
+        {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+        ["no_rope_layers = [1]", "2 numbers"],
+    ),
+    "odd-rotary": (
+        {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.1},
+        ["partial_rotary_factor = 0.1", "32 channels"],
+    ),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
     "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, ["MLX", "config.json: quantization"]),
 }

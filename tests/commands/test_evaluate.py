@@ -21,14 +21,14 @@ from miniawq.hardware import DeviceMemory
 from miniawq.quantize.memory import hidden_states
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints as tiny
-from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense, make_with_its_own_head
+from tests.helpers.tiny_checkpoints import SOME_THOROUGHLY, make, make_dense, make_with_its_own_head
 
 
 def some_tokens(rows: int = 3, length: int = 11) -> torch.Tensor:
     return torch.randint(48, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_THOROUGHLY)
 def test_the_streamed_perplexity_is_that_of_the_model(family: str, tmp_path: Path, device: torch.device) -> None:
     directory, model = make_dense(tmp_path / "dense", family)
     tokens_BL = some_tokens()

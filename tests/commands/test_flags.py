@@ -1,6 +1,7 @@
 """One table of flags: --help, --help-all and docs/generate.md say the same, and a screen holds the first."""
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from miniawq.__main__ import VERBS, main
+from miniawq.cli import COMMON
 from miniawq.commands import prompts
-from miniawq.commands.flags import ESSENTIAL, EXAMPLES, build_parser
+from miniawq.commands.flags import build_parser
 from miniawq.commands.telling import write_pieces
 from miniawq.engine.batch import Batch
 from miniawq.engine.sampling import Sampling
@@ -50,18 +52,29 @@ def helped(capsys, flag):
     return capsys.readouterr().out
 
 
-def test_help_fits_a_screen_and_shows_three_examples(capsys):
-    lines = helped(capsys, "--help").splitlines()
-    assert 24 <= len(lines) <= 40
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_screen_and_shows_three_examples(capsys, verb):
+    build = importlib.import_module(VERBS[verb].module).build_parser
+    lines = build().format_help().splitlines()
+    assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
-    assert len(EXAMPLES) == 3
-    for example in EXAMPLES:
-        assert f"  {example}" in lines
-        program, verb, *flags = shlex.split(example)
-        assert (program, verb) == ("miniawq", "generate")
-        build_parser().parse_args(flags)
-    for name in ESSENTIAL:
-        assert any(action.dest == name and f"{action.help}" in "\n".join(lines) for action in build_parser()._actions)
+    examples = [line.strip() for line in lines if line.startswith(f"  miniawq {verb} ")]
+    assert examples == list(build().examples)
+    assert len(examples) == 3
+    for example in examples:
+        build().parse_args(shlex.split(example)[2:])
+    assert (ROOT / build().page).is_file()
+    assert build().page in lines[-1]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_every_flag_that_is_essential_or_not_common(verb):
+    parser = importlib.import_module(VERBS[verb].module).build_parser()
+    shown = " ".join(parser.format_help().split())
+    wanted = set(parser.essential) or {action.dest for action in parser._actions} - COMMON
+    told = {action.dest for action in parser._actions if " ".join(str(action.help).split()) in shown}
+    assert wanted <= told
+    assert not told & COMMON
 
 
 def test_the_whole_help_has_every_flag(capsys):

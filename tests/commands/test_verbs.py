@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from miniawq import cli
 from miniawq.__main__ import VERBS, main
 from miniawq.checkpoint.hub import hub_options
+from miniawq.commands import about
 from miniawq.errors import MiniawqError, clean
+from tests.helpers import ROOT
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.verbs import ARGUMENTS, command
 
@@ -39,6 +41,30 @@ def test_modules_that_python_runs(module, monkeypatch, capsys):
         runpy.run_module(module, run_name="__main__")
     assert not left.value.code
     assert capsys.readouterr().out.startswith("miniawq ")
+
+
+def test_the_version_tells_torch_device_and_compiler(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["miniawq", "Python", "torch", "device", "compiler"]
+    assert torch.__version__ in lines[2]
+    assert lines[4].endswith(sys.executable)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not [path for path in about.compilers() if "Triton" not in path]
+
+
+def test_a_missing_extra_is_told_in_three_lines():
+    program = (
+        "import sys; sys.modules['hypothesis'] = None; from miniawq.__main__ import main; sys.exit(main(['oracle']))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 5
+    assert run.stderr.splitlines() == [
+        "miniawq oracle: the oracle needs hypothesis",
+        "  it is not installed",
+        "  pip install 'miniawq[oracle]'",
+    ]
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("quantise", "quantize"), ("generat", "generate"), ("pln", "plan")])

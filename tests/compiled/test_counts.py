@@ -61,5 +61,5 @@ def test_nothing_is_searched_and_parts_are_summed_where_they_are_read(counts, la
 
 
 def test_a_weight_is_read_and_written_by_one_kernel(counts):
-    """In one dimension: words and weights lie in the same order."""
-    assert counts[EXPAND] == {"kernels": 1, "dimensions": [1]}
+    """In one dimension, and in the order of memory: words and weights lie in the same order."""
+    assert counts[EXPAND] == {"kernels": 1, "dimensions": [1], "in_order": [True]}

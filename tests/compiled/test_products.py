@@ -35,9 +35,9 @@ class OnCuda:
 
 
 @pytest.mark.parametrize(("rows", "groups", "dtype", "form"), [
-    (2, 112, torch.bfloat16, "REDUCE"), (3, 112, torch.bfloat16, "REDUCE"), (3, 64, torch.float32, "REDUCE"),
-    (4, 32, torch.float16, "DOT"), (256, 32, torch.bfloat16, "DOT"), (257, 32, torch.bfloat16, "EXPAND"),
-    (257, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
+    (2, 112, torch.bfloat16, "REDUCE"), (3, 112, torch.bfloat16, "DOT"), (3, 64, torch.float32, "REDUCE"),
+    (4, 32, torch.float16, "DOT"), (128, 32, torch.bfloat16, "DOT"), (129, 32, torch.bfloat16, "EXPAND"),
+    (129, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
 ])  # fmt: skip
 def test_the_form_on_a_gpu_goes_by_rows_and_groups(rows, groups, dtype, form, monkeypatch):
     monkeypatch.setattr(products, "int4_tensors", lambda *_: ())

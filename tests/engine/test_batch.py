@@ -29,7 +29,7 @@ def thorough(name):
     return pytest.param(name, marks=pytest.mark.thorough)
 
 
-OTHERS = ["llama-yarn", "llama-biases", "llama-dynamic", "qwen2-window"]
+OTHERS = ["llama-yarn", "llama-biases", "llama-dynamic", "qwen2-window", "hunyuan", "phi3-long", "exaone4", "gemma3"]
 KINDS = [PlainRows, uncompiled_rows]
 
 

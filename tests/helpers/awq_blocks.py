@@ -19,7 +19,8 @@ class Block:
         self.block: DecoderBlock = model.model.layers[0]
         self.folds = llama_folds(model.config)
         self.hidden_BLD = torch.randn(rows, 7, model.config.hidden_size, dtype=dtype) * channel_spread(128).to(dtype)
-        self.rope, masks = model.model.positions(0, 7, None, self.hidden_BLD)
+        ropes, masks = model.model.positions(0, 7, 7, None)
+        self.rope = ropes[model.config.layer_ropes[0]]
         self.mask = masks[model.config.layer_windows[0]]
 
     def run(self) -> Tensor:

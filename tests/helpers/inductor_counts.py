@@ -188,11 +188,16 @@ def count_layer(width, inner, rows):
 
 
 def count_expand(outputs, inputs):
-    """Kernels of `eager.expand`, and in how many dimensions their tiles lie."""
+    """Kernels of `eager.expand`, in how many dimensions their tiles lie, and whether they write one after the other."""
     shapes = weight(outputs, inputs // GROUP)
     both = torch.float16, torch.bfloat16
     kernels = triton_sources(lambda words, grid: expand(words, grid, *both), shapes, **EXPAND_IN_ONE)
-    return {"kernels": len(kernels), "dimensions": [source.count("BLOCK : tl.constexpr") for _, source in kernels]}
+    dimensions = [source.count("BLOCK : tl.constexpr") for _, source in kernels]
+    stores = [re.search(r"tl\.store\(\w+ \+ \((x\d+)\)", source) for _, source in kernels]
+    in_order = [
+        bool(store and f"{store[1]} = xindex\n" in source) for store, (_, source) in zip(stores, kernels, strict=True)
+    ]
+    return {"kernels": len(kernels), "dimensions": dimensions, "in_order": in_order}
 
 
 def count(form, outputs, inputs, rows):

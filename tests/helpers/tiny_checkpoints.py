@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,7 +36,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 48},
+    "phi3": {"architectures": ["Phi3ForCausalLM"]},
+    "granite4": {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "shared_intermediate_size": 256,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+    },
+    "glm4": {"architectures": ["Glm4ForCausalLM"], "attention_bias": True},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
 }
+# For tests that take seconds: one of each way in which families differ runs thoroughly only.
+THOROUGH = ("phi3", "granite4", "glm4", "olmo2")
+SOME_THOROUGHLY = [
+    pytest.param(name, marks=pytest.mark.thorough) if name in THOROUGH else pytest.param(name) for name in FAMILIES
+]
 AWQ_BLOCK = {
     "quant_method": "awq",
     "zero_point": True,

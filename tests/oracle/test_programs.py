@@ -54,6 +54,14 @@ def test_numpy_example_conforms(monkeypatch, checks):
 
 
 @pytest.mark.thorough
+def test_what_a_fresh_reader_wrote_conforms(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    report = conformance(importlib.import_module("fresh_reader"), CHECKS)
+    assert report.ok, as_text(report)
+    assert report.implements == ["pack", "unpack", "dequantize", "quantize", "matmul", "search_scales"]
+
+
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 @ALL_OR_SHORT
 def test_c_example_conforms(tmp_path, checks):

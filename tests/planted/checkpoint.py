@@ -10,9 +10,19 @@ FUZZ = "reliability/test_fuzz"
 FAULTS = [
     # config.json
     Fault("checkpoint/config.py", r"layer >= first else", "layer > first else", "test_model"),
-    Fault("checkpoint/config.py", r'or config\.get\("use_sliding_window", False\)', "or True", "test_model"),
+    Fault("checkpoint/config.py", r'and not config\.get\("use_sliding_window", False\)', "and False", "test_model"),
     Fault("checkpoint/config.py", r"return mscale\(1\.0\)", "return 1.0", "test_model"),
-    Fault("checkpoint/config.py", r"original or longest", "longest", "test_model"),
+    Fault(
+        "checkpoint/config.py", r'(config\["original_max_position_embeddings"\]) or longest', r"longest", "test_model"
+    ),
+    Fault(
+        "checkpoint/config.py", r"window is not None for window in windows", "True for window in windows", "test_model"
+    ),
+    Fault("checkpoint/config.py", r"\[bool\(number\) for number in listed\]", "[True] * layers", "test_model"),
+    Fault("checkpoint/config.py", r"math\.sqrt\(1 \+ math\.log\(factor\) .*\) if", "1.0 if", "test_model"),
+    Fault("checkpoint/config.py", r'theta \* given\["alpha"\] \*\* .*$', "theta", "test_model"),
+    Fault("checkpoint/config.py", r"min\(_longest\(config\), int\(original\)\)", "_longest(config)", "test_model"),
+    Fault("checkpoint/config.py", r"\*\*kept, (\"architectures\")", r"\1", "test_model"),
     Fault("checkpoint/config.py", r"if kind not in INVERSE_FREQUENCIES:", "if False:", "test_model"),
     Fault(
         "checkpoint/values.py", r" and not isinstance\(value, bool\) and self\.low <= value <= self\.high", "", HOSTILE
@@ -68,7 +78,7 @@ FAULTS = [
     Fault("checkpoint/headers.py", r"if max\(shape, default=0\) > LARGEST:", "if False:", HOSTILE),
     Fault("checkpoint/headers.py", r"if dtype not in STORED_DTYPES:", "if False:", HOSTILE),
     Fault("checkpoint/headers.py", r"not isinstance\(weight_map, dict\) or ", "", FUZZ),
-    Fault("checkpoint/values.py", r"isinstance\(value, list\) and all", "all", FUZZ),
+    Fault("checkpoint/values.py", r"isinstance\(value, list\) and all\(isin", "all(isin", FUZZ),
     Fault("checkpoint/hub.py", r"^    if level:", "    if False:", HOSTILE),
     Fault("checkpoint/hub.py", r"if name in self\.stamps and", "if False and", HOSTILE),
     # Reading.

@@ -28,7 +28,7 @@ from miniawq.quantize.streams import Aim, Streams
 from miniawq.quantize.verify import ROUNDING, error_over_bound
 from tests.helpers.awq_blocks import layer_and_inputs, statistics_of
 from tests.helpers.quantizing import contents, some_text
-from tests.helpers.tiny_checkpoints import FAMILIES, make_dense
+from tests.helpers.tiny_checkpoints import SOME_THOROUGHLY, make_dense
 
 SETTINGS = Settings(replace(NEIGHBOURS, group_size=64, ratios=4), shard_bytes=40_000)
 
@@ -178,7 +178,8 @@ def test_aims_are_what_the_dense_block_gives(family: str, tmp_path: Path) -> Non
     stream, block = BlockStream(open_checkpoint(source)), model.model.layers[0]
     dense_BLD = torch.randn(3, 9, 128)
     streams = Streams(stream, dense_BLD, dense_BLD + 0.1 * torch.randn(3, 9, 128))
-    rope, _ = model.model.positions(0, 9, None, dense_BLD)
+    ropes, _ = model.model.positions(0, 9, 9, None)
+    rope = ropes[model.config.layer_ropes[0]]
     given_by = [[h_BLD + block.self_attn(block.input_layernorm(h_BLD), rope), block(h_BLD, rope)] for h_BLD in
                 (streams.dense_BLD, streams.quantized_BLD)]  # fmt: skip
     for fold in awq.llama_folds(model.config):
@@ -234,7 +235,7 @@ def test_the_second_stream_is_what_the_file_gives_also_when_resumed(
     assert torch.equal(seen[-1], hidden_BLD), "the resumed run"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_THOROUGHLY)
 def test_learned_checkpoints_are_verified_and_lose_no_more_than_plain_rounding(family: str, tmp_path: Path) -> None:
     source, _ = make_dense(tmp_path / "dense", family)
     made = quantize_checkpoint(source, tmp_path / "out", some_text(), SETTINGS)

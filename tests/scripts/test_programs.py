@@ -10,7 +10,8 @@ from tests.scripts import script
 
 PROGRAMS = (
     "bench", "bench_batch", "bench_products", "bench_quantize", "memory_table", "planted_faults", "random_checkpoint",
-    "train_demo", "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp", "peers/real_model", "peers/serve",
+    "train_demo", "worked_example", "draw_terminal",
+    "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp", "peers/real_model", "peers/serve",
 )  # fmt: skip
 
 

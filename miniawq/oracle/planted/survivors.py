@@ -27,5 +27,10 @@ ARGUED: dict[str, str] = {
     },
     "dequantize, subnormal results cut off": EXACT,
     "pack, no rows is an error": "the contract speaks of no rows for the product alone",
+    "quantize, the last of an odd number of outputs left zero": "outputs are a multiple of 8 (`Limits.multiple_of_n`)",
+    "quantize, a parameter refused": "no argument requires a gradient, and a refusal is loud",
+    "quantize, multiplied by the float32 reciprocal": "a float32 quotient may cost 32 * 2**-24 scales (`adversarial`)",
+    "matmul, zeros times the sum of x: infinity gives NaN": "the contract allows it: no output of such a row is finite",
+    "load_checkpoint, zero_point not looked at": "the second definition does not look at it either: zeros are stored",
     "search_scales, square weights transposed": "the candidates come from x: the best of them is nearly the same",
 }

@@ -10,7 +10,8 @@ from scripts.peers.adapters.files import file_module, folder_of, version_of
 
 # The kernels read this module when they are imported: without tuning one configuration or two are built for each shape.
 config = file_module(folder_of("gemlite") / "triton_kernels/config.py")
-config.set_autotune(False)
+for kernel in config.MATMUL_DTYPES:
+    setattr(config.AUTOTUNE, kernel, "default")
 sys.modules["gemlite.triton_kernels.config"] = config
 
 from torch import Tensor  # noqa: E402

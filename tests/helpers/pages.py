@@ -1,0 +1,34 @@
+"""Running what pages show: a copy of the repository to run in, and commands as a reader types them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers import ROOT, TESTS
+
+COPIED = ("miniawq", "scripts")  # a page may change these
+
+
+def repository(folder: Path) -> Path:
+    """The repository as a reader has it, with a `miniawq` that runs it."""
+    for name in COPIED:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").symlink_to(TESTS)
+    program = folder / "bin" / "miniawq"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} -m miniawq "$@"\n')
+    program.chmod(0o755)
+    return folder
+
+
+def shell(commands: str, root: Path) -> tuple[int, str]:
+    """The exit code of the last command, and what all have printed."""
+    places = (root / "bin", Path(sys.executable).parent, os.environ["PATH"])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = os.pathsep.join(map(str, places))
+    run = subprocess.run(
+        ["bash", "-c", commands], cwd=root, capture_output=True, text=True, env=environment, check=False
+    )
+    return run.returncode, run.stdout + run.stderr
