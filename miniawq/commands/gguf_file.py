@@ -16,6 +16,7 @@ Names of tensors and keys are those that llama.cpp's `convert_hf_to_gguf.py` wri
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -161,11 +162,24 @@ def _architecture(config: LlamaConfig) -> str:
     if architecture is None:
         why = f"{config.architecture} is none of {', '.join(ARCHITECTURES)}"
         raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
+    changed = [
+        item.name
+        for item in fields(config)
+        if item.default is not MISSING and getattr(config, item.name) != item.default
+    ]
+    if changed:
+        why = f"{', '.join(changed)}: {architecture} has no such switch there"
+        raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
     rope = config.rope
     yarn = (rope.beta_fast, rope.beta_slow, rope.truncate, rope.attention_factor)
-    plain_yarn = rope.rope_type != "yarn" or yarn == (32, 1, True, 0.1 * math.log(rope.factor) + 1)
-    own_tables = rope.rope_type == "llama3" and architecture != TURNS_NEIGHBOURS
-    if rope.rope_type == "dynamic" or own_tables or not plain_yarn:
+    known = {
+        "default": True,
+        "linear": True,
+        "llama3": architecture == TURNS_NEIGHBOURS,
+        "yarn": yarn == (32, 1, True, 0.1 * math.log(rope.factor) + 1),
+    }
+    whole = rope.rotary_dim == config.head_dim and not rope.interleaved and set(config.layer_ropes) == {rope}
+    if not whole or not known.get(rope.rope_type):
         why = f"config.json: its rotary embedding, {rope.rope_type}, has no counterpart for {architecture} there"
         raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
     return architecture

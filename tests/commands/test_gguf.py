@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ PACKINGS = {
     "groups-of-16": {"group_size": 16, "block": tiny.AWQ_BLOCK | {"group_size": 16}},
     "one-group-a-row": {"group_size": -1, "block": tiny.AWQ_BLOCK | {"group_size": -1}},
 }
-FAMILIES = {name: {"family": name} for name in tiny.FAMILIES}
+WRITTEN = [name for name in tiny.FAMILIES if tiny.config_of(name)["architectures"][0] in gguf_file.ARCHITECTURES]
+FAMILIES = {name: {"family": name} for name in WRITTEN}
 
 
 @pytest.mark.parametrize("packing", [*PACKINGS.values(), *FAMILIES.values()], ids=[*PACKINGS, *FAMILIES])
@@ -188,7 +190,7 @@ def test_neighbours_turn_as_halves_do():
     cos_LE, sin_LE = rope_tables(config.rope, positions_L, 5, torch.float32)
 
     def neighbours(x_BHLE: Tensor) -> Tensor:
-        cos, sin = cos_LE[:, : size // 2], sin_LE[:, : size // 2]
+        cos, sin = cos_LE[:, size // 2 :], sin_LE[:, size // 2 :]
         first, second = x_BHLE.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
 
@@ -196,7 +198,9 @@ def test_neighbours_turn_as_halves_do():
     for module, count in (("q_proj", heads), ("k_proj", kv_heads)):
         outputs = torch.randn(5, count * size)
         reordered = gguf_file._turned(config, f"x.{module}", outputs.t()).t()
-        ours = apply_rope(outputs.unflatten(1, (count, size)).transpose(0, 1).unsqueeze(0), (cos_LE, sin_LE))
+        ours = apply_rope(
+            outputs.unflatten(1, (count, size)).transpose(0, 1).unsqueeze(0), (cos_LE, sin_LE), config.rope
+        )
         turned[module] = ours, neighbours(reordered.unflatten(1, (count, size)).transpose(0, 1).unsqueeze(0))
     for query, key in zip(turned["q_proj"], turned["k_proj"], strict=True):
         turned.setdefault("products", []).append(query[:, :kv_heads] @ key.transpose(-1, -2))
@@ -253,6 +257,23 @@ def test_a_rotary_embedding_that_llama_cpp_lacks_is_refused(tmp_path, family, ro
     with pytest.raises(UnsupportedCheckpoint, match="rotary embedding"):
         converted(source)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - set(WRITTEN)))
+def test_a_family_without_a_name_there_is_refused(tmp_path, family):
+    with pytest.raises(UnsupportedCheckpoint, match="cannot be written for llama"):
+        converted(make(tmp_path / "source", family=family))
+
+
+def test_a_switch_that_llama_cpp_lacks_is_refused():
+    """Also one of an architecture that it knows, and one for some layers alone."""
+    config = open_checkpoint(None).model_config
+    assert gguf_file._architecture(config) == "llama"
+    other = replace(config.rope, rope_theta=5.0)
+    for changes in ({"residual_multiplier": 0.5}, {"hidden_act": "gelu"}, {"layer_ropes": (config.rope, other)},
+                    {"rope": replace(config.rope, interleaved=True)}):  # fmt: skip
+        with pytest.raises(UnsupportedCheckpoint, match="cannot be written for llama"):
+            gguf_file._architecture(replace(config, **changes))
 
 
 def test_a_byte_that_the_disk_changes_is_seen(tmp_path, monkeypatch):
