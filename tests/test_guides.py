@@ -21,7 +21,7 @@ NOT_OURS = FOREIGN | {"trust_remote_code"}
 REFUSED = {'miniawq generate wrong --prompt "The king"': 3, "miniawq oracle my_kernel --levels L3": 1}
 TOLD = {
     'miniawq generate wrong --prompt "The king"': "64",
-    "miniawq oracle my_kernel --levels L3": "35 passed, 3 failed",
+    "miniawq oracle my_kernel --levels L3": "passed, 3 failed",
     "miniawq plan 8b --device cuda --device-memory 24GiB --max-seq-len 8192 --batch 8": "fits",
 }
 
