@@ -178,7 +178,7 @@ def count_layer(width, inner, rows):
 
     def after(h_BD, attended_BHE, norm_D, *tensors):
         o, gate_up, down, qkv = ((Product(DOT, (*tensors[i : i + 3], None)),) for i in (0, 3, 6, 9))
-        layer = Layer(norm_D, qkv, None, o, norm_D, gate_up, down, rows)
+        layer = Layer(norm_D, qkv, None, o, None, norm_D, gate_up, down, None, rows)
         h_BD, prepared = after_attention(config, layer, layer, h_BD, attended_BHE)
         return h_BD, *prepared.of_products[0], prepared.means_TC
 
