@@ -139,6 +139,13 @@ def test_forms_stay_within_their_bounds(form, rows, group_size):
     assert (error_TO <= bound(x_TI, quantized)).all()
 
 
+@pytest.mark.parametrize("vectors", range(1, 17))
+def test_the_shares_of_a_group_are_exact(vectors):
+    sums_TG = torch.tensor([[1 / 3, -1e3], [0.1, 7e-9]])
+    shares_TV = forms.shared_out(sums_TG, 2 * vectors)
+    assert torch.equal(shares_TV.double().unflatten(1, (2, vectors)).sum(2), sums_TG.double())
+
+
 @pytest.mark.parametrize(("outputs", "lanes"), [(8, 8), (24, 8), (16, 16), (48, 16)])
 def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
     monkeypatch.setattr(prepacked, "lanes_for", lambda _: lanes)

@@ -70,6 +70,7 @@ def test_expressions_conform(check):
     assert report.ok, as_text(report)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("check", marked(PRODUCT_CHECKS))
 def test_expressions_of_a_gpu_conform(check, monkeypatch):
     monkeypatch.setattr(prepacked, "wants_rows", lambda device: True)

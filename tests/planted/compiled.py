@@ -29,6 +29,9 @@ FAULTS = [
     # Forms of a GPU.
     Fault("compiled/gpu_forms.py", r"product_OU - zeros_OU", "product_OU + zeros_OU", FORMS),
     Fault("compiled/gpu_forms.py", r"== copy\)", "== 0)", FORMS),
+    Fault("compiled/gpu_forms.py", r"of_a_group & -of_a_group", "of_a_group", FORMS),
+    Fault("compiled/gpu_forms.py", r"of_a_group // shares\) == 0", "of_a_group // shares) == 1", FORMS),
+    Fault("compiled/products.py", r"rows < FEWEST_ROWS_DOTTED", "rows <= FEWEST_ROWS_DOTTED", "compiled/test_products"),
     Fault("compiled/gpu_forms.py", r"permute\(0, 1, 2, 5, 3, 4\)", "permute(0, 1, 2, 5, 4, 3)", FORMS),
     Fault("compiled/gpu_forms.py", r"& 0x000F000F", "& 0x000F000E", FORMS),
     Fault("compiled/gpu_forms.py", r"y_VTO = y_VTO \* factors_T1", "pass", "compiled/test_products"),
