@@ -81,6 +81,7 @@ def test_checks_and_names_that_pages_speak_of_are_there(text):
     assert {span for span in spans - ids if re.fullmatch(r"[A-Za-z]+(?:_[A-Za-z]+)+", span)} <= KNOWN | NOT_OURS
 
 
+@pytest.mark.thorough
 def test_memory_of_large_models_is_what_the_guide_says(tmp_path, monkeypatch, capsys):
     rows = re.findall(r"^\| (Llama-3.1-\d+B) \| (.*) \|$", GUIDES["gpu"].read_text(), re.MULTILINE)
     assert len(rows) == 2

@@ -255,7 +255,7 @@ def quantize_by(recipe: str, directory: Path, source: Path) -> None:
     assert main(["quantize", *map(str, (source, directory / recipe, *flags))]) == 0
 
 
-@pytest.mark.parametrize("work", ["text", "step", "default", "paper"])
+@pytest.mark.parametrize("work", ["text", "step", "default", pytest.param("paper", marks=pytest.mark.thorough)])
 def test_names_of_tensors_tell_their_shapes(work, tmp_path, fairytales):
     run = {"text": write_text, "step": step_through_text}.get(work, lambda: quantize_by(work, tmp_path, fairytales))
     wrong = watched(run)

@@ -102,8 +102,8 @@ REFUSALS = {
     "three bits": Refusal(block(bits=3), "bits = 3", "quantization_config", "another upload"),
     "pickle": Refusal(files("pytorch_model.bin"), "pickle", "pickles can run code", OTHER_UPLOAD),
     "rope": Refusal(
-        config(rope_scaling={"rope_type": "longrope", "factor": 4.0}),
-        NOT_HERE, "rope_scaling.rope_type = 'longrope'", "ignoring it would give wrong text",
+        config(rope_scaling={"rope_type": "mrope", "factor": 4.0}),
+        NOT_HERE, "rope_scaling.rope_type = 'mrope'", "ignoring it would give wrong text",
     ),
     "a missing tensor": Refusal(
         without("model.norm.weight"), "not those of the model", "missing", "the download may be incomplete"

@@ -383,8 +383,8 @@ def error_of(work: Callable[[], object]) -> MiniawqError | None:
     ("name", "code", "told"),
     [
         ("fsync", errno.ENOSPC, "disk is full"),
-        ("fsync", errno.EIO, "cannot write"),
-        ("replace", errno.EDQUOT, "disk is full"),
+        pytest.param("fsync", errno.EIO, "cannot write", marks=pytest.mark.thorough),
+        pytest.param("replace", errno.EDQUOT, "disk is full", marks=pytest.mark.thorough),
         ("replace", errno.EROFS, "cannot write"),
         ("truncate", errno.EROFS, "cannot write"),
         ("mkdir", errno.EACCES, "cannot write"),

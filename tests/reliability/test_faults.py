@@ -16,6 +16,7 @@ SHORT = ("kill -9", "two runs into one destination", "closed streams")  # the ot
 
 
 @LINUX
+@pytest.mark.thorough
 def test_disturbed_runs_lose_nothing():
     """In a process of its own, as one that forks must have no threads."""
     command = [sys.executable, "scripts/faults.py", "--rounds", "1", "--seed", "1", "--only", *SHORT]
