@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +51,7 @@ from miniawq.compiled import (
     int4_product,
     multiply,
     multiply_prepacked,
+    own_copy,
     prepack,
     prepare,
     written,
@@ -167,18 +167,14 @@ def multiply_in_turn(products: Sequence[Product], x_TI: Tensor) -> Tensor:
 def in_step(
     case: Case, weights: Sequence[Any], product: Callable[..., Product], dtype: torch.dtype, of_call: int = 1
 ) -> Of:
-    """The products that a decode step chooses, so many in a compiled function; none where it takes what `eager` times.
-
-    A copy of the function's code has a list of its own of what is compiled.
-    """
+    """The products that a decode step chooses, so many in a function; none where it takes what `eager` times."""
 
     def of(rows: int) -> Candidate | None:
         accepts = partial(check, device=case.device, dtype=dtype)
         products, x_TI = [product(weight, None, rows, dtype, accepts) for weight in weights], case.x(rows, dtype)
         form = products[0].form
-        function = FunctionType(multiply_in_turn.__code__.replace(), globals(), "multiply_in_turn")
         sets = [(products[first : first + of_call], x_TI) for first in range(0, len(products), of_call)]
-        call = compile_with_forms(function, [form])
+        call = compile_with_forms(own_copy(multiply_in_turn), [form])
         return None if form.name == "plain" else Candidate(call, sets, dtype, bytes_of(weights[0]), of_call, form.name)
 
     return of

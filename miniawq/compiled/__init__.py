@@ -26,7 +26,7 @@ copies of activations, pieces of a mean, or tiles of R rows.
 """
 
 from miniawq.compiled.artifacts import are_here, directory_of, identity, kept
-from miniawq.compiled.compiler import Compiled, Kept, any_length
+from miniawq.compiled.compiler import Compiled, Kept, any_length, own_copy
 from miniawq.compiled.eager import (
     CODES_PER_EXPANDED_SLICE,
     Arranged,
@@ -98,6 +98,7 @@ __all__ = [
     "lay_together",
     "multiply",
     "multiply_prepacked",
+    "own_copy",
     "pack_halves",
     "prepack",
     "prepare",

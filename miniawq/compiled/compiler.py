@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ Arguments = tuple[Any, ...]
 def inductor() -> Any:
     """The module `inductor`, imported when it is needed: importing Inductor takes seconds."""
     return import_module("miniawq.compiled.inductor")
+
+
+def own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with a code object of its own; one without a closure.
+
+    Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
+    code has a list of its own, which other shapes do not fill.
+    """
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 class Compiled:

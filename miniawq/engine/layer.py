@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import gcd
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from miniawq.compiled import (
     compile_with_forms,
     in_whole_rows,
     multiply,
+    own_copy,
     prepare,
     prepare_normed,
     with_rows,
@@ -236,14 +236,9 @@ OF_ANY_LENGTH: dict[Callable[..., Any], Callable[..., Arguments]] = {
 def compiled_function(
     function: Callable[..., Any], forms: frozenset[Form], config: LlamaConfig, rows: int, path: Path | None
 ) -> Compiled | Kept:
-    """`function` compiled for models of one shape and a number of rows, once in a process, and kept at `path`.
-
-    Dynamo keeps what it has compiled with the code object, up to a limit, and tries one after the other. A copy of the
-    code has a list of its own, which other shapes do not fill.
-    """
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    """`function` compiled for models of one shape and a number of rows, once in a process, and kept at `path`."""
     options: dict[str, Any] = SUM_WHERE_READ if function is whole_layer else {}
-    made = compile_with_forms(own, forms, OF_ANY_LENGTH.get(function), **options)
+    made = compile_with_forms(own_copy(function), forms, OF_ANY_LENGTH.get(function), **options)
     return made if path is None else Kept(made, path)
 
 

@@ -141,6 +141,11 @@ def shape(group_size: int, groups: int, columns: int, limits: Limits) -> tuple[i
     return wanted, columns * limits.multiple_of_n, group_size
 
 
+def rounded_up(number: int, step: int) -> int:
+    """The next multiple of a step, or the number itself."""
+    return -(-number // step) * step
+
+
 def smallest(limits: Limits, groups: int = 1, columns: int = 1) -> tuple[int, int, int]:
     """The shape of so many of the smallest groups that the target takes."""
     group_size = min((size for size in limits.group_sizes if size != -1), default=-1)

@@ -36,7 +36,7 @@ def seed_of(setting: Setting) -> Random:
 def outputs(limits: Limits) -> tuple[int, ...]:
     """Numbers of outputs that the target takes."""
     step = limits.multiple_of_n
-    return tuple(dict.fromkeys(-(-n // step) * step for n in OUTPUTS))
+    return tuple(dict.fromkeys(cases.rounded_up(n, step) for n in OUTPUTS))
 
 
 def sizes_taken(limits: Limits) -> tuple[int, ...]:
@@ -204,7 +204,7 @@ def layer_corners(target: Subject) -> None:
     """More than 256 outputs and more than 4096 inputs together."""
     size, step = sizes_taken(target.limits)[-2:][0], target.limits.multiple_of_n
     k = inputs_of({"group size": size, "groups": 112 if size == -1 else 4224 // size}, target.limits)
-    layer = cases.random_layer(38, k, -(-264 // step) * step, size)
+    layer = cases.random_layer(38, k, cases.rounded_up(264, step), size)
     target.judge(expect_decoded, *layer.packed)
 
 
@@ -335,7 +335,7 @@ CORNERS = ((65, 8, 33), (5, 264, 33), (129, 1032, 1), (65, 264, 3), (1000, 264, 
 def corners_of(limits: Limits) -> Factors:
     """Products that are larger than a tile in two directions."""
     step = limits.multiple_of_n
-    taken = tuple((rows, -(-n // step) * step, groups) for rows, n, groups in CORNERS if rows <= limits.max_rows)
+    taken = tuple((rows, cases.rounded_up(n, step), groups) for rows, n, groups in CORNERS if rows <= limits.max_rows)
     return {
         "corner": taken,
         "x": ("contiguous", "repeated"),

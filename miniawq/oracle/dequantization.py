@@ -64,7 +64,7 @@ def all_scales(target: Subject) -> None:
 def every_scale(target: Subject) -> Iterator[Tensor]:
     """All positive float16 numbers, about a thousand in a layer, so that the one that fails is soon found."""
     multiple = target.limits.multiple_of_n
-    n = -(-1024 // multiple) * multiple
+    n = cases.rounded_up(1024, multiple)
     for first in range(0, cases.LARGEST_HALF_BITS, n):
         yield ((torch.arange(n) + first) % cases.LARGEST_HALF_BITS + 1).to(torch.int16).view(torch.float16)
 

@@ -54,7 +54,7 @@ def long_codes(target: Subject) -> None:
 def long_words(target: Subject) -> None:
     """More than 4096 rows of words, and more than 2**15 words in a row."""
     step = target.limits.multiple_of_n
-    for shape in ((ROWS, step), (1, -(-8 * 32_776 // step) * step)):
+    for shape in ((ROWS, step), (1, cases.rounded_up(8 * 32_776, step))):
         target.judge(expect_unpacked, truth.pack(cases.codes(Random(72), *shape)))
 
 
@@ -93,7 +93,7 @@ def long_layers(target: Subject) -> list[PackedCase]:
     inputs = inputs_of({"group size": size, "groups": INPUTS // (40 if size == -1 else size) + 1}, target.limits)
     few = inputs_of({"group size": size, "groups": 1}, target.limits)
     return [random_layer(73, inputs, step, size, cases.exact_scales),
-            random_layer(74, few, -(-OUTPUTS // step) * step, size, cases.exact_scales)]  # fmt: skip
+            random_layer(74, few, cases.rounded_up(OUTPUTS, step), size, cases.exact_scales)]  # fmt: skip
 
 
 @rule("L1.refuses-group-sizes", "dequantize", flags=("NoShapeCheck",))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import miniawq.oracle.cases as cases
 import miniawq.oracle.truth as truth
-from miniawq.oracle.cases import PackedCase, random_layer, random_weight, smallest
+from miniawq.oracle.cases import PackedCase, random_layer, random_weight, rounded_up, smallest
 from miniawq.oracle.check import Check, rule
 from miniawq.oracle.combinations import (
     bias_of,
@@ -33,11 +33,6 @@ from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Broken, Subject, memory, same_bits
 
 FAR = 65_544  # past 2**16
-
-
-def rounded_up(number: int, step: int) -> int:
-    """The next multiple of a step."""
-    return -(-number // step) * step
 
 
 def tall_codes(target: Subject) -> tuple[Tensor, Tensor]:

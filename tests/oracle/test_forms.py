@@ -1,11 +1,9 @@
 """The forms that are compiled for decoding keep the oracle's rules for the product, as expressions and compiled."""
 
-from types import FunctionType
-
 import pytest
 import torch
 
-from miniawq.compiled import prepacked
+from miniawq.compiled import own_copy, prepacked
 from miniawq.compiled.eager import arrange_awq, multiply_prepacked
 from miniawq.compiled.prepacked import prepack_awq
 from miniawq.compiled.products import compile_with_forms, int4_product, multiply, prepare
@@ -43,11 +41,6 @@ class OneProduct:
 
 def product(x_TI, products):
     return multiply(products, prepare(products, x_TI))
-
-
-def own_copy(function):
-    """With a code object of its own: Dynamo keeps what it has compiled with that, up to a limit."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 class PlainProduct:
