@@ -10,8 +10,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 MINUTES ?= 10
-# One thread for each of two processes: two cores are what CI has.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# One thread for each of two processes: two cores are what CI has. Tests start many processes: byte code is kept for them.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: demo test test-all lint bench fuzz faults clean
 
