@@ -39,6 +39,7 @@ from miniawq.engine.delivery import delivered
 from miniawq.engine.fitting import check_decoder, check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK, against_plan, require_memory
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
+from miniawq.engine.speculation import Lookup, speculated
 from miniawq.engine.start import Decoders, PlainStep, Step, threads_for
 from miniawq.errors import InvalidInput
 from miniawq.hardware import pick_device, threads
@@ -83,6 +84,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     decoder: Step | None = None,
     cached: CachedText | None = None,
+    lookup: Lookup | None = None,
     reading: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
@@ -93,6 +95,7 @@ def generate(
     `seed` to torch's global generator. A `decoder` computes each token after the first from the one before, for
     `delivered`; without one `PlainStep` runs the model. It must have the same `sampling`. `cached` says what its cache
     holds of the last text, and what it shares with this one is not computed again; for prompts without padding.
+    A `lookup` that has the ids of a single prompt guesses what follows, and `speculated` keeps what is right.
     `reading` is given the pieces and gives them back one by one: a progress bar.
     """
     sampling = sampling or Sampling()
@@ -100,6 +103,8 @@ def generate(
     batch, needed = len(tokens_BL), tokens_BL.shape[1] + max_tokens
     decoder = decoder or PlainStep(model, batch, needed, sampling)
     check_decoder(decoder, batch, needed, sampling)
+    if lookup is not None and batch > 1:
+        raise InvalidInput("a lookup guesses for one text", f"there are {batch} prompts", "give one, or no lookup")
     if cached is not None and padding_B is not None:
         raise InvalidInput("cached goes with no padding", "its ids stand at the positions of prompts that begin at 0")
     cached, length = cached or CachedText(), decoder.cache.length
@@ -109,7 +114,8 @@ def generate(
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
-    for ids in delivered(decoder, ids_B, max_tokens):
+    steps = delivered(decoder, ids_B, max_tokens) if lookup is None else speculated(decoder, ids_B, max_tokens, lookup)
+    for ids in steps:
         cached.add(ids)
         if NOT_A_NUMBER in ids:
             cached.forget()
@@ -200,7 +206,9 @@ class Writer:
             wanted=wanted,
             streams=not is_reproducible,
             converses=arguments.interactive,
+            speculates=arguments.speculate,
         )
+        self.lookup: Lookup | None = None
 
     def several(self, prompt: tuple[str, bool] | None) -> ManyPrompts | Samples | None:
         """What is written at once: --prompts, or --num-samples; None for one text, or a conversation."""
@@ -217,6 +225,8 @@ class Writer:
         """Write with this model from now on."""
         self.model, self.load_seconds = model, load_seconds
         self.decoders.use(model)
+        if self.arguments.speculate and not self.decoders.compiles:
+            log.info("--speculate has no use: only where steps are compiled, checking guesses is faster than steps")
 
     def report(self, completion: Completion, seed: int) -> None:
         """Say on stderr how it went."""
@@ -233,6 +243,7 @@ class Writer:
             told = "only %d new tokens fit after a prompt of %d in a context of %d"
             log.info(told, max_tokens, len(prompt_ids), self.context.limit)
         decoder = self.decoders.for_text(len(prompt_ids) + max_tokens)
+        self.lookup = Lookup(prompt_ids) if self.arguments.speculate and self.decoders.compiles else None
         completion = complete(
             self.model,
             self.tokenizer,
@@ -244,6 +255,7 @@ class Writer:
             seed=seed,
             decoder=decoder,
             cached=self.decoders.cached,
+            lookup=self.lookup,
             reading=partial(prompts.bar, is_quiet=self.arguments.quiet),
         )
         return completion, seed

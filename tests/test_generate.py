@@ -16,6 +16,7 @@ from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
 from miniawq.engine.memory import footprint
 from miniawq.engine.step import DecodeStep
+from miniawq.engine.verifying import SpeculativeStep
 from miniawq.errors import DoesNotFit, NotFound, UsageError
 from miniawq.generate import build_parser, complete, load, main
 from miniawq.hardware import DeviceMemory
@@ -390,6 +391,25 @@ def test_the_compiled_step_writes_the_same_text(capsys, monkeypatch, chat_model)
     assert quick["text"] == plain["text"]
     assert made[0].cache.max_seq_len == 16
     assert (plain["compile_s"], quick["compile_s"]) == (0, 1000)
+
+
+def test_guesses_change_nothing_but_the_number_of_steps(capsys, caplog, monkeypatch, chat_model):
+    def step(*arguments):
+        return SpeculativeStep(*arguments, compiles=False)
+
+    monkeypatch.setattr("miniawq.engine.start.SpeculativeStep", step)
+    flags = [chat_model, "-p", "one two one two one two", "--raw", "-n", 40, "--ignore-eos", "--json"]
+    plain = json.loads(run(capsys, *flags)[1])
+    quick = json.loads(run(capsys, *flags, "--compile", "--speculate")[1])
+    assert quick["text"] == plain["text"]
+    assert 0 < quick["guessed_right"] <= quick["guessed"]
+    told = run(capsys, *flags[:-1], "--compile", "--speculate", "--stats")[2]
+    assert f"Guesses: {quick['guessed']} tokens, {quick['guessed_right']} right\n" in told
+    assert not caplog.text
+    assert json.loads(run(capsys, *flags, "--no-compile", "--speculate")[1])["text"] == plain["text"]
+    assert "--speculate has no use" in caplog.text
+    for others in (["--num-samples", 2], ["--logprobs", 1]):
+        assert run(capsys, *flags, "--speculate", *others)[0] == 2
 
 
 def lines_of_user(monkeypatch, *lines):

@@ -8,6 +8,7 @@ from miniawq.commands.context import Context
 from miniawq.engine.completion import Completion
 from miniawq.engine.memory import bytes_per_token
 from miniawq.engine.sampling import Sampling
+from miniawq.engine.speculation import Lookup
 from miniawq.engine.start import Decoders
 from miniawq.hardware import peak_memory
 from miniawq.model import Llama
@@ -26,6 +27,7 @@ class Writing(Protocol):
     next_seed: int
     context: Context
     texts_told: int
+    lookup: Lookup | None
 
     def begin(self, prompt: str, is_chat: bool) -> tuple[Completion, int]:
         """A completion, and its seed."""
@@ -50,6 +52,8 @@ def figures(run: Writing, completion: Completion, seed: int) -> dict[str, Any]:
         "compile_s": run.decoders.build_seconds,
         "tokens_before_compiled": run.decoders.ahead,
         "compiled_tps": completion.rate_after(run.decoders.ahead + 2) if run.decoders.current else 0.0,
+        "guessed": run.lookup.guessed if run.lookup else 0,
+        "guessed_right": run.lookup.right if run.lookup else 0,
         "peak_memory": peak_memory(run.model.device) / 1e9,
         "gigabytes_per_s": completion.generation_rate * bytes_per_token(run.model) / 1e9,
     }
@@ -66,10 +70,12 @@ def in_full(run: Writing, completion: Completion, seed: int) -> str:
     """All that may be asked about one text, in several lines."""
     found = figures(run, completion, seed)
     kept = f"{found['cached_tokens']} of them kept, " if found["cached_tokens"] else ""
+    guesses = f"Guesses: {found['guessed']} tokens, {found['guessed_right']} right\n" if found["guessed"] else ""
     settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
     return (
         f"Prompt: {found['prompt_tokens']} tokens, {kept}{found['prompt_tps']:.1f} tokens-per-sec\n"
         f"{_generation(found)}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"
+        f"{guesses}"
         f"Time to first token: {found['first_token_s']:.3f} s\n"
         f"Loading: {found['load_s']:.3f} s; compiling: {found['compile_s']:.3f} s\n"
         f"Peak memory: {found['peak_memory']:.3f} GB\n"

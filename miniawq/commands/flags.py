@@ -75,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=kinds, default="auto", metavar="DTYPE", help=auto)
     compiled = "compile the steps (on a GPU), and keep them"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    guessed = "guess tokens where the text repeats itself, and check several by one compiled step"
+    add("--speculate", action="store_true", help=guessed)
     add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add_hub_flags(parser)
     return parser
@@ -124,6 +126,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
     _check_batch_flags(arguments)
     if arguments.interactive and (arguments.output_format != "text" or arguments.num_samples > 1):
         raise UsageError("--interactive goes with neither --json nor --num-samples")
+    if arguments.speculate and (arguments.prompts or arguments.num_samples > 1 or arguments.logprobs is not None):
+        raise UsageError(
+            "--speculate is for one text at a time", "it goes with no --prompts, --num-samples, --logprobs"
+        )
     if arguments.logprobs is not None and not (arguments.prompts or arguments.output_format != "text"):
         raise UsageError("--logprobs is for JSON", "", "give --json, or --output-format jsonl")
     if arguments.logprobs is not None and not 0 <= arguments.logprobs <= MOST_LOGPROBS:

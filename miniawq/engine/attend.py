@@ -51,13 +51,14 @@ def blocks_of(position_B: Tensor, first_B: Tensor, room: int) -> Blocks:
 
 def block_attention(
     q_BHE: Tensor,
-    keys_BMJE: Tensor,
-    values_BMJE: Tensor,
+    keys_XMJE: Tensor,
+    values_XMJE: Tensor,
     blocks: Blocks,
     scale: float | None = None,
     parts: int | None = None,
 ) -> Tensor:
-    """[B, H, E]. Programs read parts of a row's blocks, each key once for the heads that share it.
+    """[B, H, E], of rows with keys of their own or all with the same. Programs read parts of a row's blocks, each key
+    once for the heads that share it.
 
     FlexAttention has a kernel for one query only where a power of two heads share a key, so heads of zeros are added.
     To be compiled with what follows it: with `layer.SUM_WHERE_READ`, the kernel that reads the parts sums them.
@@ -66,7 +67,7 @@ def block_attention(
     def sees(row: Tensor, _head: Tensor, _query: Tensor, position: Tensor) -> Tensor:
         return (position <= blocks.position_B[row]) & (position >= blocks.first_B[row])
 
-    rows, room, kv_heads, _ = keys_BMJE.shape
+    rows, (_, room, kv_heads, _) = len(q_BHE), keys_XMJE.shape
     mask = BlockMask.from_kv_blocks(
         blocks.block_count,
         blocks.block_index,
@@ -81,15 +82,15 @@ def block_attention(
         "num_warps": 4,
         "BLOCKS_ARE_CONTIGUOUS": True,
     }
-    keys_BJME, values_BJME = keys_BMJE.transpose(1, 2), values_BMJE.transpose(1, 2)
+    keys_XJME, values_XJME = keys_XMJE.transpose(1, 2), values_XMJE.transpose(1, 2)
     shared = q_BHE.shape[1] // kv_heads
     extra = (1 << (shared - 1).bit_length()) - shared
     if extra:
         q_BHE = pad(q_BHE.unflatten(1, (kv_heads, shared)), (0, 0, 0, extra)).flatten(1, 2)
     y_BHE = flex_attention(
         q_BHE.unsqueeze(2),
-        keys_BJME,
-        values_BJME,
+        keys_XJME,
+        values_XJME,
         block_mask=mask,
         scale=scale,
         enable_gqa=True,

@@ -6,12 +6,14 @@ length ever compiles anything: new keys are written where it points, and attenti
 
 The cache of a layer is one tensor of slots [U, J, E], so that one kernel writes all that a token brings:
 
-    slots       B x H / J                      B x M                   B x M
+    slots       B x H / J                      X x M                   X x M
     hold        queries of the new token       keys                    values
-    slot of     row b, heads h with h // J     row b, position m       row b, position m
+    slot of     row b, heads h with h // J     text x, position m      text x, position m
     in a slot   place j: head h, h % J = j     key head j              value head j
 
-Shapes, beside the book's: U slots, A all heads (H + 2 J): queries, keys, values.
+Each row continues a text of its own, or all rows are neighbouring tokens of one text (`speculation.py`).
+
+Shapes, beside the book's: U slots, A all heads (H + 2 J): queries, keys, values; X texts, B or 1.
 """
 
 from collections.abc import Callable
@@ -57,17 +59,18 @@ def before_attention(
 ) -> None:
     """Write the queries, keys and values of the normed residual stream into their slots of the layer's cache."""
     qkv_BO = multiply(layer.qkv, prepared)[: layer.rows]
-    rotate_into_cache(config, layer.qk_norm_AE, qkv_BO, rope, position_B, cache_UJE)
+    rotate_into_cache(config, layer, qkv_BO, rope, position_B, cache_UJE)
 
 
 def rotate_into_cache(
-    config: LlamaConfig, qk_norm_AE: Tensor | None, qkv_BO: Tensor, rope: Rope, position_B: Tensor, cache_UJE: Tensor
+    config: LlamaConfig, layer: Layer, qkv_BO: Tensor, rope: Rope, position_B: Tensor, cache_UJE: Tensor
 ) -> None:
     """What the product of q, k and v has made, with queries and keys normed and rotated, into its slots.
 
     All heads alike, because Inductor writes two tensors by two kernels.
     """
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    qk_norm_AE = layer.qk_norm_AE
     new_BAE = qkv_BO.unflatten(1, (-1, size))
     rows, (row_B, head_A, place_E) = len(new_BAE), (torch.arange(n, device=new_BAE.device) for n in new_BAE.shape)
     row_B1, is_value_A = row_B.unsqueeze(1), head_A >= heads + kv_heads
@@ -80,9 +83,10 @@ def rotate_into_cache(
     turned_BAE = new_BAE * cos_B1E + partners(new_BAE, config.rope) * sin_B1E
     if qk_norm_AE is not None and config.qk_norm == "turned heads":
         turned_BAE = qk_norm_AE * turned_BAE
-    shared = heads // kv_heads
-    room = (len(cache_UJE) - rows * shared) // (2 * rows)
-    place_BA = rows * shared + (row_B1 + rows * is_value_A) * room + position_B.unsqueeze(1)
+    shared, texts = heads // kv_heads, layer.texts
+    room = (len(cache_UJE) - rows * shared) // (2 * texts)
+    text_B1 = row_B1 if texts == rows else torch.zeros_like(row_B1)
+    place_BA = rows * shared + (text_B1 + texts * is_value_A) * room + position_B.unsqueeze(1)
     slot_BA = torch.where(head_A < heads, row_B1 * shared + head_A // kv_heads, place_BA)
     places = slot_BA.unsqueeze(2), (head_A % kv_heads).unsqueeze(1), place_E
     cache_UJE.index_put_(places, torch.where(is_value_A.unsqueeze(1), new_BAE, turned_BAE))
@@ -99,12 +103,12 @@ def normed_heads(config: LlamaConfig, new_BAE: Tensor) -> Tensor:
     return torch.cat(normed, dim=1)
 
 
-def parts_of_cache(config: LlamaConfig, rows: int, cache_UJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views q_BHE, keys_BMJE, values_BMJE of a layer's cache."""
-    of_queries = rows * config.num_attention_heads // config.num_key_value_heads
-    q_BHE = cache_UJE[:of_queries].reshape(rows, config.num_attention_heads, config.head_dim)
-    keys_BMJE, values_BMJE = cache_UJE[of_queries:].unflatten(0, (2, rows, -1))
-    return q_BHE, keys_BMJE, values_BMJE
+def parts_of_cache(config: LlamaConfig, layer: Layer, cache_UJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q_BHE, keys_XMJE, values_XMJE of a layer's cache."""
+    of_queries = layer.rows * config.num_attention_heads // config.num_key_value_heads
+    q_BHE = cache_UJE[:of_queries].reshape(layer.rows, config.num_attention_heads, config.head_dim)
+    keys_XMJE, values_XMJE = cache_UJE[of_queries:].unflatten(0, (2, layer.texts, -1))
+    return q_BHE, keys_XMJE, values_XMJE
 
 
 def after_attention(
@@ -148,7 +152,7 @@ def whole_layer(
 ) -> tuple[Tensor, Prepared]:
     """`before_attention`, attention by blocks and `after_attention`."""
     before_attention(config, layer, prepared, rope, blocks.position_B, cache_UJE)
-    parts = parts_of_cache(config, layer.rows, cache_UJE)
+    parts = parts_of_cache(config, layer, cache_UJE)
     attended_BHE = block_attention(*parts, blocks, config.attention_multiplier)
     return after_attention(config, layer, following, h_BD, attended_BHE)
 

@@ -145,6 +145,15 @@ class History(NamedTuple):
         """Count one generated token in each row, in place."""
         self.counts_BV.scatter_add_(1, ids_B[:, None], torch.ones_like(ids_B[:, None], dtype=torch.float32))
 
+    def extend(self, ids_L: Tensor) -> None:
+        """Count several generated tokens of the only row, in place."""
+        self.counts_BV[0].scatter_add_(0, ids_L, torch.ones_like(ids_L, dtype=torch.float32))
+
+    def after_each(self, ids_L: Tensor) -> "History":
+        """That of the only row after each of several more tokens, one row each."""
+        new_LV = torch.zeros_like(self.counts_BV).expand(len(ids_L), -1).scatter(1, ids_L[:, None], 1.0)
+        return History(self.prompt_BV.expand(len(ids_L), -1), self.counts_BV + new_LV.cumsum(0))
+
 
 def penalize(logits_BV: Tensor, sampling: Sampling, history: History) -> Tensor:
     """Lower the logits of tokens that have been there."""

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from miniawq.engine.cached_text import CachedText
 from miniawq.engine.memory import bytes_per_token, cache_room
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.step import DecodeStep
+from miniawq.engine.verifying import SpeculativeStep
 from miniawq.engine.weights import can_step
 from miniawq.hardware import threads
 from miniawq.kernel import QuantLinear
@@ -37,6 +39,8 @@ class Step(Protocol):
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None: ...
 
     def step(self, ids_B: Tensor) -> Tensor: ...
+
+    def verify(self, ids: Sequence[int]) -> Tensor: ...
 
 
 class PlainStep:
@@ -68,6 +72,15 @@ class PlainStep:
         with threads(self.threads):
             logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
         return sample(logits_BV, self.sampling, self.history, self.generator)
+
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """What is chosen after each of these neighbouring ids of one text, ids_L. The length stays as it was."""
+        length, ids_L = self.cache.length, torch.tensor(list(ids), device=self.model.device)
+        with threads(self.threads):
+            logits_LV = self.model(ids_L[None], self.cache)[0]
+        self.cache.length = length
+        history = None if self.history is None else self.history.after_each(ids_L)
+        return sample(logits_LV, self.sampling, history, self.generator)
 
 
 def threads_for(model: Llama) -> int | None:
@@ -130,6 +143,13 @@ class EagerStart(PlainStep):
         self.ahead += 1
         return super().step(ids_B)
 
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """As `PlainStep.verify`."""
+        if self.compiled.is_ready and not self.is_compiling:
+            return self.compiled.verify(ids)
+        self.ahead += 1
+        return super().verify(ids)
+
     @property
     def returns_early(self) -> bool:
         """As `DecodeStep.returns_early`, once it has taken over."""
@@ -166,8 +186,9 @@ class EagerStart(PlainStep):
 class Decoders:
     """The steps of one conversation, or of all samples of a prompt: one compiled step for all texts that fit its cache.
 
-    `wanted` says whether steps are compiled; None means on CUDA. `streams` is that of `EagerStart`. Where a
-    conversation goes on, `cached` says what the cache holds of it. `use` comes first.
+    `wanted` says whether steps are compiled; None means on CUDA. `streams` is that of `EagerStart`. `speculates` says
+    whether they can check guesses, which pays only if they are compiled. Where a conversation goes on, `cached` says
+    what the cache holds of it. `use` comes first.
     """
 
     def __init__(
@@ -179,8 +200,10 @@ class Decoders:
         wanted: bool | None,
         streams: bool,
         converses: bool,
+        speculates: bool = False,
     ) -> None:
         self.sampling, self.limit, self.streams, self.converses = sampling, limit, streams, converses
+        self.speculates = speculates
         self.compiles = (device.type == "cuda" if wanted is None else wanted) and WORKSHOP.knows_torch
         self.step: PlainStep | None = None
         self.cached: CachedText | None = None
@@ -211,7 +234,8 @@ class Decoders:
     def _made(self, room: int) -> PlainStep:
         if not self.compiles:
             return PlainStep(self.model, 1, room, self.sampling)
-        return EagerStart(self.model, DecodeStep(self.model, 1, room, self.sampling), self.streams)
+        made = SpeculativeStep(self.model, room, self.sampling) if self.speculates else None
+        return EagerStart(self.model, made or DecodeStep(self.model, 1, room, self.sampling), self.streams)
 
     @property
     def current(self) -> EagerStart | None:

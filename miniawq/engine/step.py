@@ -6,6 +6,7 @@ replayed for each token; on a CPU the same functions run one by one.
 
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from miniawq.compiled import check, identity
 from miniawq.engine.attend import SMALLEST_HEAD, mask_of
 from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache, ropes_of
 from miniawq.engine.sampling import History, Sampling, sample
-from miniawq.engine.weights import Accepts, LayerWeights, Weights
+from miniawq.engine.weights import Accepts, Layer, LayerWeights, Weights
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.model import KVCache, Llama, attention, attention_mask, rope_tables
 
@@ -33,12 +34,21 @@ class DecodeStep:
 
     It owns what a recorded step must own: the cache, the history, the random numbers. A text starts with `begin`; its
     prompt goes through the model itself, into `cache`; the first `step` compiles, unless `compile` has been called.
-    With `compiles` False the same functions run as they are.
+    With `compiles` False the same functions run as they are. With `texts` 1 all rows are neighbouring tokens of one
+    text.
     """
 
     def __init__(
-        self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling | None = None, *, compiles: bool = True
+        self,
+        model: Llama,
+        batch: int,
+        max_seq_len: int,
+        sampling: Sampling | None = None,
+        *,
+        compiles: bool = True,
+        texts: int | None = None,
     ) -> None:
+        self.texts = texts or batch
         self.model, self.config, self.sampling = model, model.config, sampling or Sampling()
         self.device, self.dtype = model.device, model.dtype
         # What is made in inference mode could not be used outside.
@@ -73,24 +83,26 @@ class DecodeStep:
             self.tables = tuple(
                 rope_tables(rope, positions_M, max_seq_len, self.dtype) for rope in ropes_of(self.config)
             )
-            self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=self.dtype)
+            texts = self.texts
+            self.cache = KVCache(self.config, texts, max_seq_len, device="meta", dtype=self.dtype)
             layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
             of_queries = batch * self.config.num_attention_heads // kv_heads
-            shape = (layers, of_queries + 2 * batch * max_seq_len, kv_heads, size)
+            shape = (layers, of_queries + 2 * texts * max_seq_len, kv_heads, size)
             cache_NUJE = torch.zeros(shape, device=self.device, dtype=self.dtype)
-            kept_N2BMJE = cache_NUJE[:, of_queries:].unflatten(1, (2, batch, max_seq_len))
-            self.cache.keys_NBMJE, self.cache.values_NBMJE = kept_N2BMJE.unbind(1)
+            kept_N2XMJE = cache_NUJE[:, of_queries:].unflatten(1, (2, texts, max_seq_len))
+            self.cache.keys_NBMJE, self.cache.values_NBMJE = kept_N2XMJE.unbind(1)
             self.ids_B = torch.zeros(batch, dtype=torch.long, device=self.device)
             self.padding_B, self.position_B = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B)
             has_history = self.sampling.has_penalties
-            self.history = History.of_prompt(self.ids_B[:, None], self.config.vocab_size) if has_history else None
+            of_texts = self.ids_B[:texts, None]
+            self.history = History.of_prompt(of_texts, self.config.vocab_size) if has_history else None
         self.caches = cache_NUJE.unbind()
         self.generator = torch.Generator(self.device)
 
     def _choose_products(self, accepts: Accepts) -> None:
         rows = len(self.ids_B)
         with torch.inference_mode(False), torch.no_grad():
-            self.layers = [weights.for_rows(rows, self.dtype, accepts) for weights in self.weights]
+            self.layers = [weights.for_rows(rows, self.texts, self.dtype, accepts) for weights in self.weights]
             self.head = self.head_weights.products(rows, self.dtype, accepts)
 
     @torch.inference_mode()
@@ -161,6 +173,23 @@ class DecodeStep:
         self.cache.length += 1
         return self.ids_B.clone()
 
+    @torch.inference_mode()
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """With `texts` 1: what is chosen after each of these neighbouring ids, ids_L. The length stays as it was.
+
+        Rows for which there is no id compute tokens that no later one sees: their places are written before they are
+        read, or are the last place, which no guess may have.
+        """
+        rows, length, last = len(self.ids_B), self.cache.length, self.cache.max_seq_len - 1
+        if len(ids) > rows or self.texts != 1:
+            why = f"it has {rows} rows, of {self.texts} texts, and {len(ids)} ids are given"
+            raise InvalidInput("this step cannot check guesses", why, "make a SpeculativeStep, or give no lookup")
+        assert length + len(ids) <= last, f"{len(ids)} ids after {length} positions of {last + 1}"
+        self.position_B.copy_(torch.arange(length, length + rows).clamp_max(last))
+        filled = torch.tensor([*ids, *[ids[-1]] * (rows - len(ids))])
+        self._compute(filled, min(last, length + rows - 1))
+        return self.ids_B[: len(ids)].clone()
+
     def _compute(self, ids_B: Tensor, last: int) -> None:
         """A token of each row at its `position_B`, none of which is beyond `last`."""
         if not self.is_ready:
@@ -198,23 +227,26 @@ class DecodeStep:
                 )
                 continue
             functions.before(config, layer, prepared, rope, position_B, cache_UJE)
-            attended_BHE = self._attended(cache_UJE, masks[window], end)
+            attended_BHE = self._attended(layer, cache_UJE, masks[window], end)
             h_BD, prepared = functions.after(config, layer, next_layer, h_BD, attended_BHE)
-        if self.history is not None:
-            self.history.add(self.ids_B.clamp_min(0))
+        history, fed_B = self.history, self.ids_B.clamp_min(0)
+        if history is not None and self.texts < len(fed_B):
+            history = history.after_each(fed_B)
+        elif history is not None:
+            history.add(fed_B)
         h_BD = h_BD[: len(self.ids_B)]
         self.logits_BV, ids_B = functions.finish(config, self.head, self.norm_D, self.sampling == GREEDY, h_BD)
         if ids_B is None:
-            ids_B = sample(self.logits_BV, self.sampling, self.history, self.generator)
+            ids_B = sample(self.logits_BV, self.sampling, history, self.generator)
         self.ids_B.copy_(ids_B)
 
-    def _attended(self, cache_UJE: Tensor, mask: Tensor | None, end: int) -> Tensor:
-        q_BHE, keys_BMJE, values_BMJE = parts_of_cache(self.config, len(self.ids_B), cache_UJE)
-        keys, values = keys_BMJE[:, :end].transpose(1, 2), values_BMJE[:, :end].transpose(1, 2)
+    def _attended(self, layer: Layer, cache_UJE: Tensor, mask: Tensor | None, end: int) -> Tensor:
+        q_BHE, *kept = parts_of_cache(self.config, layer, cache_UJE)
+        keys, values = (kept_XMJE[:, :end].transpose(1, 2).expand(len(q_BHE), -1, -1, -1) for kept_XMJE in kept)
         return attention(q_BHE.unsqueeze(2), keys, values, mask, self.config.attention_multiplier).squeeze(2)
 
     def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" or self.texts < len(self.ids_B):
             return {window: mask_of(self.position_B, first_B, end) for window, first_B in first.items()}
         padding_B = self.cache.padding_B
         return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in first}

@@ -96,13 +96,13 @@ class LayerWeights(NamedTuple):
             after_mlp_D=_norm(block, names.after_mlp),
         )
 
-    def for_rows(self, rows: int, dtype: torch.dtype, accepts: Accepts) -> "Layer":
-        """The same with its products chosen."""
+    def for_rows(self, rows: int, texts: int, dtype: torch.dtype, accepts: Accepts) -> "Layer":
+        """The same with its products chosen, for rows that continue so many texts."""
         chosen: dict[str, Any] = {
             name: value.products(rows, dtype, accepts) if isinstance(value, Weights) else value
             for name, value in self._asdict().items()
         }
-        return Layer(**chosen, rows=rows)
+        return Layer(**chosen, rows=rows, texts=texts)
 
 
 class Layer(NamedTuple):
@@ -118,6 +118,7 @@ class Layer(NamedTuple):
     down: tuple[Product, ...]
     after_mlp_D: Tensor | None
     rows: int
+    texts: int
 
     @property
     def forms(self) -> frozenset[Form]:

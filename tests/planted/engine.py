@@ -5,6 +5,7 @@ from tests.planted.fault import Fault
 STEP, ARTIFACTS, PLAN = "engine/test_step", "compiled/test_artifacts", "commands/test_plan"
 COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
 DELIVERY, CACHED = "engine/test_delivery", "engine/test_cached_text"
+GUESSES = "engine/test_speculation"
 BATCH, MANY = "engine/test_batch", "commands/test_many"
 FAULTS = [
     # Rows.
@@ -26,6 +27,35 @@ FAULTS = [
     Fault("engine/batch.py", r"row\.length if row else self\.shared\.kept", "row.length if row else 0", BATCH),
     Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=own\)", r"\1row_K.exponential_()", BATCH),
     Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
+    # Guesses.
+    Fault("engine/layer.py", r"row_B1 if texts == rows else torch\.zeros_like\(row_B1\)", "row_B1", GUESSES),
+    Fault("engine/step.py", r'( == "cuda") or self\.texts < len\(self\.ids_B\)', r"\1", GUESSES),
+    Fault("engine/step.py", r"torch\.arange\(length, length \+ rows\)", "torch.full((rows,), length)", GUESSES),
+    Fault("engine/step.py", r"\.clamp_max\(last\)\)", ")", GUESSES),
+    Fault("engine/step.py", r"history = history\.after_each\(fed_B\)", "pass", GUESSES),
+    Fault("engine/verifying.py", r"cache_UJE\[MOST_GUESSES \* of_a_row :\]", "cache_UJE", GUESSES),
+    Fault("engine/verifying.py", r"self\.generator, self\.history", "self.generator, self.several.history", GUESSES),
+    Fault("engine/start.py", r"self\.cache\.length = length$", "pass", GUESSES),
+    Fault("engine/sampling.py", r"\.cumsum\(0\)", "", GUESSES),
+    Fault(
+        "engine/sampling.py",
+        r"self\.counts_BV\[0\]\.scatter_add_\(0, ids_L",
+        "self.counts_BV[0].scatter_(0, ids_L",
+        GUESSES,
+    ),
+    Fault("engine/speculation.py", r"= len\(self\.ids\)$", "= len(self.ids) - 1", GUESSES),
+    Fault("engine/speculation.py", r"self\.credit \+ right - PRICE", "CREDIT", GUESSES),
+    Fault("engine/speculation.py", r"or self\.pause else", "else", GUESSES),
+    Fault("engine/speculation.py", r"chosen_L\[right : right \+ 1\]", "chosen_L[-1:]", GUESSES),
+    Fault("engine/speculation.py", r"and guesses\[0\] == token_id", "", GUESSES),
+    Fault(
+        "engine/speculation.py",
+        r"keep\(step, \[token_id, \*chosen\[:right\]\]\)",
+        "keep(step, chosen[:right])",
+        GUESSES,
+    ),
+    Fault("engine/speculation.py", r"MOST_GUESSES \+ 1, count - 1", "MOST_GUESSES + 1, count", GUESSES),
+    Fault("engine/speculation.py", r"step\.history\.extend", "len", GUESSES),
     # What fits.
     Fault("engine/fitting.py", r"length \+ max_tokens > limit", "length + max_tokens >= limit", COMPLETION),
     Fault("engine/fitting.py", r"int\(padding_B\.max\(\)\) < length", "int(padding_B.max()) <= length", COMPLETION),
@@ -45,7 +75,7 @@ FAULTS = [
     Fault("engine/start.py", r"(?s)(def returns_early.{,200}?)return False", r"\1return True", DELIVERY),
     Fault("engine/memory.py", r" or len\(weight_OI\) < FEWEST_OUTPUTS_PACKED", "", PLAN),
     Fault("engine/memory.py", r"(weight_OI\.nbytes) if loaded_dtype\(.*\) != dtype else 0", r"\1", PLAN),
-    Fault("engine/start.py", r"with threads\(self\.threads\):", "with threads(None):", STEP),
+    Fault("engine/start.py", r"(with threads)\(self\.threads\)(:\n +logits_BV)", r"\1(None)\2", STEP),
     Fault("engine/start.py", r"return 1 if layers and all\(", "return 1 if layers or all(", STEP),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
@@ -71,7 +101,7 @@ FAULTS = [
     Fault("engine/step.py", r"rope = ropes\[kind\]", "rope = ropes[config.rope]", STEP),
     Fault("engine/layer.py", r"head_A >= heads \+ kv_heads", "head_A >= heads", STEP),
     Fault("engine/layer.py", r"partners\(new_BAE, config\.rope\)", "new_BAE.roll(1, -1)", STEP),
-    Fault("engine/layer.py", r"row_B1 \+ rows \* is_value_A\) \* room", "row_B1 + is_value_A) * room", STEP),
+    Fault("engine/layer.py", r"text_B1 \+ texts \* is_value_A\) \* room", "text_B1 + is_value_A) * room", STEP),
     Fault("engine/layer.py", r"\* room \+ position_B\.unsqueeze\(1\)", "* room", STEP),
     Fault("engine/layer.py", r"following\.before_attention_D", "layer.before_mlp_D", STEP),
     Fault("engine/layer.py", r"\.masked_fill\(best\.amax\(-1\)\.isnan\(\), NOT_A_NUMBER\)", "", STEP),
