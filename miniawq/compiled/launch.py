@@ -66,8 +66,13 @@ def splits_for(shape_KWGP: Sequence[int], rows: int) -> int:
 def block_sizes(kind: str, sizes: dict[str, int], sums: int = 1, words: int = 0) -> dict[str, int]:
     """The tile of one of Inductor's kernels, by what it computes and the sizes that it iterates over.
 
-    `sums` are those of words, and `words` are those of a group, where a kernel reads any.
+    `sums` are those of words, and `words` are those of a group, where a kernel reads any. Of a dimension that its kind
+    does not cut, a program takes one place.
     """
+    return {f"{name.upper()}BLOCK": 1 for name in sizes} | _tile(kind, sizes, sums, words)
+
+
+def _tile(kind: str, sizes: dict[str, int], sums: int, words: int) -> dict[str, int]:
     if kind == "vectors":
         return vectors_tile(sizes["x"], sizes["r0_"], sums)
     if kind == "dot":
@@ -98,7 +103,7 @@ def dot_tile(sizes: dict[str, int], words: int) -> dict[str, int]:
     columns = min(sizes["x"], max(DOT_TILES))
     outputs, warps, _ = DOT_TILES[columns]
     blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": max(words, WORDS_OF_A_STEP)}
-    return blocks | {"num_warps": warps, "num_stages": STAGES} | ({"ZBLOCK": 1} if "z" in sizes else {})
+    return blocks | {"num_warps": warps, "num_stages": STAGES}
 
 
 def dense_dot_tile(rows: int) -> dict[str, int]:
@@ -122,8 +127,7 @@ def sum_tile(sizes: dict[str, int]) -> dict[str, int]:
         sums, warps = 4, 8
     elif sizes["x"] >= MANY_SUMS and block == MOST_SUMMANDS_AT_ONCE:
         warps = 8
-    tile = {"XBLOCK": sums, "R0_BLOCK": block, "num_warps": warps, "num_stages": 1}
-    return tile | ({"YBLOCK": 1} if "y" in sizes else {})
+    return {"XBLOCK": sums, "R0_BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
 def pointwise_tile(sizes: dict[str, int]) -> dict[str, int]:

@@ -23,8 +23,9 @@ from miniawq.engine.start import Step
 from miniawq.engine.verifying import MOST_GUESSES
 
 RUN = 3  # ids that must stand earlier in the text
-# Checking guesses costs less than half a step. Where too few come true there is one attempt in so many tokens.
-PRICE, CREDIT, PAUSE = 0.5, 1.5, 48
+# In steps: checking guesses costs less than half a one, and waiting for a token to see them begin wrong a twentieth.
+# Where too few come true there are few attempts, each after so many tokens.
+PRICE, WAITING, CREDIT, PAUSE = 0.5, 0.05, 1.5, 48
 
 
 class Lookup:
@@ -57,9 +58,9 @@ class Lookup:
         return [] if end is None or self.pause else list(islice(cycle(self.ids[end:]), max(0, most)))
 
     def learn(self, guessed: int, right: int) -> None:
-        """So many guesses came true."""
+        """So many guesses were checked, none where they began wrong, and so many came true."""
         self.guessed, self.right = self.guessed + guessed, self.right + right
-        self.credit = min(CREDIT, self.credit + right - PRICE)
+        self.credit = min(CREDIT, self.credit + right - (PRICE if guessed else WAITING))
         if self.credit <= 0:
             self.credit, self.pause = PRICE, PAUSE
 
@@ -91,6 +92,8 @@ def speculated(step: Step, ids_B: Tensor, count: int, lookup: Lookup) -> Iterato
             count, ids_B = count - right, chosen_L[right : right + 1]
         elif count:
             ids_B = step.step(ids_B) if ahead_B is None else ahead_B
+            if guesses and guesses[0] != token_id:
+                lookup.learn(0, 0)
 
 
 def keep(step: Step, ids: Sequence[int]) -> None:

@@ -41,6 +41,15 @@ def test_pointwise_tiles_of_a_decode_step(sizes, blocks):
     assert sorted(blocks_of(tiles.pointwise_tile(sizes)).values()) == sorted(blocks)
 
 
+@given(st.dictionaries(st.sampled_from("yz"), SIZES), st.integers(1, 64), SIZES, st.integers(1, 3))
+def test_a_program_knows_its_share_of_every_dimension(more, x, summands, sums):
+    sizes = {"x": x, "r0_": summands} | more
+    for kind in ("vectors", "dot", "dense dot", "sum"):
+        rows = sizes | {"x": tiles.columns_for(x)} if kind == "dot" else sizes
+        tile = tiles.block_sizes(kind, rows, sums=sums, words=16)
+        assert blocks_of(tile).keys() >= {f"{name.upper()}BLOCK" for name in sizes}
+
+
 @given(SIZES)
 def test_sums_have_a_program_of_their_own_unless_they_are_short(summands):
     tile = tiles.block_sizes("sum", {"x": 7, "r0_": summands}, sums=0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.sampling import History, Sampling
-from miniawq.engine.speculation import CREDIT, PAUSE, PRICE, RUN, Lookup, speculated
+from miniawq.engine.speculation import CREDIT, PAUSE, PRICE, RUN, WAITING, Lookup, speculated
 from miniawq.engine.start import EagerStart, PlainStep
 from miniawq.engine.step import DecodeStep
 from miniawq.engine.verifying import MOST_GUESSES, SpeculativeStep
@@ -85,6 +85,18 @@ def test_guesses_that_never_come_true_are_rare():
     assert lookup.right == 0
     assert len(step.verified) * PRICE / 1400 < 0.03
     assert len(step.verified) >= 1400 / (PAUSE + 6), "it goes on trying"
+
+
+def test_guesses_that_begin_wrong_are_rare():
+    """Three ids, each time with another one behind them."""
+    ids = [token_id for number in range(100, 800) for token_id in (1, 2, 3, number)]
+    waited = []
+    guess = Lookup.guess
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lookup, "guess", lambda *of: waited.append(guess(*of)) or waited[-1])
+        _, step, _ = written(ids, 8, 2000, True)
+    assert not step.verified
+    assert 10 < len([guesses for guesses in waited if guesses]) < 0.03 * 2000 / WAITING / 2
 
 
 def test_a_guess_is_what_followed_last():

@@ -48,7 +48,7 @@ from miniawq.compiled import launch
 from miniawq.compiled.eager import EXPAND_IN_ONE, expand
 from miniawq.compiled.inductor import chosen_by
 from miniawq.compiled.prepacked import LANES
-from miniawq.compiled.products import DOT, ONE_KERNEL, Product
+from miniawq.compiled.products import DOT, FEWEST_ROWS_DOTTED, ONE_KERNEL, REDUCE, Product, options_of
 from miniawq.engine.layer import SUM_WHERE_READ, after_attention
 from miniawq.engine.weights import Layer
 
@@ -172,18 +172,21 @@ def count_layer(width, inner, rows):
     config = llama_config(common | names)
     residual, attended = (forms.whole_rows(rows), width), (rows, heads, 128)
     shapes = [(shape, torch.bfloat16) for shape in (residual, attended, (width,))]
+    form = REDUCE if rows < FEWEST_ROWS_DOTTED else DOT
     for outputs, inputs in ((width, width), (2 * inner, width), (width, inner), (3 * width, width)):
-        groups = inputs // GROUP
-        shapes += [*weight(outputs, groups), ((0,), torch.float16)]
+        powers = [((inputs,), torch.float32)] if form is REDUCE else []
+        shapes += [*weight(outputs, inputs // GROUP), ((0,), torch.float16), *powers]
 
     def after(h_BD, attended_BHE, norm_D, *tensors):
-        o, gate_up, down, qkv = ((Product(DOT, (*tensors[i : i + 3], None)),) for i in (0, 3, 6, 9))
-        layer = Layer(norm_D, qkv, None, o, None, norm_D, gate_up, down, None, rows)
+        count = len(tensors) // 4
+        of_each = (tensors[i : i + count] for i in range(0, len(tensors), count))
+        o, gate_up, down, qkv = ((Product(form, (*of_one, None)),) for of_one in of_each)
+        layer = Layer(norm_D, qkv, None, o, None, norm_D, gate_up, down, None, rows, rows)
         h_BD, prepared = after_attention(config, layer, layer, h_BD, attended_BHE)
         return h_BD, *prepared.of_products[0], prepared.means_TC
 
     with chosen_by(launch.block_sizes):
-        kernels = triton_sources(after, shapes, **SUM_WHERE_READ)
+        kernels = triton_sources(after, shapes, **options_of([form]), **SUM_WHERE_READ)
     return {"kernels": len(kernels), "searched": sum("fixed_config(" not in source for _, source in kernels)}
 
 
