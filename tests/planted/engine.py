@@ -44,7 +44,7 @@ FAULTS = [
         GUESSES,
     ),
     Fault("engine/speculation.py", r"= len\(self\.ids\)$", "= len(self.ids) - 1", GUESSES),
-    Fault("engine/speculation.py", r"self\.credit \+ right - PRICE", "CREDIT", GUESSES),
+    Fault("engine/speculation.py", r"self\.credit \+ right - \(PRICE.*$", "CREDIT)", GUESSES),
     Fault("engine/speculation.py", r"or self\.pause else", "else", GUESSES),
     Fault("engine/speculation.py", r"chosen_L\[right : right \+ 1\]", "chosen_L[-1:]", GUESSES),
     Fault("engine/speculation.py", r"and guesses\[0\] == token_id", "", GUESSES),
