@@ -22,13 +22,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from miniawq.compiled.launch import WORDS_OF_A_STEP, WORDS_OF_A_SUM, columns_for, splits_for
-from miniawq.compiled.operations import sum_in_loop, sum_of_groups
+from miniawq.compiled.operations import SUBNORMAL_PLACES, sum_in_loop, sum_of_groups, sums_of_codes
 from miniawq.compiled.prepacked import out_of_blocks, unpack_grid
 from miniawq.packing import CODES_PER_WORD
 
-# Where `reduce_vectors` finds nibble i: shift the word right by the first number, then the nibble begins at the second.
-# Bit 16 is the last possible place, because bit 23 of a float begins its exponent.
-SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
 PRESCALE = 80  # the exponent of 2 that activations are multiplied by, less the nibble's place
 WORDS_OF_A_LOAD = 4
 
@@ -105,17 +102,6 @@ def reduce_vectors(
             for row, product_OU, sums_U in zip(rows, products, sums_TU.unbind(), strict=True)
         ]
     return [sum_in_loop(row_OU) * 2.0 ** (149 - PRESCALE) for row_OU in rows]
-
-
-def sums_of_codes(words_OUC: Tensor, x_TNUC: Tensor) -> list[Tensor]:
-    """The sum of code * x of each vector, [O, U] for each row."""
-    rows: list[Any] = [0.0] * len(x_TNUC)
-    for words_OU, x_TNU in zip(words_OUC.unbind(2), x_TNUC.unbind(3), strict=True):
-        for (shift, place), x_TU in zip(SUBNORMAL_PLACES, x_TNU.unbind(1), strict=True):
-            shifted_OU = words_OU >> shift if shift else words_OU
-            codes_OU = (shifted_OU & (15 << place)).view(torch.float32)
-            rows = [sum_OU + codes_OU * x_U for sum_OU, x_U in zip(rows, x_TU.unbind(), strict=True)]
-    return rows
 
 
 def whole_rows(rows: int) -> int:

@@ -20,7 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from miniawq.compiled.operations import PRODUCT_UNROUNDED, SUM_IN_LOOP, SUM_OF_GROUPS, SUMS_IN_STEP
+from miniawq.compiled.operations import (
+    PRODUCT_UNROUNDED,
+    SUBNORMAL_PLACES,
+    SUM_IN_LOOP,
+    SUM_OF_GROUPS,
+    SUMS_IN_STEP,
+    SUMS_OF_CODES,
+)
 from miniawq.compiled.sources import with_matrices, with_wide_loads
 from miniawq.compiled.workshop import WORKSHOP
 
@@ -136,6 +143,29 @@ def lowered_product_unrounded(left: Any, right: Any) -> Any:
         return ops.dot(*(ops.to_dtype(x, dtype, use_compute_types=False) for x in loaded))
 
     return summed_products(left, value, [rows, summands, columns])
+
+
+@register_lowering(SUMS_OF_CODES, type_promotion_kind=None)
+def lowered_sums_of_codes(words: Any, x: Any) -> list[Any]:
+    """As Inductor lowers the operations that it stands for."""
+    outputs, vectors, words_of_a_vector = words.get_size()
+    word_at, x_at = words.make_loader(), x.make_loader()
+
+    def products(row: int, index: Sequence[Any]) -> Iterator[Any]:
+        output, vector = index
+        for place_of_word in range(words_of_a_vector):
+            word = word_at([output, vector, place_of_word])
+            for nibble, (shift, place) in enumerate(SUBNORMAL_PLACES):
+                shifted = ops.bitwise_right_shift(word, ops.constant(shift, torch.int32)) if shift else word
+                code = ops.bitwise_and(shifted, ops.constant(15 << place, torch.int32))
+                code = ops.to_dtype_bitcast(code, torch.float32, torch.int32)
+                yield ops.mul(code, x_at([row, nibble, vector, place_of_word]))
+
+    functions = [lambda index, row=row: reduce(ops.add, products(row, index)) for row in range(x.get_size()[0])]
+    return [
+        Pointwise.create(device=x.get_device(), dtype=torch.float32, inner_fn=function, ranges=[outputs, vectors])
+        for function in functions
+    ]
 
 
 @register_lowering(SUM_OF_GROUPS, type_promotion_kind=None)

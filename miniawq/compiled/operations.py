@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,33 @@ def _(pairs: Sequence[Tensor], rights: Sequence[Tensor], scales: Tensor, zeros: 
     return scales.new_empty(*pairs[0].shape[:-1], rights[0].shape[1])
 
 
+# Where `sums_of_codes` finds nibble i: shift the word right by the first number, then it begins at the second. Bit 16
+# is the last possible place, because bit 23 of a float begins its exponent.
+SUBNORMAL_PLACES = ((0, 0), (0, 4), (0, 8), (0, 12), (0, 16), (12, 8), (12, 12), (12, 16))
+
+
+@torch.library.custom_op("miniawq::sums_of_codes", mutates_args=())
+def sums_of_codes(words: Tensor, x: Tensor) -> list[Tensor]:
+    """The sum of code * x of each vector of words, float32 [O, U] for each of T rows.
+
+    words int32 [O, U, C]; x float32 [T, N, U, C]. A code is a float whose bits are those of its nibble, where
+    SUBNORMAL_PLACES has it.
+
+    An operation of its own, because Dynamo and Inductor take a minute for as many operations as there are nibbles.
+    """
+    rows: list[Any] = [0.0] * len(x)
+    for words_OU, x_TNU in zip(words.unbind(2), x.unbind(3), strict=True):
+        for (shift, place), x_TU in zip(SUBNORMAL_PLACES, x_TNU.unbind(1), strict=True):
+            codes_OU = (words_OU >> shift & (15 << place)).view(torch.float32)
+            rows = [sum_OU + codes_OU * x_U for sum_OU, x_U in zip(rows, x_TU.unbind(), strict=True)]
+    return rows
+
+
+@sums_of_codes.register_fake
+def _(words: Tensor, x: Tensor) -> list[Tensor]:
+    return [x.new_empty(words.shape[:2]) for _ in x]
+
+
 @torch.library.custom_op("miniawq::sums_in_step", mutates_args=())
 def sums_in_step(terms: Sequence[Tensor], sums: int) -> list[Tensor]:
     """As many sums as asked for, of terms of one shape: the first of each sum, then the second of each, and so on.
@@ -78,6 +106,7 @@ def _(x: Tensor) -> Tensor:
 
 
 SUM_IN_LOOP = torch.ops.miniawq.sum_in_loop.default
+SUMS_OF_CODES = torch.ops.miniawq.sums_of_codes.default
 SUM_OF_GROUPS = torch.ops.miniawq.sum_of_groups.default
 PRODUCT_UNROUNDED = torch.ops.miniawq.product_unrounded.default
 SUMS_IN_STEP = torch.ops.miniawq.sums_in_step.default
