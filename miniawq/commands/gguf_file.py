@@ -178,8 +178,8 @@ def _architecture(config: LlamaConfig) -> str:
         "llama3": architecture == TURNS_NEIGHBOURS,
         "yarn": yarn == (32, 1, True, 0.1 * math.log(rope.factor) + 1),
     }
-    whole = rope.rotary_dim == config.head_dim and not rope.interleaved and set(config.layer_ropes) == {rope}
-    if not whole or not known.get(rope.rope_type):
+    usual = (rope.rotary_dim, rope.interleaved, rope.llama_4_scaling_beta) == (config.head_dim, False, 0)
+    if not usual or set(config.layer_ropes) != {rope} or not known.get(rope.rope_type):
         why = f"config.json: its rotary embedding, {rope.rope_type}, has no counterpart for {architecture} there"
         raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
     return architecture
