@@ -46,7 +46,7 @@ FAULTS = [
     Fault("commands/gguf_file.py", r" or ARCHITECTURES\[config\.architecture\] != TURNS_NEIGHBOURS:", ":", GGUF),
     Fault("commands/gguf_file.py", r"min\(\[config\.max_position_embeddings, \*windows\]\)", "config.vocab_size", GGUF),
     Fault("commands/gguf_file.py", r"^    if changed:", "    if False:", GGUF),
-    Fault("commands/gguf_file.py", r" and set\(config\.layer_ropes\) == \{rope\}", "", GGUF),
+    Fault("commands/gguf_file.py", r" or set\(config\.layer_ropes\) != \{rope\}", "", GGUF),
     Fault("commands/gguf_file.py", r"if not all\(number_OG\.isfinite", "if not any(number_OG.isfinite", GGUF),
     Fault("commands/gguf_file.py", r"written\.name != tensor\.name or .* != digest:", "False:", GGUF),
     Fault("commands/convert.py", r"BYTES_A_WEIGHT \* largest", "largest", CONVERT),
