@@ -199,6 +199,11 @@ def test_a_config_may_leave_out_what_is_usual_in_its_family():
     assert (local.rope_type, local.factor, local.rope_theta) == ("default", 1.0, 1e4)
 
 
+def test_attention_of_granite_is_scaled_by_one_if_nothing_is_said():
+    config = {key: value for key, value in config_of("granite").items() if key != "attention_multiplier"}
+    assert llama_config(config).attention_multiplier == 1.0
+
+
 def test_frequencies_are_those_of_the_longest_text_that_finds_room():
     """A text that grows past the original context keeps all its keys turned by one set of frequencies."""
     model = load("phi3-long")
