@@ -4,15 +4,19 @@ Sizes are those of the config.json of each repository. The counts come from wher
 are rounded there.
 """
 
+from typing import Any
+
 import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.families import FAMILIES
-from miniawq.checkpoint.opening import meta_model
+from miniawq.checkpoint.opening import linear_shapes, meta_model
+from miniawq.commands.plan import tensors_from_config
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_tokenizers
+from tests.helpers.tiny_checkpoints import AWQ_BLOCK
 
 CARD, FILES, KERAS = "model card", "safetensors metadata", "keras-hub presets"
 # repository: (class, hidden, intermediate, layers, heads, kv heads, vocabulary, tied), other keys, parameters, source
@@ -72,12 +76,16 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 COUNTED_ELSEWHERE = {"Llama", "Mistral", "Qwen2", "Qwen3"} | {"InternLM3", "HunYuanDenseV1", "Helium"}
 
 
+def config_of(repository: str) -> dict[str, Any]:
+    (family, *sizes, vocab, tied), more, _, _ = PUBLISHED[repository]
+    config = {"architectures": [f"{family}ForCausalLM"], "max_position_embeddings": 4096, "vocab_size": vocab}
+    return config | dict(zip(SIZES, sizes, strict=True)) | {"tie_word_embeddings": tied} | more
+
+
 @pytest.mark.parametrize("repository", PUBLISHED)
 def test_parameters_are_as_many_as_published(repository):
-    (family, *sizes, vocab, tied), more, published, _ = PUBLISHED[repository]
-    config = dict(zip(SIZES, sizes, strict=True)) | {"vocab_size": vocab, "tie_word_embeddings": tied, **more}
-    config |= {"architectures": [f"{family}ForCausalLM"], "max_position_embeddings": 4096}
-    tensors = meta_model(llama_config(config)).state_dict()
+    (*_, tied), _, published, _ = PUBLISHED[repository]
+    tensors = meta_model(llama_config(config_of(repository))).state_dict()
     left_out = {"lm_head.weight"} if tied else set()
     if "without embeddings" in published:
         left_out = {"lm_head.weight", "model.embed_tokens.weight"}
@@ -85,6 +93,17 @@ def test_parameters_are_as_many_as_published(repository):
     number, rounded, _ = published.partition("B")
     digits = len(number.partition(".")[2])
     assert (f"{count / 1e9:.{digits}f}" if rounded else f"{count:,}") == number
+
+
+@pytest.mark.parametrize("repository", [name for name, row in PUBLISHED.items() if "B" not in row[2]])
+def test_plan_counts_as_many_bytes_as_parameters_take(repository):
+    """In groups of 128 a packed weight takes 4 bits, and 16 and 4 for each group; all others take 16."""
+    config = config_of(repository)
+    model = meta_model(llama_config(config))
+    packed = sum(inputs * outputs for name, (inputs, outputs) in linear_shapes(model).items() if name != "lm_head")
+    others = int(PUBLISHED[repository][2].replace(",", "")) - packed
+    specs = tensors_from_config(config | {"quantization_config": AWQ_BLOCK | {"group_size": 128}})
+    assert sum(spec.nbytes for spec in specs) == packed * (4 + (16 + 4) / 128) / 8 + 2 * others
 
 
 def test_every_family_is_counted():
