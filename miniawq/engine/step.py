@@ -69,7 +69,7 @@ class DecodeStep:
     def _make_room(self, batch: int, max_seq_len: int) -> None:
         """All that belongs to the text."""
         with torch.inference_mode(False), torch.no_grad():
-            self.ropes = self.model.model.ropes(torch.arange(max_seq_len, device=self.device), max_seq_len)
+            self.tables = self.model.model.ropes(torch.arange(max_seq_len, device=self.device), max_seq_len)
             self.cache = KVCache(self.config, batch, max_seq_len, device="meta", dtype=self.dtype)
             layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
             of_queries = batch * self.config.num_attention_heads // kv_heads
@@ -179,10 +179,10 @@ class DecodeStep:
         """From `ids_B` to the next `ids_B`, by operations that a CUDA graph can record."""
         config, functions, position_B = self.config, self.functions, self.position_B
         h_BD, prepared, tables, seen = functions.enter(
-            config, self.layers[0], self.by_blocks, self.embedding_VD, tuple(self.ropes.values()), self.ids_B,
+            config, self.layers[0], self.by_blocks, self.embedding_VD, tuple(self.tables.values()), self.ids_B,
             position_B, self.padding_B,
         )  # fmt: skip
-        ropes = dict(zip(self.ropes, tables, strict=True))
+        ropes = dict(zip(self.tables, tables, strict=True))
         masks = {} if self.by_blocks else self._masks(end, seen)
         following = (*self.layers[1:], self.layers[-1])  # Nobody reads what the last one prepares.
         for layer, next_layer, cache_UJE, window, kind in zip(
