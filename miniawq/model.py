@@ -1,9 +1,8 @@
 """Chapter 4: Llama and the families that are Llama with a few switches, as one decoder.
 
 A family is a row of the table in `checkpoint/families.py`, and `checkpoint/config.py` reads its switches from
-`config.json` into a `LlamaConfig`: biases, norms, the rotary embedding and the sliding window of each layer,
-multipliers. Modules have the names that the family gives them (`Names`), so a checkpoint loads with no renaming. The
-linear layers are made by a function that is passed in; this file knows no quantizer.
+`config.json` into a `LlamaConfig`. Modules have the names that the family gives them (`Names`), so a checkpoint loads
+with no renaming. The linear layers are made by a function that is passed in; this file knows no quantizer.
 
 Shapes: B batch, L positions in this call, M positions in the cache, D model width, F feed-forward width, V vocabulary,
 H query heads, J key/value heads, E size of one head, N layers.
@@ -11,9 +10,9 @@ H query heads, J key/value heads, E size of one head, N layers.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ class RopeConfig:
     attention_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    llama_4_scaling_beta: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,31 +101,27 @@ class LlamaConfig:
 # for texts longer than the training texts.
 
 
-def plain_frequencies(rope: RopeConfig, theta: float) -> Tensor:
-    """theta^(-2 i / R) for pair i, float32 [R/2]."""
-    return theta ** -(torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim)
-
-
 def default_frequencies(rope: RopeConfig, length: int) -> Tensor:
-    """As trained."""
-    return plain_frequencies(rope, rope.rope_theta)
+    """As trained: theta^(-2 i / R) for pair i, float32 [R/2]."""
+    return rope.rope_theta ** -(torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim)
 
 
 def linear_frequencies(rope: RopeConfig, length: int) -> Tensor:
     """Position interpolation (arXiv 2306.15595): all frequencies divided by `factor`."""
-    return plain_frequencies(rope, rope.rope_theta) / rope.factor
+    return default_frequencies(rope, length) / rope.factor
 
 
 def dynamic_frequencies(rope: RopeConfig, length: int) -> Tensor:
     """NTK scaling: theta grows once the text is longer than the training texts."""
     ratio = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
     growth = rope.factor * ratio - (rope.factor - 1)
-    return plain_frequencies(rope, rope.rope_theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2)))
+    theta = rope.rope_theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2))
+    return default_frequencies(replace(rope, rope_theta=theta), length)
 
 
 def llama3_frequencies(rope: RopeConfig, length: int) -> Tensor:
     """Llama 3.1: low frequencies are divided by `factor`, high ones are kept, those between are interpolated."""
-    plain = plain_frequencies(rope, rope.rope_theta)
+    plain = default_frequencies(rope, length)
     turns = rope.original_max_position_embeddings * plain / (2 * math.pi)
     keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
@@ -145,14 +141,14 @@ def yarn_frequencies(rope: RopeConfig, length: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
     ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
-    plain, stretch = plain_frequencies(rope, rope.rope_theta), ramp.clamp(0, 1)
+    plain, stretch = default_frequencies(rope, length), ramp.clamp(0, 1)
     return plain * (1 - stretch) + plain / rope.factor * stretch
 
 
 def long_frequencies(rope: RopeConfig, length: int) -> Tensor:
     """LongRoPE (arXiv 2402.13753): each frequency has a divisor of its own, and another one in long texts."""
     divisors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
-    return plain_frequencies(rope, rope.rope_theta) / torch.tensor(divisors)
+    return default_frequencies(rope, length) / torch.tensor(divisors)
 
 
 INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
@@ -164,7 +160,7 @@ INVERSE_FREQUENCIES: dict[str, Callable[[RopeConfig, int], Tensor]] = {
     "longrope": long_frequencies,
 }
 
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, ...]  # cos, sin, and by what queries are multiplied where they grow with their position
 Ropes = Mapping[RopeConfig, Rope]
 Masks = Mapping[int | None, Tensor | None]
 
@@ -172,7 +168,8 @@ Masks = Mapping[int | None, Tensor | None]
 def rope_tables(rope: RopeConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
     """cos and sin [..., E] of the angles at positions [...]; `length` counts all positions that there may be.
 
-    The sine of a pair's first channel is negated: both channels are turned by x cos + partner sin.
+    The sine of a pair's first channel is negated: both channels are turned by x cos + partner sin. Where queries grow
+    (Llama 4, Ministral 3), also 1 + beta log(1 + position // original context), [..., 1].
     """
     frequencies = INVERSE_FREQUENCIES[rope.rope_type](rope, length).to(positions.device)
     angles = positions.float().unsqueeze(-1) * frequencies
@@ -180,7 +177,10 @@ def rope_tables(rope: RopeConfig, positions: Tensor, length: int, dtype: torch.d
     place, kept = -1 if rope.interleaved else -2, (0, rope.head_dim - rope.rotary_dim)
     cos = pad(torch.stack((cos, cos), place).flatten(-2), kept, value=1.0)
     sin = pad(torch.stack((-sin, sin), place).flatten(-2), kept)
-    return cos.to(dtype), sin.to(dtype)
+    if not rope.llama_4_scaling_beta:
+        return cos.to(dtype), sin.to(dtype)
+    contexts = positions.unsqueeze(-1) // rope.original_max_position_embeddings
+    return cos.to(dtype), sin.to(dtype), (1 + rope.llama_4_scaling_beta * contexts.log1p()).to(dtype)
 
 
 def partners(x: Tensor, rope: RopeConfig) -> Tensor:
@@ -191,9 +191,10 @@ def partners(x: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def apply_rope(x_BHLE: Tensor, rope: Rope, pairs: RopeConfig) -> Tensor:
-    """Turn each pair of channels by its angle, of tables [L, E] for all rows, or [B, 1, L, E]."""
-    cos, sin = rope
-    return x_BHLE * cos + partners(x_BHLE, pairs) * sin
+    """Turn each pair of channels by its angle, of tables [L, E] for all rows, or [B, 1, L, E]; let queries grow."""
+    cos, sin, *growth = rope
+    turned_BHLE = x_BHLE * cos + partners(x_BHLE, pairs) * sin
+    return turned_BHLE * growth[0] if growth else turned_BHLE
 
 
 class KVCache:
@@ -306,10 +307,8 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor, widths: Sequence[int]) ->
     return outputs if len(outputs) == len(widths) else outputs[0].split(widths, dim=-1)
 
 
-class LinearFactory(Protocol):
-    """Makes the linear layer of this full name, such as `model.layers.0.mlp.up_proj`."""
-
-    def __call__(self, name: str, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
+# Makes the linear layer of a full name, such as `model.layers.0.mlp.up_proj`, with so many inputs, outputs, and a bias.
+LinearFactory = Callable[[str, int, int, bool], nn.Module]
 
 
 def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
@@ -361,7 +360,7 @@ class Attention(nn.Module):
         projected = outputs_of([getattr(self, name) for name in names.qkv], x_BLD, self.widths)
         q_BLHE, k_BLJE, v_BLJE = (y.unflatten(-1, (-1, config.head_dim)) for y in projected)
         q_BHLE = self.place(getattr(self, names.q_norm), q_BLHE, rope, config.rope)
-        k_BJLE = self.place(getattr(self, names.k_norm), k_BLJE, rope, config.rope)
+        k_BJLE = self.place(getattr(self, names.k_norm), k_BLJE, rope[:2], config.rope)
         v_BJLE = v_BLJE.transpose(1, 2)
         k_BJME, v_BJME = (k_BJLE, v_BJLE) if cache is None else cache.append(self.layer, k_BJLE, v_BJLE)
         y_BHLE = attention(q_BHLE, k_BJME, v_BJME, mask, config.attention_multiplier)
@@ -437,17 +436,18 @@ class Decoder(nn.Module):
         return scaled(self.embed_tokens(tokens_BL).to(self.norm.weight.dtype), self.config.embedding_multiplier)
 
     def positions(self, past: int, new: int, room: int, padding_B: Tensor | None) -> tuple[Ropes, Masks]:
-        """What all blocks of one call share: tables of each rotary embedding, and the mask of each sliding window.
-
-        `room` is how many positions the text may come to have: all its keys are turned by the same frequencies.
-        """
-        like = self.norm.weight
-        positions = torch.arange(past, past + new, device=like.device)
+        """What all blocks of one call share: tables of each rotary embedding, and the mask of each sliding window."""
+        positions = torch.arange(past, past + new, device=self.norm.weight.device)
         if padding_B is not None:
             positions = (positions - padding_B[:, None, None]).clamp(min=0)
-        ropes = {rope: rope_tables(rope, positions, room, like.dtype) for rope in set(self.config.layer_ropes)}
         windows = set(self.config.layer_windows)
-        return ropes, {window: attention_mask(past, new, window, padding_B, like.device) for window in windows}
+        masks = {window: attention_mask(past, new, window, padding_B, positions.device) for window in windows}
+        return self.ropes(positions, room), masks
+
+    def ropes(self, positions: Tensor, room: int) -> Ropes:
+        """The tables of each rotary embedding; all keys of a text with `room` are turned by the same frequencies."""
+        kinds, dtype = dict.fromkeys(self.config.layer_ropes), self.norm.weight.dtype
+        return {rope: rope_tables(rope, positions, room, dtype) for rope in kinds}
 
     def run(self, h_BLD: Tensor, ropes: Ropes, masks: Masks, cache: KVCache | None) -> Tensor:
         """The residual stream through all blocks and the final norm."""

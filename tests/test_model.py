@@ -1,6 +1,7 @@
 """The decoder against transformers' logits, against itself with a cache, and what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from miniawq.checkpoint.config import llama_config, text_of
 from miniawq.checkpoint.loading import HALVES, DenseLinear, load_model, loaded_dtype
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.errors import UnsupportedCheckpoint
-from miniawq.model import KVCache, Llama, attention
+from miniawq.model import KVCache, Llama, attention, rope_tables
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import MODELS
 from tests.helpers.golden_models import MOST_THOROUGHLY, NAMES
@@ -156,15 +157,15 @@ def test_a_qwen_window_holds_only_where_it_is_switched_on():
     assert llama_config(config_of("llama") | {"sliding_window": 8}).layer_windows == (None, None)
 
 
-def test_texts_end_where_queries_would_begin_to_grow():
-    """Ministral 3: `llama_4_scaling_beta` changes nothing before the original context ends."""
-    checkpoint = open_checkpoint(MODELS / "ministral3")
-    assert checkpoint.config["max_position_embeddings"] == 64
-    assert checkpoint.model_config.max_position_embeddings == 48
-    assert "llama_4_scaling_beta is not implemented: texts end before it matters, at 48 positions" in checkpoint.notices
+def test_queries_grow_by_a_step_with_each_original_context():
+    """Ministral 3: where it is not said how much, or after how many positions, nothing grows or the file is refused."""
     config = config_of("ministral3")
+    rope = llama_config(config).rope
+    *_, growth_M1 = rope_tables(rope, torch.arange(40), 40, torch.float32)
+    expected_M = [1 + 0.1 * math.log(1 + position // 16) for position in range(40)]
+    torch.testing.assert_close(growth_M1.flatten(), torch.tensor(expected_M))
     config["rope_parameters"]["llama_4_scaling_beta"] = 0.0
-    assert llama_config(config).max_position_embeddings == 64
+    assert len(rope_tables(llama_config(config).rope, torch.arange(40), 40, torch.float32)) == 2
     config["rope_parameters"] = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
     with pytest.raises(UnsupportedCheckpoint, match="original_max_position_embeddings = None"):
         llama_config(config)
@@ -196,6 +197,11 @@ def test_a_config_may_leave_out_what_is_usual_in_its_family():
     whole, local = found.layer_ropes[5], found.layer_ropes[0]
     assert (whole.rope_type, whole.factor, whole.rope_theta) == ("linear", 8.0, 1e6)
     assert (local.rope_type, local.factor, local.rope_theta) == ("default", 1.0, 1e4)
+
+
+def test_attention_of_granite_is_scaled_by_one_if_nothing_is_said():
+    config = {key: value for key, value in config_of("granite").items() if key != "attention_multiplier"}
+    assert llama_config(config).attention_multiplier == 1.0
 
 
 def test_frequencies_are_those_of_the_longest_text_that_finds_room():

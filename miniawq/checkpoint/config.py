@@ -85,7 +85,7 @@ ROPE = {
     "long_factor": Key("numbers", "divisors of the frequencies in long texts", 1e-3, 1e6),
     "truncate": Key("flag", "whether bounds are rounded to channels", default=True),
 }
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "llama_4_scaling_beta")
 
 
 def text_of(config: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=config["rms_norm_eps"],
-        max_position_embeddings=_longest_text(config),
+        max_position_embeddings=_longest(config),
         tie_word_embeddings=config["tie_word_embeddings"],
         qkv_bias=_has_bias(config, family.qkv_bias),
         o_bias=_has_bias(config, family.o_bias),
@@ -164,19 +164,6 @@ def _has_bias(config: Mapping[str, Any], bias: Bias) -> bool:
 
 def _longest(config: Mapping[str, Any]) -> int:
     return int(config["max_position_embeddings"] or config["max_sequence_length"])
-
-
-def _longest_text(config: Mapping[str, Any]) -> int:
-    """The longest context. Queries that grow with their position (Llama 4, Ministral 3) do so only beyond the original
-    one, and a text ends there.
-    """
-    key, given = _rope_object(config)
-    grows = checked_values(f"config.json: {key}", given, ROPE)["llama_4_scaling_beta"]
-    if not grows:
-        return _longest(config)
-    if (original := given.get("original_max_position_embeddings")) is None:
-        refuse(f"{key}.original_max_position_embeddings", None, "llama_4_scaling_beta needs it")
-    return min(_longest(config), int(original))
 
 
 def _layer_windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
@@ -251,17 +238,11 @@ def _ropes(config: Mapping[str, Any], head_dim: int, family: Family) -> tuple[Ro
     return whole, windowed
 
 
-def _rope_object(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The key and the object: `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    key = "rope_parameters" if config["rope_parameters"] else "rope_scaling"
-    return key, config[key] or {}
-
-
 def rope_config(config: Mapping[str, Any], head_dim: int, family: Family = LLAMA) -> RopeConfig:
     """The rotary embedding that config.json describes."""
     config = checked_values("config.json", config, CONFIG)
-    key, given = _rope_object(config)
-    given = _rope_values(key, given)
+    key = "rope_parameters" if config["rope_parameters"] else "rope_scaling"  # of transformers 5 and 4
+    given = _rope_values(key, config[key] or {})
     kind = given["rope_type"] or given["type"] or "default"
     if kind not in INVERSE_FREQUENCIES:
         refuse(f"{key}.rope_type", kind, "supported: " + ", ".join(INVERSE_FREQUENCIES))
@@ -270,6 +251,8 @@ def rope_config(config: Mapping[str, Any], head_dim: int, family: Family = LLAMA
     longest, rotary_dim = _longest(config), _rotary_dim(config, given, head_dim, family)
     original = given["original_max_position_embeddings"] or config["original_max_position_embeddings"] or longest
     theta = given["rope_theta"] or config["rope_theta"] or 10000.0
+    if given["llama_4_scaling_beta"] and given["original_max_position_embeddings"] is None:
+        refuse(f"{key}.original_max_position_embeddings", None, "llama_4_scaling_beta needs it")
     if kind == "dynamic" and rotary_dim == 2:
         refuse("head_dim", head_dim, "rope_type dynamic needs more channels")
     if kind == "dynamic" and given["alpha"]:  # Hunyuan: the base grows once and for all

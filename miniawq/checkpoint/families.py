@@ -50,6 +50,7 @@ NORMS_AFTER = Names(
 NORMS_AROUND = Names(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm", gate_up=GATE_UP)
 
 BIASED = {"attention_bias": True}
+UNSCALED = {"attention_multiplier": 1.0}
 HALF_TURNED = {"partial_rotary_factor": 0.5}
 GEMMA3 = {
     "vocab_size": 262208,
@@ -96,13 +97,16 @@ FAMILIES = {
         no_rope="listed",
         defaults={"rope_theta": 2e6},
     ),
-    "GraniteForCausalLM": Family(qkv_bias=ATTENTION, o_bias=ATTENTION, mlp_bias=MLP, honours=MULTIPLIERS),
+    "GraniteForCausalLM": Family(
+        qkv_bias=ATTENTION, o_bias=ATTENTION, mlp_bias=MLP, defaults=UNSCALED, honours=MULTIPLIERS
+    ),
     "GraniteMoeHybridForCausalLM": Family(  # those without experts and with attention in all layers
         qkv_bias=ATTENTION,
         o_bias=ATTENTION,
         no_rope="unless said",
         names=Names(mlp="shared_mlp", gate_up=("input_linear",), down="output_linear"),
         intermediate_size="shared_intermediate_size",
+        defaults=UNSCALED,
         honours=(*MULTIPLIERS, "position_embedding_type", "mamba_d_state"),
     ),
     "HunYuanDenseV1ForCausalLM": Family(

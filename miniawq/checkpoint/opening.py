@@ -143,9 +143,6 @@ def open_checkpoint(
     refuse_architecture(config)
     quantization = read_block(config, {name: files.json(name) for name in CONFIG_FILES if name in files.names})
     model_config = llama_config(config)
-    if model_config.max_position_embeddings < (config.get("max_position_embeddings") or 0):
-        longest = model_config.max_position_embeddings
-        notices.append(f"llama_4_scaling_beta is not implemented: texts end before it matters, at {longest} positions")
     tensors = tensors_of(files, weights, notices)
     check_layers(model_config, tensors, str(files.directory))
     linears = linear_shapes(meta_model(model_config))

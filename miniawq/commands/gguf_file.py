@@ -15,8 +15,8 @@ Names of tensors and keys are those that llama.cpp's `convert_hf_to_gguf.py` wri
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +32,7 @@ from miniawq.checkpoint.opening import Checkpoint
 from miniawq.checkpoint.publishing import check_disk
 from miniawq.checkpoint.shards import disk_errors
 from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint, UsageError
-from miniawq.model import INVERSE_FREQUENCIES, LlamaConfig, default_frequencies
+from miniawq.model import INVERSE_FREQUENCIES, LlamaConfig, RopeConfig, default_frequencies
 from miniawq.packing import SYMMETRIC_ZERO, Quantized, dequantize
 from miniawq.text.chat import read_templates
 from miniawq.text.ggml import vocabulary
@@ -42,13 +42,52 @@ if TYPE_CHECKING:
     import gguf
 
 BLOCK = 32  # weights
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+
+
+class Counterpart(NamedTuple):
+    """What llama.cpp calls a family, and what it computes under this name.
+
+    ropes: the rotary embeddings that it has.
+    reorders: whether it turns channels (2e, 2e + 1) where we turn (e, e + E/2): queries and keys are reordered for it.
+    interleaved: whether it turns (2e, 2e + 1), as the family does.
+    turns_parts: whether it turns a part of each head.
+    unturned_every: every how many layers there is one without positions.
+    switches: what config.json may ask for, and the methods of the writer for its keys.
+    """
+
+    name: str
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    reorders: bool = False
+    interleaved: bool = False
+    turns_parts: bool = False
+    unturned_every: int | None = None
+    switches: Mapping[str, str] = {}
+
+
+LLAMA = Counterpart("llama", ropes=("default", "linear", "llama3", "yarn"), reorders=True)
+SCALES = {
+    "embedding_multiplier": "add_embedding_scale",
+    "attention_multiplier": "add_attention_scale",
+    "residual_multiplier": "add_residual_scale",
+    "logits_scaling": "add_logit_scale",
 }
-TURNS_NEIGHBOURS = "llama"  # whose rotary embedding turns channels (2e, 2e + 1); the others turn (e, e + E/2)
+ARCHITECTURES = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "MinistralForCausalLM": LLAMA,
+    "GraniteForCausalLM": Counterpart("granite", reorders=True, switches=SCALES),
+    "Qwen2ForCausalLM": Counterpart("qwen2"),
+    "Qwen3ForCausalLM": Counterpart("qwen3"),
+    "SeedOssForCausalLM": Counterpart("seed_oss"),
+    "HunYuanDenseV1ForCausalLM": Counterpart("hunyuan-dense"),
+    "Olmo2ForCausalLM": Counterpart("olmo2"),
+    "Exaone4ForCausalLM": Counterpart("exaone4", ropes=LLAMA.ropes),
+    "SmolLM3ForCausalLM": Counterpart("smollm3", reorders=True, unturned_every=4),
+    "Ernie4_5ForCausalLM": Counterpart("ernie4_5", interleaved=True),
+    "Phi3ForCausalLM": Counterpart("phi3", ropes=("default", "longrope"), turns_parts=True),
+    "GlmForCausalLM": Counterpart("chatglm", interleaved=True, turns_parts=True),
+    "Glm4ForCausalLM": Counterpart("glm4", interleaved=True, turns_parts=True),
+}
 DENSE_KINDS = {torch.float16: "F16", torch.bfloat16: "BF16"}  # of matrices; all the rest is F32
 
 
@@ -124,14 +163,15 @@ def write_gguf(
     import gguf
 
     config = checkpoint.model_config
-    architecture = _architecture(config)
-    writer = gguf.GGUFWriter(path, architecture)
+    there = _architecture(config)
+    writer = gguf.GGUFWriter(path, there.name)
     _add_config(writer, checkpoint, kind)
     _add_tokenizer(writer, checkpoint)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[there.name], config.num_hidden_layers)
     planned = [_planned(checkpoint, kind, names.get_name(module), module, leaf) for module, leaf in pieces]
-    if config.rope.rope_type == "llama3":
-        planned.append(GgufTensor("rope_freqs.weight", "", "", "F32", (config.head_dim // 2,), 2 * config.head_dim))
+    factors = frequency_factors(config.rope)
+    planned += [GgufTensor(name, "", "", "F32", tuple(values.shape), values.nbytes) for name, values in factors.items()]
     for tensor in planned:
         raw = gguf.GGMLQuantizationType[tensor.kind]
         # With a raw dtype the package asks only whether this one counts bytes.
@@ -155,34 +195,45 @@ def write_gguf(
     return packed, [tensor.nbytes for tensor in planned], max(moves)
 
 
-def _architecture(config: LlamaConfig) -> str:
-    """llama.cpp's name; UnsupportedCheckpoint where it computes something else."""
-    architecture = ARCHITECTURES.get(config.architecture)
-    fix = "run it with another engine: miniawq plan names some"
-    if architecture is None:
+def _architecture(config: LlamaConfig) -> Counterpart:
+    """What llama.cpp has for this model; UnsupportedCheckpoint where it computes something else."""
+    there = ARCHITECTURES.get(config.architecture)
+    what, fix = "this model cannot be written for llama.cpp", "run it with another engine: miniawq plan names some"
+    if there is None:
         why = f"{config.architecture} is none of {', '.join(ARCHITECTURES)}"
-        raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
+        raise UnsupportedCheckpoint(what, why, fix)
     changed = [
         item.name
         for item in fields(config)
-        if item.default is not MISSING and getattr(config, item.name) != item.default
+        if item.name not in ("names", *there.switches) and item.default not in (MISSING, getattr(config, item.name))
     ]
     if changed:
-        why = f"{', '.join(changed)}: {architecture} has no such switch there"
-        raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
+        raise UnsupportedCheckpoint(what, f"{', '.join(changed)}: {there.name} has no such switch there", fix)
     rope = config.rope
+    unturned, layers = replace(rope, rotary_dim=0), range(1, config.num_hidden_layers + 1)
+    layer_ropes = tuple(unturned if there.unturned_every and not n % there.unturned_every else rope for n in layers)
     yarn = (rope.beta_fast, rope.beta_slow, rope.truncate, rope.attention_factor)
-    known = {
-        "default": True,
-        "linear": True,
-        "llama3": architecture == TURNS_NEIGHBOURS,
-        "yarn": yarn == (32, 1, True, 0.1 * math.log(rope.factor) + 1),
-    }
-    whole = rope.rotary_dim == config.head_dim and not rope.interleaved and set(config.layer_ropes) == {rope}
-    if not whole or not known.get(rope.rope_type):
-        why = f"config.json: its rotary embedding, {rope.rope_type}, has no counterpart for {architecture} there"
-        raise UnsupportedCheckpoint("this model cannot be written for llama.cpp", why, fix)
-    return architecture
+    known = (
+        rope.rope_type in there.ropes
+        and (rope.rope_type != "yarn" or yarn == (32, 1, True, 0.1 * math.log(rope.factor) + 1))
+        and (rope.rotary_dim == config.head_dim or there.turns_parts)
+        and (rope.interleaved, rope.llama_4_scaling_beta) == (there.interleaved, 0)
+        and config.layer_ropes == layer_ropes
+    )
+    if not known:
+        why = f"config.json: its rotary embedding, {rope.rope_type}, has no counterpart for {there.name} there"
+        raise UnsupportedCheckpoint(what, why, fix)
+    return there
+
+
+def frequency_factors(rope: RopeConfig) -> dict[str, Tensor]:
+    """What llama.cpp divides the frequencies of a rotary embedding by, float32 [R/2], under its names."""
+    if rope.rope_type == "llama3":
+        return {"rope_freqs.weight": default_frequencies(rope, 0) / INVERSE_FREQUENCIES["llama3"](rope, 0)}
+    if rope.rope_type == "longrope":
+        factors = {"long": rope.long_factor, "short": rope.short_factor}
+        return {f"rope_factors_{name}.weight": torch.tensor(values) for name, values in factors.items()}
+    return {}
 
 
 def _add_config(writer: "gguf.GGUFWriter", checkpoint: Checkpoint, kind: str) -> None:
@@ -205,12 +256,17 @@ def _add_config(writer: "gguf.GGUFWriter", checkpoint: Checkpoint, kind: str) ->
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.rope.rotary_dim)
     writer.add_rope_freq_base(config.rope.rope_theta)
     if config.rope.rope_type in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.rope_type))
         writer.add_rope_scaling_factor(config.rope.factor)
+    if config.rope.rope_type == "longrope":
+        writer.add_rope_scaling_attn_factors(config.rope.attention_factor)
+    if config.rope.rope_type in ("linear", "yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
+    for name, add in ARCHITECTURES[config.architecture].switches.items():
+        getattr(writer, add)(getattr(config, name))
 
 
 def _add_tokenizer(writer: "gguf.GGUFWriter", checkpoint: Checkpoint) -> None:
@@ -270,7 +326,7 @@ def _value(checkpoint: Checkpoint, tensor: GgufTensor, moves: list[float], devic
     """The bytes or numbers of a tensor, on the host; appends the largest move of its weights to `moves`."""
     config = checkpoint.model_config
     if not tensor.module:
-        return default_frequencies(config.rope, 0) / INVERSE_FREQUENCIES[config.rope.rope_type](config.rope, 0)
+        return frequency_factors(config.rope)[tensor.name]
     if tensor.leaf in ("weight", "bias"):
         stored = checkpoint.read(f"{tensor.module}.{tensor.leaf}")
         return _turned(config, tensor.module, stored if tensor.kind in DENSE_KINDS.values() else stored.float())
@@ -287,7 +343,7 @@ def _value(checkpoint: Checkpoint, tensor: GgufTensor, moves: list[float], devic
 def _turned(config: LlamaConfig, module: str, rows: Tensor) -> Tensor:
     """The outputs of a query or key in the order of llama.cpp's rotary embedding: (e, e + E/2) become neighbours."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2])
-    if heads is None or ARCHITECTURES[config.architecture] != TURNS_NEIGHBOURS:
+    if heads is None or not ARCHITECTURES[config.architecture].reorders:
         return rows
     return rows.unflatten(0, (heads, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 

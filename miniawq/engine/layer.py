@@ -45,7 +45,7 @@ from miniawq.compiled import (
 from miniawq.engine.attend import Blocks, block_attention, blocks_of, first_seen
 from miniawq.engine.sampling import NOT_A_NUMBER
 from miniawq.engine.weights import Layer
-from miniawq.model import ACTIVATIONS, LlamaConfig, Rope, RopeConfig, partners, scaled
+from miniawq.model import ACTIVATIONS, LlamaConfig, Rope, partners, scaled
 
 PARTS_OF_LOGITS = 256  # of all rows together
 # Longer sums than those of parts of attention and of a norm's mean squares become kernels of their own.
@@ -79,8 +79,10 @@ def rotate_into_cache(
         # A norm of a head after turning is one before, but for its weight: turning keeps the mean square.
         normed_BAE = normed_BAE if config.qk_norm == "turned heads" else qk_norm_AE * normed_BAE
         new_BAE = written(torch.where(is_value_A.unsqueeze(1), new_BAE, normed_BAE))
-    cos_B1E, sin_B1E = (table_BE.unsqueeze(1) for table_BE in rope)
+    cos_B1E, sin_B1E, *growth = (table.unsqueeze(1) for table in rope)
     turned_BAE = new_BAE * cos_B1E + partners(new_BAE, config.rope) * sin_B1E
+    if growth:
+        turned_BAE = torch.where((head_A < heads).unsqueeze(1), turned_BAE * growth[0], turned_BAE)
     if qk_norm_AE is not None and config.qk_norm == "turned heads":
         turned_BAE = qk_norm_AE * turned_BAE
     shared, texts = heads // kv_heads, layer.texts
@@ -180,13 +182,8 @@ def most_probable(logits_BV: Tensor) -> Tensor:
     return ids_B.masked_fill(best.amax(-1).isnan(), NOT_A_NUMBER)
 
 
-def ropes_of(config: LlamaConfig) -> list[RopeConfig]:
-    """The different rotary embeddings of the layers."""
-    return list(dict.fromkeys(config.layer_ropes))
-
-
 class Entry(NamedTuple):
-    """What layers share in one token, `ropes` in the order of `ropes_of`, `seen` by their window, and the first layer's
+    """What layers share in one token, `ropes` in the order of the tables, `seen` by their window, and the first layer's
     activations.
     """
 
@@ -219,7 +216,7 @@ def enter(
     return Entry(
         h_BD,
         entering(config, first.qkv, h_BD, first.before_attention_D),
-        tuple((cos_ME[own_B], sin_ME[own_B]) for cos_ME, sin_ME in tables),
+        tuple(tuple(table[own_B] for table in rope) for rope in tables),
         {window: blocks_of(position_B, first_B, room) for window, first_B in starts.items()} if by_blocks else starts,
     )
 

@@ -22,7 +22,7 @@ from miniawq.engine.memory import PREFILL_CHUNK
 from miniawq.engine.start import ready_for_steps
 from miniawq.engine.step import DecodeStep
 from miniawq.hardware import threads
-from miniawq.model import KVCache, Llama, rope_tables
+from miniawq.model import KVCache, Llama
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class PlainRows:
         decoder, config = self.model.model, self.model.config
         end, position_B = max(lengths) + 1, torch.tensor(lengths, device=ids_B.device)
         none_B = torch.zeros_like(position_B)  # of padding
-        room, positions_B11 = self.cache.max_seq_len, position_B[:, None, None]
-        ropes = {rope: rope_tables(rope, positions_B11, room, self.model.dtype) for rope in set(config.layer_ropes)}
+        ropes = decoder.ropes(position_B[:, None, None], self.cache.max_seq_len)
         starts = {window: first_seen(position_B, none_B, window) for window in set(config.layer_windows)}
         masks = {window: mask_of(position_B, first_B, end) for window, first_B in starts.items()}
         ends = RowEnds(self.cache, position_B, end)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from miniawq.compiled import check, identity
 from miniawq.engine.attend import SMALLEST_HEAD, mask_of
-from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache, ropes_of
+from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.weights import Accepts, Layer, LayerWeights, Weights
 from miniawq.errors import InvalidInput, MiniawqError
-from miniawq.model import KVCache, Llama, attention, attention_mask, rope_tables
+from miniawq.model import KVCache, Llama, attention, attention_mask
 
 # In the first call on a stream libraries allocate what they keep.
 WARM_UP_CALLS = 2
@@ -79,10 +79,7 @@ class DecodeStep:
     def _make_room(self, batch: int, max_seq_len: int) -> None:
         """All that belongs to the text."""
         with torch.inference_mode(False), torch.no_grad():
-            positions_M = torch.arange(max_seq_len, device=self.device)
-            self.tables = tuple(
-                rope_tables(rope, positions_M, max_seq_len, self.dtype) for rope in ropes_of(self.config)
-            )
+            self.tables = self.model.model.ropes(torch.arange(max_seq_len, device=self.device), max_seq_len)
             texts = self.texts
             self.cache = KVCache(self.config, texts, max_seq_len, device="meta", dtype=self.dtype)
             layers, _, _, kv_heads, size = self.cache.keys_NBMJE.shape
@@ -211,10 +208,10 @@ class DecodeStep:
         """From `ids_B` to the next `ids_B`, by operations that a CUDA graph can record."""
         config, functions, position_B = self.config, self.functions, self.position_B
         h_BD, prepared, tables, seen = functions.enter(
-            config, self.layers[0], self.by_blocks, self.embedding_VD, self.tables, self.ids_B, position_B,
-            self.padding_B,
+            config, self.layers[0], self.by_blocks, self.embedding_VD, tuple(self.tables.values()), self.ids_B,
+            position_B, self.padding_B,
         )  # fmt: skip
-        ropes = dict(zip(ropes_of(config), tables, strict=True))
+        ropes = dict(zip(self.tables, tables, strict=True))
         masks = {} if self.by_blocks else self._masks(end, seen)
         following = (*self.layers[1:], self.layers[-1])  # Nobody reads what the last one prepares.
         for layer, next_layer, cache_UJE, window, kind in zip(

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,11 @@ from miniawq.commands import convert
 from miniawq.commands.convert import convert_checkpoint
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UsageError
 from miniawq.packing import Quantized, dequantize
+from miniawq.quantize.job import Settings, quantize_checkpoint
+from miniawq.quantize.recipes import PLAIN_ROUNDING
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers.allocations import Allocations
+from tests.helpers.quantizing import some_text
 from tests.helpers.tiny_checkpoints import PACKINGS, TOKENS
 
 INT4 = ("awq", "compressed-tensors")
@@ -94,6 +98,46 @@ def test_to_dense_gives_the_weights_the_codes_stand_for(tmp_path, packing):
         assert torch.equal(dense.read(f"{name}.weight"), dequantize(packed.read_linear(name)))
     logits = load_model(dense, dtype=torch.float32)(TOKENS)
     torch.testing.assert_close(logits, reference(TOKENS), rtol=3e-2, atol=3e-2)  # float16 weights
+
+
+FUSED = {
+    "phi3": {"self_attn.qkv_proj", "mlp.gate_up_proj"},
+    "glm4": {"mlp.gate_up_proj"},
+    "granite4": {"shared_mlp.input_linear"},
+}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_one_matrix_for_several_stays_one_in_every_layout_and_back(tmp_path, family):
+    """Codes are cut nowhere, and the files have the names that the family's own have."""
+    source, reference = tiny.make(tmp_path / "source", family=family)
+    convert_checkpoint(source, tmp_path / "there", "compressed-tensors")
+    convert_checkpoint(tmp_path / "there", tmp_path / "awq", "awq")
+    convert_checkpoint(tmp_path / "awq", tmp_path / "back", "compressed-tensors")
+    assert contents(tmp_path / "back") == contents(tmp_path / "there")
+    assert same_weights(source, tmp_path / "there")
+    made = open_checkpoint(tmp_path / "there")
+    assert {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in FUSED[family]} <= made.quantized.keys()
+    convert_checkpoint(tmp_path / "there", tmp_path / "dense", "dense")
+    dense = open_checkpoint(tmp_path / "dense")
+    assert dense.tensors.keys() == reference.state_dict().keys()
+    for name in made.quantized:
+        assert torch.equal(dense.read(f"{name}.weight"), dequantize(made.read_linear(name)))
+    logits = load_model(made, dtype=torch.float32)(TOKENS)
+    torch.testing.assert_close(logits, reference(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", FUSED)
+def test_what_was_quantized_with_joined_matrices_converts_there_and_back(tmp_path, family):
+    source, _ = tiny.make_dense(tmp_path / "dense", family=family)
+    settings = Settings(recipe=replace(PLAIN_ROUNDING, group_size=64))
+    quantize_checkpoint(source, tmp_path / "awq", some_text(), settings)
+    convert_checkpoint(tmp_path / "awq", tmp_path / "ct", "compressed-tensors")
+    convert_checkpoint(tmp_path / "ct", tmp_path / "back", "awq")
+    before, after = open_checkpoint(tmp_path / "awq"), open_checkpoint(tmp_path / "back")
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.tensors)
 
 
 def test_symmetric_codes_become_symmetric_compressed_tensors(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miniawq.__main__ import main
+from miniawq.checkpoint.families import FAMILIES as CLASSES
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import gguf_file
 from miniawq.commands.convert import convert_checkpoint
@@ -114,21 +115,38 @@ PACKINGS = {
     "one-group-a-row": {"group_size": -1, "block": tiny.AWQ_BLOCK | {"group_size": -1}},
 }
 WRITTEN = [name for name in tiny.FAMILIES if tiny.config_of(name)["architectures"][0] in gguf_file.ARCHITECTURES]
+ALIKE = {
+    "ministral": ("mistral", {"architectures": ["MinistralForCausalLM"]}),
+    "granite": ("granite4", {"architectures": ["GraniteForCausalLM"], "logits_scaling": 8.0}),
+    "seed-oss": ("llama", {"architectures": ["SeedOssForCausalLM"]}),
+    "hunyuan": ("qwen3", {"architectures": ["HunYuanDenseV1ForCausalLM"]}),
+    "smollm3": ("llama", {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}),
+    "exaone4": ("olmo2", {"architectures": ["Exaone4ForCausalLM"], "head_dim": 32}),
+    "ernie": ("llama", {"architectures": ["Ernie4_5ForCausalLM"]}),
+    "glm": ("glm4", {"architectures": ["GlmForCausalLM"]}),
+}
 FAMILIES = {name: {"family": name} for name in WRITTEN}
 
 
-@pytest.mark.parametrize("packing", [*PACKINGS.values(), *FAMILIES.values()], ids=[*PACKINGS, *FAMILIES])
+QUICK = [pytest.param(packing, id=name) for name, packing in (PACKINGS | FAMILIES).items()]
+SLOW = [
+    pytest.param({"family": family, "changes": changes}, id=name, marks=pytest.mark.thorough)
+    for name, (family, changes) in ALIKE.items()
+]
+
+
+@pytest.mark.parametrize("packing", QUICK + SLOW)
 def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, packing):
     source = make(tmp_path / "source", **packing)
     reader, checkpoint = converted(source), open_checkpoint(source)
     found, config = weights(reader), checkpoint.model_config
-    architecture = value(reader, "general.architecture")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    (kind,) = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == value(reader, "general.architecture")]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, stored in read_all(checkpoint).items():
         module, _, leaf = name.rpartition(".")
         got = found.pop(f"{names.get_name(module)}.{leaf}")
-        if architecture == "llama" and (count := heads.get(module.rpartition(".")[2])):
+        if kind.name in ("LLAMA", "GRANITE", "SMOLLM3") and (count := heads.get(module.rpartition(".")[2])):
             got = got.unflatten(0, (count, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         quantized = checkpoint.read_linear(module) if leaf == "weight" and module in checkpoint.quantized else None
         if isinstance(quantized, Quantized) and packing.get("group_size") == 16:
@@ -246,6 +264,7 @@ def test_llama_3_frequencies_are_a_tensor(tmp_path):
     ("family", "rope"),
     [
         ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+        ("phi3", {"rope_type": "linear", "factor": 2.0}),
         ("qwen2", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
         ("qwen2", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}),
         ("qwen2", {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}),
@@ -259,19 +278,55 @@ def test_a_rotary_embedding_that_llama_cpp_lacks_is_refused(tmp_path, family, ro
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - set(WRITTEN)))
-def test_a_family_without_a_name_there_is_refused(tmp_path, family):
-    with pytest.raises(UnsupportedCheckpoint, match="cannot be written for llama"):
-        converted(make(tmp_path / "source", family=family))
+def test_switches_of_granite_are_keys(tmp_path):
+    switches = {"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5}
+    changes = {"architectures": ["GraniteForCausalLM"], "logits_scaling": 8.0, **switches}
+    reader = converted(make(tmp_path / "source", changes=changes))
+    keys = ("embedding_scale", "attention.scale", "residual_scale", "logit_scale")
+    assert [value(reader, f"granite.{key}") for key in keys] == [12.0, 0.25, 0.5, 8.0]
+
+
+def test_layers_without_positions_are_where_llama_cpp_has_them():
+    """In SmolLM3 every fourth."""
+    rope = open_checkpoint(None).model_config.rope
+    config = replace(open_checkpoint(None).model_config, architecture="SmolLM3ForCausalLM", num_hidden_layers=4)
+    places = {place: (rope,) * place + (replace(rope, rotary_dim=0),) + (rope,) * (3 - place) for place in range(4)}
+    assert gguf_file._architecture(replace(config, layer_ropes=places.pop(3))).name == "smollm3"
+    for layer_ropes in (*places.values(), (rope,) * 4):
+        with pytest.raises(UnsupportedCheckpoint, match="rotary embedding"):
+            gguf_file._architecture(replace(config, layer_ropes=layer_ropes))
+
+
+def test_divisors_of_longrope_are_tensors(tmp_path):
+    """For the part of each head that is turned; llama.cpp chooses by the room of the context, as we do."""
+    short, long = [1.0 + place / 16 for place in range(12)], [2.0 + place for place in range(12)]
+    rope = {"rope_type": "longrope", "partial_rotary_factor": 0.75, "short_factor": short, "long_factor": long}
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    source = make(tmp_path / "source", family="phi3", changes=changes)
+    reader, attention_factor = converted(source), open_checkpoint(source).model_config.rope.attention_factor
+    found = weights(reader)
+    assert found["rope_factors_short.weight"].tolist() == short
+    assert found["rope_factors_long.weight"].tolist() == long
+    assert value(reader, "phi3.rope.dimension_count") == 24
+    assert value(reader, "phi3.rope.scaling.original_context_length") == 16
+    assert value(reader, "phi3.rope.scaling.attn_factor") == pytest.approx(attention_factor) != 1.0
+
+
+@pytest.mark.parametrize("architecture", sorted(CLASSES.keys() - gguf_file.ARCHITECTURES.keys()))
+def test_a_family_without_a_name_there_is_refused(architecture):
+    config = replace(open_checkpoint(None).model_config, architecture=architecture)
+    with pytest.raises(UnsupportedCheckpoint, match=f"{architecture} is none of Llama"):
+        gguf_file._architecture(config)
 
 
 def test_a_switch_that_llama_cpp_lacks_is_refused():
     """Also one of an architecture that it knows, and one for some layers alone."""
     config = open_checkpoint(None).model_config
-    assert gguf_file._architecture(config) == "llama"
-    other = replace(config.rope, rope_theta=5.0)
-    for changes in ({"residual_multiplier": 0.5}, {"hidden_act": "gelu"}, {"layer_ropes": (config.rope, other)},
-                    {"rope": replace(config.rope, interleaved=True)}):  # fmt: skip
+    assert gguf_file._architecture(config).name == "llama"
+    other, layers = replace(config.rope, rope_theta=5.0), len(config.layer_ropes)
+    ropes = replace(config.rope, interleaved=True), replace(config.rope, llama_4_scaling_beta=0.1)
+    switched = [{"residual_multiplier": 0.5}, {"hidden_act": "gelu"}, {"layer_ropes": (config.rope, other)}]
+    for changes in switched + [{"rope": rope, "layer_ropes": (rope,) * layers} for rope in ropes]:
         with pytest.raises(UnsupportedCheckpoint, match="cannot be written for llama"):
             gguf_file._architecture(replace(config, **changes))
 

@@ -60,7 +60,7 @@ def rope(kind: str, **more: float) -> dict[str, object]:
 MINISTRAL3 = Ministral3Config(
     **SMALL,
     head_dim=8,
-    **rope("yarn", factor=4.0, original_max_position_embeddings=48, llama_4_scaling_beta=0.1, mscale=1.0),
+    **rope("yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.1, mscale=1.0),
 )
 MODELS = {
     "llama": LlamaConfig(**TINY),

@@ -20,8 +20,13 @@ FAULTS = [
     ),
     Fault("checkpoint/config.py", r"\[bool\(number\) for number in listed\]", "[True] * layers", "test_model"),
     Fault("checkpoint/config.py", r"math\.sqrt\(1 \+ math\.log\(factor\) .*\) if", "1.0 if", "test_model"),
+    Fault(
+        "checkpoint/families.py",
+        r'UNSCALED = \{"attention_multiplier": 1\.0\}',
+        "UNSCALED: dict[str, float] = {}",
+        "test_model",
+    ),
     Fault("checkpoint/config.py", r'theta \* given\["alpha"\] \*\* .*$', "theta", "test_model"),
-    Fault("checkpoint/config.py", r"min\(_longest\(config\), int\(original\)\)", "_longest(config)", "test_model"),
     Fault("checkpoint/config.py", r"\*\*kept, (\"architectures\")", r"\1", "test_model"),
     Fault("checkpoint/config.py", r"if kind not in INVERSE_FREQUENCIES:", "if False:", "test_model"),
     Fault(

@@ -100,6 +100,9 @@ FAULTS = [
     Fault("engine/layer.py", r"rms_norm\(part, part\.shape\[1:\]", "rms_norm(part, part.shape[2:]", STEP),
     Fault("engine/step.py", r"rope = ropes\[kind\]", "rope = ropes[config.rope]", STEP),
     Fault("engine/layer.py", r"head_A >= heads \+ kv_heads", "head_A >= heads", STEP),
+    Fault(
+        "engine/layer.py", r"torch\.where\(.*, turned_BAE \* growth\[0\], turned_BAE\)", "turned_BAE * growth[0]", STEP
+    ),
     Fault("engine/layer.py", r"partners\(new_BAE, config\.rope\)", "new_BAE.roll(1, -1)", STEP),
     Fault("engine/layer.py", r"text_B1 \+ texts \* is_value_A\) \* room", "text_B1 + is_value_A) * room", STEP),
     Fault("engine/layer.py", r"\* room \+ position_B\.unsqueeze\(1\)", "* room", STEP),

@@ -18,6 +18,9 @@ FAULTS = [
     Fault("model.py", r"torch\.stack\(\(-sin, sin\)", "torch.stack((sin, -sin)", TEST),
     Fault("model.py", r"flip\(-1 if rope\.interleaved else -2\)", "flip(-2)", TEST),
     Fault("model.py", r"kept, value=1\.0", "kept, value=0.0", TEST),
+    Fault("model.py", r"(return turned_BHLE) \* growth\[0\] if growth else turned_BHLE", r"\1", TEST),
+    Fault("model.py", r"(getattr\(self, names\.k_norm\), k_BLJE, rope)\[:2\]", r"\1", TEST),
+    Fault("model.py", r"contexts\.log1p\(\)", "contexts", TEST),
     Fault("model.py", r"rope\.long_factor if .* else (rope\.short_factor)", r"\1", TEST),
     Fault("model.py", r"turn_and_norm if config\.qk_norm .* else norm_and_turn", "norm_and_turn", TEST),
     Fault(
