@@ -104,6 +104,7 @@ def test_resumed_run_ends_in_the_same_bytes(tmp_path, done, beyond):
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_killed_process_leaves_only_complete_files_under_final_names(tmp_path):
     """kill -9 in the middle of the third tensor's shard: what has its final name is whole, and resume ends the same."""
     script = textwrap.dedent(f"""

@@ -21,6 +21,7 @@ from miniawq.model import apply_rope, rope_tables
 from miniawq.packing import Quantized, dequantize
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers import tiny_tokenizers
+from tests.helpers.marks import thorough_but
 
 ROWS = 512  # of the embedding: the small tokenizers have fewer tokens
 KIND = gguf.GGMLQuantizationType
@@ -114,11 +115,12 @@ PACKINGS = {
     "one-group-a-row": {"group_size": -1, "block": tiny.AWQ_BLOCK | {"group_size": -1}},
 }
 WRITTEN = [name for name in tiny.FAMILIES if tiny.config_of(name)["architectures"][0] in gguf_file.ARCHITECTURES]
-FAMILIES = {name: {"family": name} for name in WRITTEN}
+SOURCES = PACKINGS | {name: {"family": name} for name in WRITTEN}
 
 
-@pytest.mark.parametrize("packing", [*PACKINGS.values(), *FAMILIES.values()], ids=[*PACKINGS, *FAMILIES])
-def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, packing):
+@pytest.mark.parametrize("kind", thorough_but(["awq", "symmetric", "groups-of-16", "llama-tied", "qwen3"], SOURCES))
+def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, kind):
+    packing = SOURCES[kind]
     source = make(tmp_path / "source", **packing)
     reader, checkpoint = converted(source), open_checkpoint(source)
     found, config = weights(reader), checkpoint.model_config

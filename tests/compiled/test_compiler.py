@@ -62,6 +62,7 @@ def test_what_cannot_be_kept_is_compiled_as_usual_and_said_once(tmp_path, monkey
     assert said.startswith("compiled functions are not kept, so every start takes longer: ")
 
 
+@pytest.mark.compiles
 def test_what_is_kept_is_compiled_once_with_its_options(tmp_path, monkeypatch):
     """Without them the C++ compiler would be asked for the same source again, and make slower code of it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))

@@ -17,12 +17,13 @@ from tests.helpers import ROOT
 from tests.helpers.checks import marked
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("check", marked(CHECKS))
 def test_the_second_definition_conforms(check):
     conformance_tests(reference())(check)
 
 
-@pytest.mark.parametrize("check", marked(CHECKS))
+@pytest.mark.parametrize("check", marked(CHECKS, every=3))
 def test_miniawq_conforms(check, device):
     report = conformance(target, [check], device=str(device))
     assert report.ok, as_text(report)
@@ -65,7 +66,8 @@ def test_imports_inside_the_oracle_point_one_way():
     assert list(TopologicalSorter(needs).static_order())
 
 
-def test_run_conformance_tells_every_failure_at_once():
+def test_run_conformance_tells_every_failure_at_once(monkeypatch):
+    monkeypatch.setattr("miniawq.oracle.door.CHECKS", [check for check in CHECKS if "known-words" in check.id])
     with pytest.raises(AssertionError, match=r"(?s)L0\.pack\.known-words.*L0\.unpack\.known-words"):
         run_conformance(
             type("Zeros", (), {"pack": lambda c: 0 * truth.pack(c), "unpack": lambda w: 0 * truth.unpack(w)})
@@ -73,5 +75,5 @@ def test_run_conformance_tells_every_failure_at_once():
 
 
 def test_a_run_on_miniawq_is_the_default(capsys):
-    assert main(["--levels", "L0,L1", "--badge"]) == 0
+    assert main(["--levels", "L0,L1", "--only", "random", "--badge"]) == 0
     assert capsys.readouterr().out == "L0 ok, L1 ok\n"
