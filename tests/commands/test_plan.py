@@ -105,8 +105,10 @@ def test_sums_and_kv_cache_of_known_models(name):
     assert kv_bytes_per_token(llama_config(config_of(name)), torch.float16) == kib * 1024
 
 
-@pytest.mark.parametrize("packing", ["awq", "compressed-tensors", "compressed-tensors-symmetric"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("packing", "family"),
+    each_once(("awq", "compressed-tensors", "compressed-tensors-symmetric"), tuple(tiny.FAMILIES)),
+)
 def test_tensors_from_config_are_those_of_the_files(tmp_path, packing, family):
     directory, _ = tiny.make(tmp_path, family=family, **PACKINGS[packing])
     checkpoint = open_checkpoint(directory)

@@ -245,7 +245,7 @@ def thorough(*case: object) -> object:
 @pytest.mark.parametrize(
     ("line", "code", "out", "err"),
     [
-        (BODY + "fail <&- >&- 2>&-", 3, "", ""),
+        thorough(BODY + "fail <&- >&- 2>&-", 3, "", ""),
         thorough(BODY + ">&-", 0, "", "said\n"),
         thorough(BODY + "2>&-", 0, "text\n", ""),
         thorough(BODY + "<&-", 0, "text\n", "said\n"),

@@ -27,6 +27,7 @@ def path(tmp_path_factory):
     return path
 
 
+@pytest.mark.compiles
 def test_a_kept_function_is_not_traced_for_any_length(path):
     before, function = traced(), kept(path)
     for length in (5, 9, 300):
@@ -34,6 +35,7 @@ def test_a_kept_function_is_not_traced_for_any_length(path):
     assert traced() == before
 
 
+@pytest.mark.compiles
 def test_other_arguments_are_compiled_as_usual(path):
     function = kept(path)
     assert torch.equal(function(torch.ones(5), 1.0), torch.full((5,), 3.0))
@@ -42,6 +44,7 @@ def test_other_arguments_are_compiled_as_usual(path):
     assert torch.equal(function(torch.ones(5), 1.0), torch.full((5,), 3.0))
 
 
+@pytest.mark.compiles
 def test_a_damaged_file_is_made_again_and_said(path, tmp_path, caplog):
     damaged = tmp_path / "doubled.aot"
     damaged.write_bytes(path.read_bytes()[:1000])

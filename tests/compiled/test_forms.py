@@ -270,9 +270,9 @@ def dense_bound(x_TI, weight_OI):
     return (x_TI.shape[1] + 1) * FLOAT32 * (x_TI.double().abs() @ weight_OI.double().abs().t())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("outputs", [1, 6, 7, 8])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "dtype"), each_once(ROWS, (1, 6, 7, 8), (torch.float16, torch.bfloat16, torch.float32))
+)
 def test_dense_sums_stay_within_their_bound(rows, outputs, dtype):
     """Outputs that fill four parts, two, or none."""
     weight_OI, x_TI = random_rows(outputs, 96, dtype, seed=2), random_rows(rows, 96)

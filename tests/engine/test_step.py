@@ -27,7 +27,7 @@ from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, attention, dense_linear
 from miniawq.packing import quantize
 from tests.helpers import MODELS
-from tests.helpers.golden_models import MOST_THOROUGHLY
+from tests.helpers.golden_models import ONE_OF_EACH_FOLD
 from tests.helpers.marks import thorough_but
 
 PROMPT, NEW = 9, 12
@@ -62,7 +62,7 @@ def random_prompt(model: Llama, batch: int, length: int = PROMPT) -> torch.Tenso
 
 
 @pytest.mark.parametrize("batch", thorough_but([3], [1, 3]))
-@pytest.mark.parametrize("name", MOST_THOROUGHLY)
+@pytest.mark.parametrize("name", ONE_OF_EACH_FOLD)
 def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
     model = load(name, device)
     tokens_BL, exact = random_prompt(model, batch), load(name, device)

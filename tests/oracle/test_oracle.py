@@ -44,6 +44,25 @@ def test_every_level_and_every_function_is_checked():
     assert {function for check in CHECKS for function in check.needs} == set(FUNCTIONS)
 
 
+def needs_of(name):
+    """The modules of miniawq that a module of it names in an import."""
+    path = ROOT.joinpath(*name.split("."))
+    found = set()
+    for node in ast.walk(ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())):
+        found |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        found |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+    return {module for module in found if module.startswith("miniawq")}
+
+
+def test_the_truth_names_no_code_of_miniawq():
+    seen, left = set(), {"miniawq.oracle.truth", "miniawq.oracle.loader"}
+    while left:
+        seen.add(name := left.pop())
+        left |= needs_of(name) - seen
+    assert {name for name in seen if not name.startswith("miniawq.oracle")} <= {"miniawq.errors"}
+
+
+@pytest.mark.thorough
 def test_the_truth_shares_no_code_with_miniawq():
     code = "import sys, miniawq.oracle.truth, miniawq.oracle.loader; print(*(m for m in sys.modules if 'miniawq' in m))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
