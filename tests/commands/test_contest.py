@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,13 @@ def test_every_format_has_a_row_and_more_bits_lose_less(fairytales, text, tmp_pa
     assert whole == sum(info.nbytes for info in open_checkpoint(fairytales).tensors.values())
     assert found["rtn 128"]["nbytes"] < found["int8"]["nbytes"] < whole
     assert picture.stat().st_size > 10_000
+
+
+def test_the_title_of_a_picture_names_what_loses_least() -> None:
+    rtn, awq = (SimpleNamespace(name=name, group_size=size) for name, size in (("rtn", 128), ("awq", -1)))
+    assert contest.least([(3.5, 0.02, rtn), (3.4, 0.01, awq)]) == "awq row"
+    assert contest.least([(3.5, 0.02, rtn), (3.4, 0.03, awq)]) == "rtn 128"
+    assert contest.least([]) == "none"
 
 
 @pytest.mark.thorough
