@@ -294,12 +294,10 @@ def draw_formats(path: Path, found: Sequence[FormatRow]) -> None:
                 small.annotate(word, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
     every = [point for some in points.values() for point in some]
     four = [point for point in every if point[2].bits < FOUR_BITS]
-    label = "MB of the whole model"
-    whole.set(title=f"Of all formats {least(every)} loses least", yscale="log", xlabel=label)
-    whole.set(ylabel="KL from the dense model, nats a token")
-    small.set(
-        title=f"Of those of 4 bits {least(four)} loses least; numbers are group sizes", ylim=(0, None), xlabel=label
-    )
+    whole.set(title=f"Of all formats {least(every)} loses least", yscale="log")
+    whole.set(xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token")
+    small.set(title=f"Of those of 4 bits {least(four)} loses least", ylim=(0, None))
+    small.set(xlabel="MB of the whole model; beside a point, its group size")
     lines = [Line2D([], [], color=f"C{index}", marker=MARKERS[index], label=name) for index, name in enumerate(points)]
     figure.legend(handles=lines, loc="outside right upper")
     figure.savefig(path, dpi=120)
