@@ -316,6 +316,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
         load_model(open_checkpoint(directory))
 
 
+@pytest.mark.thorough
 def test_opening_imports_no_compiler(tmp_path):
     """`torch._dynamo` takes seconds to import; nothing before the first token needs it."""
     directory, _ = tiny.make(tmp_path)

@@ -55,6 +55,7 @@ def test_a_damaged_file_is_made_again_and_said(path, tmp_path, caplog):
     assert traced() == before
 
 
+@pytest.mark.compiles
 def test_what_cannot_be_kept_is_compiled_as_usual_and_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("miniawq.compiled.compiler.WORKSHOP", Workshop())
     monkeypatch.delattr(Compiled, "ahead")
