@@ -21,6 +21,7 @@ from miniawq.quantize.recipes import PAPER as PAPER_RECIPE
 from tests.helpers import MODELS
 from tests.helpers.awq_blocks import Block, channel_spread, layer_and_inputs, statistics_of
 from tests.helpers.golden_models import ONE_OF_EACH_FOLD
+from tests.helpers.marks import thorough_but
 from tests.helpers.tiny_checkpoints import FAMILIES
 
 ROUNDING = Rounding(32)
@@ -72,7 +73,7 @@ def test_a_fold_that_misses_a_layer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FOLD)
-@pytest.mark.parametrize("recipe", [PAPER_RECIPE, DEFAULT], ids=["paper", "default"])
+@pytest.mark.parametrize("recipe", thorough_but([DEFAULT], [PAPER_RECIPE, DEFAULT]), ids=["paper", "default"])
 def test_no_family_loses_to_plain_rounding_and_every_fold_of_it_is_exact(name: str, recipe: Recipe) -> None:
     """The blocks that transformers has written: all names and switches of `checkpoint/families.py`."""
     model = load_model(open_checkpoint(MODELS / name), dtype=torch.float32).float()

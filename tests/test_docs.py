@@ -1,6 +1,7 @@
 """README, CONTRIBUTING and the guides say what is so: code runs, names exist, counts and walks are those of today."""
 
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -22,7 +23,8 @@ from miniawq.oracle.faults import FAULTS
 from miniawq.quantize.job import Quantizer, Settings
 from miniawq.quantize.recipes import DEFAULT, PAPER, Recipe
 from tests.helpers import MODELS, ROOT, TESTS
-from tests.test_house import CHAPTERS, FILES, PACKAGE, TABLE, room_of, suffix
+from tests.helpers.marks import thorough_but
+from tests.test_house import CHAPTERS, FILES, PACKAGE, TABLE, nodes_of, room_of, suffix
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PYTHON, EXTENDING = ROOT / "docs" / "python.md", ROOT / "docs" / "extending.md"
@@ -62,7 +64,7 @@ def run_blocks(page: Path) -> dict[int, str]:
     return printed
 
 
-@pytest.mark.parametrize("name", ["python.md", "README.md"])
+@pytest.mark.parametrize("name", thorough_but(["README.md"], ["python.md", "README.md"]))
 def test_code_runs_in_order_and_prints_what_stands_beside_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +128,7 @@ def names_in(paths: list[Path]) -> set[str]:
     """Everything that has a name in these files: functions, classes, variables, arguments, attributes, modules."""
     found = {path.stem for path in paths} | {path.parent.name for path in paths}
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             match node:
                 case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name) | ast.Name(id=name):
                     found.add(name)
@@ -135,7 +137,11 @@ def names_in(paths: list[Path]) -> set[str]:
     return found
 
 
-KNOWN = names_in([*FILES, *TESTS.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
+@functools.cache
+def known_names() -> set[str]:
+    return names_in([*FILES, *TESTS.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]) | FOREIGN
+
+
 SOURCES = "".join(path.read_text() for path in FILES)
 TESTS_THERE = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in TESTS.rglob("test_*.py"))))
 
@@ -159,7 +165,7 @@ def is_there(span: str) -> bool:
     if re.fullmatch(r"[\w./-]+(?:/|\.(?:py|md|json|toml))|\.?\w+/[\w/.]+", first):
         return any((folder / first).exists() for folder in (ROOT, PACKAGE))
     names = re.findall(r"[A-Za-z_]\w+", re.sub(r"\"[^\"]*\"", "", span))
-    return all(name in KNOWN | FOREIGN for name in names)
+    return all(name in known_names() for name in names)
 
 
 def spans_of(page: Path) -> list[str]:
@@ -201,7 +207,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def letters_in(path: Path) -> set[str]:
     """The dimension letters that names of variables and arguments of a file end in."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name | ast.arg)]
+    nodes = [node for node in nodes_of(path) if isinstance(node, ast.Name | ast.arg)]
     names = {node.id if isinstance(node, ast.Name) else node.arg for node in nodes}
     return {letter for name in names if not name.isupper() for letter in suffix(name) if letter.isalpha()}
 

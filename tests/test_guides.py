@@ -9,14 +9,14 @@ import pytest
 from miniawq.__main__ import main
 from miniawq.oracle.door import CHECKS
 from tests.helpers import ROOT
-from tests.helpers.pages import repository, shell
+from tests.helpers.pages import in_this_process, repository, shell
 from tests.scripts import script
-from tests.test_docs import FOREIGN, KNOWN
+from tests.test_docs import known_names
 
 READING = (ROOT / "docs" / "reading.md").read_text()
 EXPERIMENTS = re.findall(r"^```sh\n(.*?)^```(?:(?:(?!^```).)*?^```text\n(.*?)^```)?", READING, re.MULTILINE | re.DOTALL)
 GUIDES = {page.stem: page for page in sorted((ROOT / "docs" / "guides").glob("*.md"))}
-NOT_OURS = FOREIGN | {"trust_remote_code"}
+NOT_OURS = {"trust_remote_code"}
 # Commands that show a refusal, or a report of failures, and their exit codes.
 REFUSED = {'miniawq generate wrong --prompt "The king"': 3, "miniawq oracle my_kernel --levels L3": 1}
 TOLD = {
@@ -61,14 +61,15 @@ def test_scales_take_more_than_half_off_the_divergence(tmp_path):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", GUIDES)
-def test_commands_of_the_guides_run(name, tmp_path):
+def test_commands_of_the_guides_run(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     page, root = GUIDES[name].read_text(), repository(tmp_path)
     for file, text in re.findall(r"^```python\n# (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         (root / file).write_text(text)
     commands = "".join(re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)).splitlines()
     assert commands
     for command in commands:
-        code, printed = shell(command, root)
+        code, printed = (in_this_process if command.startswith("miniawq ") else shell)(command, root)
         assert code == REFUSED.get(command, 0), printed
         assert TOLD.get(command, "") in printed
 
@@ -78,7 +79,7 @@ def test_checks_and_names_that_pages_speak_of_are_there(text):
     spans = set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)))
     ids = {span for span in spans if re.match(r"L\d\.", span)}
     assert ids <= {check.id for check in CHECKS}
-    assert {span for span in spans - ids if re.fullmatch(r"[A-Za-z]+(?:_[A-Za-z]+)+", span)} <= KNOWN | NOT_OURS
+    assert {span for span in spans - ids if re.fullmatch(r"[A-Za-z]+(?:_[A-Za-z]+)+", span)} <= known_names() | NOT_OURS
 
 
 @pytest.mark.thorough

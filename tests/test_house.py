@@ -1,6 +1,7 @@
 """The rules of CONTRIBUTING.md that a machine can check."""
 
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -27,6 +28,7 @@ from miniawq.oracle.contract import FUNCTIONS
 from miniawq.packing import quantize
 from miniawq.quantize.grids import symmetric_grid
 from tests.helpers import ROOT
+from tests.helpers.quantizing import make_source
 from tests.planted import stale
 
 PACKAGE = ROOT / "miniawq"
@@ -49,16 +51,26 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The module of a file, and everything in it."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The modules that a file imports, anywhere in it, also by `import_module`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and "import_module" in (
+            getattr(node.func, "attr", ""),
+            getattr(node.func, "id", ""),
+        ):
             assert isinstance(node.args[0], ast.Constant | ast.Attribute | ast.Name), ast.unparse(node)
             if isinstance(node.args[0], ast.Constant):
                 found.add(node.args[0].value)
@@ -72,17 +84,18 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_to_the_left_in_the_table(path):
-    room = room_of(path)
+def allowed(room: str) -> set[str]:
+    """The rooms from which a room may import."""
     if room in ("__init__", "__main__"):
-        assert rooms_imported(path) <= {"errors", "cli"}
-        return
-    allowed = {*TABLE[: TABLE.index(room)], room} - (BLIND - {room} if room in BLIND else set())
-    assert rooms_imported(path) <= allowed, f"{room} imports from its right"
+        return {"errors", "cli"}
+    return {*TABLE[: TABLE.index(room)], room} - (BLIND - {room} if room in BLIND else set())
+
+
+def test_imports_point_to_the_left_in_the_table():
+    assert not {path: wrong for path in FILES if (wrong := rooms_imported(path) - allowed(room_of(path)))}
 
 
 @pytest.mark.parametrize("room", ["compiled", "checkpoint", "text", "engine", "quantize", "commands", "oracle"])
@@ -110,13 +123,17 @@ def test_a_chapter_is_short(chapter):
 PRIVATE = re.compile(r"\btorch\._(?!_)|\btorch\.ops\.aten\._|\b_(?:inductor|dynamo)\b|torch\.compile\b|torch\.utils\._")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_room_of_the_compiler_touches_private_torch(path):
-    if room_of(path) == "compiled":
-        return
+OUTSIDE = [path for path in FILES if room_of(path) != "compiled"]
+
+
+def private_names(path: Path) -> list[str]:
+    """Of torch's, in the code of a file and in what it imports."""
     code = ast.unparse(without_docstrings(ast.parse(path.read_text())))
-    assert not PRIVATE.findall(code)
-    assert not {name for name in imported(path) if PRIVATE.search(name)}
+    return PRIVATE.findall(code) + [name for name in imported(path) if PRIVATE.search(name)]
+
+
+def test_only_the_room_of_the_compiler_touches_private_torch():
+    assert not {path: names for path in OUTSIDE if (names := private_names(path))}
 
 
 def without_docstrings(tree: ast.Module) -> ast.Module:
@@ -126,15 +143,12 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
     return tree
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_compiler_is_used_through_its_door(path):
+def test_the_compiler_is_used_through_its_door():
     """Other rooms import the names that `compiled/__init__.py` lists, and none of its files."""
-    if room_of(path) == "compiled":
-        return
-    files = {file.stem for file in (PACKAGE / "compiled").glob("*.py")}
-    used = {name.split(".")[2] for name in imported(path) if name.startswith("miniawq.compiled.")}
-    assert not used & files
-    assert used <= set(compiled.__all__)
+    listed = {*compiled.__all__} - {file.stem for file in (PACKAGE / "compiled").glob("*.py")}
+    for path in OUTSIDE:
+        used = {name.split(".")[2] for name in imported(path) if name.startswith("miniawq.compiled.")}
+        assert used <= listed, path
 
 
 CONTRACT = {*FUNCTIONS, "main", "build_parser"}
@@ -146,30 +160,34 @@ def test_no_two_things_have_one_name():
     for path in FILES:
         if "planted" in path.parts:
             continue
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.iter_child_nodes(nodes_of(path)[0]):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in CONTRACT and node.name != "_":
                 where = str(path.relative_to(PACKAGE))
                 assert node.name not in seen, f"{node.name} is in {seen[node.name]} and in {where}"
                 seen[node.name] = where
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_and_functions_hold_one_idea(path):
-    assert path.read_text().count("\n") <= max(450, CHAPTERS.get(room_of(path), 0))
-    for function in functions(path):
-        assert function.end_lineno - function.lineno <= 70, f"{function.name} is too long"
+def test_files_and_functions_hold_one_idea():
+    for path in FILES:
+        assert path.read_text().count("\n") <= max(450, CHAPTERS.get(room_of(path), 0)), path
+        long = [function.name for function in functions(path) if function.end_lineno - function.lineno > 70]
+        assert not long, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_is_imported_inside_a_function_but_optional_extras(path):
-    inner = {
+def imported_inside(function: ast.FunctionDef) -> set[str]:
+    """The packages that a function imports when it runs."""
+    return {
         alias.name.split(".")[0]
-        for function in functions(path)
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
     }
-    assert inner <= {"gguf", "matplotlib", "pytest"}
+
+
+def test_nothing_is_imported_inside_a_function_but_optional_extras():
+    for path in FILES:
+        for function in functions(path):
+            assert imported_inside(function) <= {"gguf", "matplotlib", "pytest"}, path
 
 
 def suffix(name: str) -> str:
@@ -248,16 +266,17 @@ def step_through_text() -> None:
             assert not proof.problem_of(form, torch.device("cpu"), torch.float16, None)
 
 
-def quantize_by(recipe: str, directory: Path, source: Path) -> None:
+def quantize_by(recipe: str, directory: Path) -> None:
+    source = make_source(directory / "dense", num_hidden_layers=1)
     text = directory / "text.txt"
     text.write_text("Once upon a time there was a king who had three sons. " * 20)
-    flags = ["--calib", text, "--num-samples", 2, "--sequence-length", 48, "--recipe", recipe]
+    flags = ["--calib", text, "--num-samples", 2, "--sequence-length", 48, "--group-size", 64, "--recipe", recipe]
     assert main(["quantize", *map(str, (source, directory / recipe, *flags))]) == 0
 
 
 @pytest.mark.parametrize("work", ["text", "step", "default", pytest.param("paper", marks=pytest.mark.thorough)])
-def test_names_of_tensors_tell_their_shapes(work, tmp_path, fairytales):
-    run = {"text": write_text, "step": step_through_text}.get(work, lambda: quantize_by(work, tmp_path, fairytales))
+def test_names_of_tensors_tell_their_shapes(work, tmp_path):
+    run = {"text": write_text, "step": step_through_text}.get(work, lambda: quantize_by(work, tmp_path))
     wrong = watched(run)
     assert not wrong, "\n".join(sorted(wrong))
 
@@ -295,9 +314,9 @@ def test_every_verb_answers_help(capsys):
         assert "usage: " in capsys.readouterr().out
 
 
-def test_running_needs_no_more_than_the_dependencies(tmp_path, fairytales):
+def test_running_needs_no_more_than_the_dependencies(tmp_path):
     """What only tests and extras install must not be imported on the way of a user."""
-    text = tmp_path / "text.txt"
+    text, source = tmp_path / "text.txt", make_source(tmp_path / "dense")
     text.write_text("Once upon a time there was a king who had three sons. " * 40)
     program = f"""
 import sys
@@ -305,7 +324,7 @@ for name in ("numpy", "pytest", "hypothesis", "matplotlib", "gguf", "transformer
     sys.modules[name] = None
 from miniawq.__main__ import main
 for line in (
-    "quantize {fairytales} {tmp_path}/awq --calib {text} --num-samples 2 --sequence-length 64 --recipe paper",
+    "quantize {source} {tmp_path}/awq --calib {text} --num-samples 2 --sequence-length 64 --group-size 64",
     "convert {tmp_path}/awq {tmp_path}/ct --format compressed-tensors",
     "evaluate {tmp_path}/ct --text {text} --sequence-length 64",
     "plan {tmp_path}/awq",

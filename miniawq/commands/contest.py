@@ -264,10 +264,16 @@ def format_table(found: Sequence[FormatRow]) -> str:
     return "\n".join(lines)
 
 
+def least(points: Sequence[tuple[float, float, FormatRow]]) -> str:
+    """The format of the lowest loss, with its group size."""
+    rows = [row for *_, row in sorted(points, key=lambda point: point[1])]
+    return f"{rows[0].name} {size_word(rows[0])}".strip() if rows else "none"
+
+
 def draw_formats(path: Path, found: Sequence[FormatRow]) -> None:
     """Loss against bytes: a point a format, a line through the group sizes of one; on the right the 4-bit ones alone.
 
-    A format without loss has no place on a logarithmic axis and is left out.
+    A title names what loses least. A format without loss has no place on a logarithmic axis and is left out.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -286,8 +292,12 @@ def draw_formats(path: Path, found: Sequence[FormatRow]) -> None:
             small.plot([x for x, *_ in shown], [y for _, y, _ in shown], **drawn)
             for x, y, word in shown:
                 small.annotate(word, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
-    whole.set(title="all", yscale="log", xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token")
-    small.set(title="of 4 bits, with their group sizes", ylim=(0, None), xlabel="MB of the whole model")
+    every = [point for some in points.values() for point in some]
+    four = [point for point in every if point[2].bits < FOUR_BITS]
+    whole.set(title=f"Of all formats {least(every)} loses least", yscale="log")
+    whole.set(xlabel="MB of the whole model", ylabel="KL from the dense model, nats a token")
+    small.set(title=f"Of those of 4 bits {least(four)} loses least", ylim=(0, None))
+    small.set(xlabel="MB of the whole model; beside a point, its group size")
     lines = [Line2D([], [], color=f"C{index}", marker=MARKERS[index], label=name) for index, name in enumerate(points)]
     figure.legend(handles=lines, loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -1,7 +1,7 @@
 """Hostile directories: each ends in a MiniawqError of three lines, or loads and computes numbers; never anything else.
 
-The cases of the fuzz tests are enumerated and every STRIDE-th is run, the same ones each time. `MINIAWQ_STRIDE=1` in
-the environment runs them all.
+The cases of the fuzz tests are enumerated. Every STRIDE-th is run, the same ones each time, and in `make test` every
+tenth of these. `MINIAWQ_STRIDE=1` in the environment runs them all.
 """
 
 import copy
@@ -31,10 +31,12 @@ from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedChec
 from miniawq.generate import generate
 from tests.helpers import ROOT
 from tests.helpers import tiny_checkpoints as tiny
+from tests.helpers.marks import each_once
 from tests.helpers.verbs import ARGUMENTS, command
 from tests.reliability.directories import use
 
 STRIDE = int(os.environ.get("MINIAWQ_STRIDE", "9"))
+STRIDES = [pytest.param(STRIDE, marks=pytest.mark.thorough), 10 * STRIDE]
 SECONDS, BYTES = 3.0, 256 << 20  # that one hostile directory may take
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -54,8 +56,8 @@ def outcome(directory: Path) -> str:
     return said
 
 
-def sampled(cases: Iterator[Any]) -> list[Any]:
-    return [case for number, case in enumerate(cases) if number % STRIDE == 0]
+def sampled(cases: Iterator[Any], stride: int) -> list[Any]:
+    return [case for number, case in enumerate(cases) if number % stride == 0]
 
 
 VALUES = (
@@ -98,11 +100,12 @@ def configs(config: dict[str, Any], paths: list[tuple[str, ...]]) -> Iterator[tu
         yield (), whole, json.dumps(whole)
 
 
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("layout", KEYS)
-def test_every_key_of_a_config_may_have_any_value(layout, tmp_path):
+def test_every_key_of_a_config_may_have_any_value(layout, stride, tmp_path):
     directory, _ = tiny.make(tmp_path / "it", layout=layout)
     config = json.loads((directory / "config.json").read_text())
-    for path, value, text in sampled(configs(config, KEYS[layout])):
+    for path, value, text in sampled(configs(config, KEYS[layout]), stride):
         (directory / "config.json").write_text(text)
         said = outcome(directory)
         assert said == "loads" or "config" in said or "tensor" in said, (path, value, said)
@@ -128,10 +131,11 @@ def file_of(header: bytes, values: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + values
 
 
-def test_every_byte_of_a_header_may_be_another_one(tmp_path):
+@pytest.mark.parametrize("stride", STRIDES)
+def test_every_byte_of_a_header_may_be_another_one(stride, tmp_path):
     directory, _ = tiny.make(tmp_path, changes={"num_hidden_layers": 1})
     file = directory / "model.safetensors"
-    for content in sampled(headers(file.read_bytes())):
+    for content in sampled(headers(file.read_bytes()), stride):
         file.write_bytes(content)
         outcome(directory)
 
@@ -320,8 +324,7 @@ NO_NUMBERS = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, tor
 SMALL = ("model.norm.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight", "lm_head.weight")
 
 
-@pytest.mark.parametrize("dtype", NO_NUMBERS, ids=str)
-@pytest.mark.parametrize("name", [*SMALL, f"{Q}.scales", f"{Q}.bias"])
+@pytest.mark.parametrize(("name", "dtype"), each_once((*SMALL, f"{Q}.scales", f"{Q}.bias"), NO_NUMBERS))
 def test_dtypes_that_hold_no_weights_are_refused(name, dtype, tmp_path):
     directory, _ = tiny.make(tmp_path, family="llama-biased")
     edited(directory, cast(name, dtype))
@@ -360,8 +363,7 @@ def spoilt(value: float, name: str) -> Callable[[dict[str, torch.Tensor]], dict[
 NAMES = (*SMALL, f"{Q}.scales", f"{Q}.bias")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("name", "value"), each_once(NAMES, (math.nan, math.inf, -math.inf)))
 def test_values_that_are_not_finite_name_their_tensor(value, name, tmp_path):
     directory, _ = tiny.make(tmp_path, family="llama-biased")
     edited(directory, spoilt(value, name))

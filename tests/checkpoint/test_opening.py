@@ -22,6 +22,7 @@ from miniawq.kernel import QuantLinear
 from miniawq.packing import Quantized, dequantize
 from tests.helpers import ROOT
 from tests.helpers import tiny_checkpoints as tiny
+from tests.helpers.marks import each_once
 from tests.helpers.tiny_checkpoints import PACKINGS, TOKENS
 
 
@@ -33,8 +34,7 @@ def assert_loads(directory: Path, reference: torch.nn.Module, device: torch.devi
     return model
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("packing", "family"), each_once(tuple(PACKINGS), tuple(tiny.FAMILIES)))
 def test_layout_loads(tmp_path, packing, family, device):
     directory, reference = tiny.make(tmp_path, family=family, **PACKINGS[packing])
     model = assert_loads(directory, reference, device)
@@ -316,6 +316,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
         load_model(open_checkpoint(directory))
 
 
+@pytest.mark.thorough
 def test_opening_imports_no_compiler(tmp_path):
     """`torch._dynamo` takes seconds to import; nothing before the first token needs it."""
     directory, _ = tiny.make(tmp_path)
@@ -346,7 +347,10 @@ print(memory("VmHWM") - before, sum(tensor.nbytes for tensor in model.parameters
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
 @pytest.mark.parametrize(("stored", "dtype", "copies"), [
-    ("float32", "bfloat16", 1), ("float16", "bfloat16", 1), ("float16", "float32", 0), ("float16", "float16", 0),
+    ("float32", "bfloat16", 1),
+    pytest.param("float16", "bfloat16", 1, marks=pytest.mark.thorough),
+    pytest.param("float16", "float32", 0, marks=pytest.mark.thorough),
+    pytest.param("float16", "float16", 0, marks=pytest.mark.thorough),
 ])  # fmt: skip
 def test_loading_holds_one_copy_of_what_changes(stored, dtype, copies, tmp_path):
     """The whole model once, and of the files no more than a tensor at a time; nothing if it is used as it is stored."""

@@ -104,6 +104,21 @@ def test_resumed_run_ends_in_the_same_bytes(tmp_path, done, beyond):
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
+def test_only_whole_files_have_their_final_names(tmp_path):
+    tensors = some_tensors()
+    write_all(tmp_path / "whole", tensors)
+    with writer_for(tmp_path / "part", tensors) as writer:
+        for name in list(tensors)[:7]:
+            writer.write(name, tensors[name])
+        writer.flush()
+        part = contents(tmp_path / "part")
+    finished = {name: content for name, content in part.items() if not name.endswith(".partial")}
+    assert finished
+    assert len(part) == len(finished) + 1
+    assert finished.items() <= contents(tmp_path / "whole").items()
+
+
+@pytest.mark.thorough
 def test_killed_process_leaves_only_complete_files_under_final_names(tmp_path):
     """kill -9 in the middle of the third tensor's shard: what has its final name is whole, and resume ends the same."""
     script = textwrap.dedent(f"""

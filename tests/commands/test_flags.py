@@ -126,13 +126,23 @@ def chat_model(tmp_path_factory):
     return make_chat_model(tmp_path_factory.mktemp("chat"))
 
 
-def piped(model, given, *flags):
-    command = [sys.executable, "-m", "miniawq.generate", model, *flags, "-n", "2", "--greedy", "--show-prompt", "-q"]
-    return subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=60)
+@pytest.fixture
+def piped(chat_model, monkeypatch, capsys):
+    """Exit code and stderr of the command line with something in the pipe that is its stdin."""
+
+    def run_piped(given, *flags):
+        reading, writing = os.pipe()
+        with open(writing, "w") as pipe:
+            pipe.write(given)
+        with open(reading) as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            code = generate([chat_model, *flags, "-n", "2", "--greedy", "--show-prompt", "-q"])
+        return code, capsys.readouterr().err
+
+    return run_piped
 
 
-@pytest.mark.thorough
-def test_text_file_and_pipe_follow_each_other(chat_model, tmp_path):
+def test_text_file_and_pipe_follow_each_other(piped, tmp_path):
     file = tmp_path / "file.txt"
     file.write_text("file")
     for flags, given, prompt in [
@@ -140,12 +150,12 @@ def test_text_file_and_pipe_follow_each_other(chat_model, tmp_path):
         (("-p", "text", "--file", str(file)), "pipe", "text\n\nfile\n\npipe"), (("--file", str(file)), "", "file"),
         (("-p", "-"), "pipe", "pipe"),
     ]:  # fmt: skip
-        done = piped(chat_model, given, *flags)
-        assert done.returncode == 0, done.stderr
-        assert f"user\n{prompt}<|im_end|>" in done.stderr
-    done = piped(chat_model, "")
-    assert done.returncode == 2
-    assert "there is no prompt\n  the pipe was empty" in done.stderr
+        code, told = piped(given, *flags)
+        assert code == 0, told
+        assert f"user\n{prompt}<|im_end|>" in told
+    code, told = piped("")
+    assert code == 2
+    assert "there is no prompt\n  the pipe was empty" in told
 
 
 def test_a_pipe_and_a_file_are_read_and_nothing_else_is(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from miniawq.model import apply_rope, rope_tables
 from miniawq.packing import Quantized, dequantize
 from tests.helpers import tiny_checkpoints as tiny
 from tests.helpers import tiny_tokenizers
+from tests.helpers.marks import thorough_but
 
 ROWS = 512  # of the embedding: the small tokenizers have fewer tokens
 KIND = gguf.GGMLQuantizationType
@@ -126,17 +127,14 @@ ALIKE = {
     "glm": ("glm4", {"architectures": ["GlmForCausalLM"]}),
 }
 FAMILIES = {name: {"family": name} for name in WRITTEN}
+SOURCES = (
+    PACKINGS | FAMILIES | {name: {"family": family, "changes": changes} for name, (family, changes) in ALIKE.items()}
+)
 
 
-QUICK = [pytest.param(packing, id=name) for name, packing in (PACKINGS | FAMILIES).items()]
-SLOW = [
-    pytest.param({"family": family, "changes": changes}, id=name, marks=pytest.mark.thorough)
-    for name, (family, changes) in ALIKE.items()
-]
-
-
-@pytest.mark.parametrize("packing", QUICK + SLOW)
-def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, packing):
+@pytest.mark.parametrize("kind", thorough_but(["awq", "symmetric", "groups-of-16", "llama-tied", "qwen3"], SOURCES))
+def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, kind):
+    packing = SOURCES[kind]
     source = make(tmp_path / "source", **packing)
     reader, checkpoint = converted(source), open_checkpoint(source)
     found, config = weights(reader), checkpoint.model_config

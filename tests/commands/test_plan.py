@@ -28,6 +28,7 @@ from miniawq.hardware import DeviceMemory, device_memory, size
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, LlamaConfig, dense_linear
 from tests.helpers import tiny_checkpoints as tiny
+from tests.helpers.marks import each_once
 from tests.helpers.tiny_checkpoints import PACKINGS
 
 # name: family, hidden, intermediate, layers, heads, kv heads, head size, vocabulary, tied
@@ -104,8 +105,10 @@ def test_sums_and_kv_cache_of_known_models(name):
     assert kv_bytes_per_token(llama_config(config_of(name)), torch.float16) == kib * 1024
 
 
-@pytest.mark.parametrize("packing", ["awq", "compressed-tensors", "compressed-tensors-symmetric"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("packing", "family"),
+    each_once(("awq", "compressed-tensors", "compressed-tensors-symmetric"), tuple(tiny.FAMILIES)),
+)
 def test_tensors_from_config_are_those_of_the_files(tmp_path, packing, family):
     directory, _ = tiny.make(tmp_path, family=family, **PACKINGS[packing])
     checkpoint = open_checkpoint(directory)
@@ -140,8 +143,9 @@ def test_the_copy_of_a_large_head_is_planned(stored, dtype, copies, tied):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), each_once((torch.float16, torch.float32), (torch.bfloat16, torch.float32))
+)
 def test_weights_are_what_the_loaded_model_holds(tmp_path, packing, stored, dtype, device):
     directory, _ = tiny.make(tmp_path, family="llama-tied", stored=stored, **PACKINGS[packing])
     checkpoint = open_checkpoint(directory)
@@ -211,12 +215,14 @@ DEGREES = [
     ("Llama-2-7B", 128, [1, 2], [1, 2], [1, 2]),  # 11008 / 4 is 21.5 groups of 128
     ("Llama-2-7B", 64, [1, 2, 4], [1, 2, 4], [1, 2, 4]),
     ("Qwen2.5-7B", 128, [1, 2, 4], [1, 2, 4], [1, 2, 4]),  # 28 heads
-    ("Qwen2.5-72B", 128, [1], [1], [1]),  # 29568 / 128 is odd, the known trouble of this model
+    pytest.param(
+        "Qwen2.5-72B", 128, [1], [1], [1], marks=pytest.mark.thorough
+    ),  # 29568 / 128 is odd, the known trouble of this model
     ("Qwen2-0.5B", 128, [1], [1], [1]),
     ("Qwen2-0.5B", 64, [1, 2], [1, 2], [1]),  # Machete wants 128 outputs: half of q, k and v are 576
     ("Llama-3.2-1B", 16, [1, 2, 4, 8], [], []),  # neither has groups of 16
     ("Llama-3.2-1B", 32, [1, 2, 4, 8], [1, 2, 4, 8], []),  # Machete has no groups of 32
-    ("Qwen3-32B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),
+    pytest.param("Qwen3-32B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8], marks=pytest.mark.thorough),
     ("one key/value head", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),  # each device has a copy of it
 ]
 

@@ -27,6 +27,7 @@ def path(tmp_path_factory):
     return path
 
 
+@pytest.mark.compiles
 def test_a_kept_function_is_not_traced_for_any_length(path):
     before, function = traced(), kept(path)
     for length in (5, 9, 300):
@@ -34,6 +35,7 @@ def test_a_kept_function_is_not_traced_for_any_length(path):
     assert traced() == before
 
 
+@pytest.mark.compiles
 def test_other_arguments_are_compiled_as_usual(path):
     function = kept(path)
     assert torch.equal(function(torch.ones(5), 1.0), torch.full((5,), 3.0))
@@ -42,6 +44,7 @@ def test_other_arguments_are_compiled_as_usual(path):
     assert torch.equal(function(torch.ones(5), 1.0), torch.full((5,), 3.0))
 
 
+@pytest.mark.compiles
 def test_a_damaged_file_is_made_again_and_said(path, tmp_path, caplog):
     damaged = tmp_path / "doubled.aot"
     damaged.write_bytes(path.read_bytes()[:1000])
@@ -52,6 +55,7 @@ def test_a_damaged_file_is_made_again_and_said(path, tmp_path, caplog):
     assert traced() == before
 
 
+@pytest.mark.compiles
 def test_what_cannot_be_kept_is_compiled_as_usual_and_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("miniawq.compiled.compiler.WORKSHOP", Workshop())
     monkeypatch.delattr(Compiled, "ahead")
@@ -62,6 +66,7 @@ def test_what_cannot_be_kept_is_compiled_as_usual_and_said_once(tmp_path, monkey
     assert said.startswith("compiled functions are not kept, so every start takes longer: ")
 
 
+@pytest.mark.compiles
 def test_what_is_kept_is_compiled_once_with_its_options(tmp_path, monkeypatch):
     """Without them the C++ compiler would be asked for the same source again, and make slower code of it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))

@@ -1,7 +1,7 @@
 """Instructions of the GPU forms, counted without a GPU. Needs Triton: `pip install triton==3.6.0` beside torch 2.13.
 
 The limits are what the tiles chosen by `launch.block_sizes` cost. The fastest tile of a shape is not the one with the
-fewest instructions (docs/log/gpu-products-words-in-rows.md).
+fewest instructions (docs/log/gpu-products.md).
 """
 
 import importlib.util

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from miniawq.compiled import cpu_forms, eager, halves, operations, prepacked, tables
 from miniawq.compiled import gpu_forms as forms
 from miniawq.packing import SEQUENTIAL, Quantized, dequantize, encode_awq, unpack
+from tests.helpers.marks import each_once
 
 FLOAT32 = 2.0**-24
 
@@ -129,8 +130,7 @@ def test_words_hold_every_code_and_give_it_back(outputs, groups, group_size, see
 ROWS = (*range(1, 10), 16, 17, 31, 32, 33, 63, 64, 65, 128, 129)
 
 
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 512])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "group_size"), each_once(ROWS, (16, 32, 64, 128, 512)))
 def test_forms_stay_within_their_bounds(form, rows, group_size):
     product, bound, dtype = form
     quantized = random_quantized(48, 512, group_size)
@@ -270,9 +270,9 @@ def dense_bound(x_TI, weight_OI):
     return (x_TI.shape[1] + 1) * FLOAT32 * (x_TI.double().abs() @ weight_OI.double().abs().t())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("outputs", [1, 6, 7, 8])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "dtype"), each_once(ROWS, (1, 6, 7, 8), (torch.float16, torch.bfloat16, torch.float32))
+)
 def test_dense_sums_stay_within_their_bound(rows, outputs, dtype):
     """Outputs that fill four parts, two, or none."""
     weight_OI, x_TI = random_rows(outputs, 96, dtype, seed=2), random_rows(rows, 96)

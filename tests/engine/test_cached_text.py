@@ -17,6 +17,7 @@ from miniawq.generate import generate
 from miniawq.model import Llama
 from tests.helpers import MODELS
 from tests.helpers.early_steps import EarlyStep
+from tests.helpers.marks import each_once, thorough_but
 
 ROOM, NEW = 64, 5
 
@@ -46,8 +47,7 @@ def computed(model: Llama, monkeypatch) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize("make", [plain, early])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "make"), each_once((1, 3), (plain, early)))
 def test_a_conversation_goes_on_with_the_same_text(model, rows, make, device):
     step, cached = make(model, rows), CachedText()
     text_BL = torch.randint(model.config.vocab_size, (rows, 9), device=device)
@@ -102,7 +102,7 @@ def test_nothing_is_kept_after_a_number_that_is_none(model, device):
     assert cached.kept == 0
 
 
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", thorough_but([True], [False, True]))
 def test_a_cache_is_kept_for_texts_that_fit_and_freed_before_another_one_is_made(model, compiles, device, monkeypatch):
     make = Decoders._made
     decoders = Decoders(Sampling(), 4096, device, wanted=compiles, streams=True, converses=True)

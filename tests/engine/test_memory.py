@@ -77,7 +77,15 @@ def expanded(dtype: torch.dtype, words_KWGP: Tensor, grid_KGW: Tensor) -> Tensor
 
 @pytest.mark.parametrize("linear", [packed, dense_linear])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("rows", "length"), [(1, 50), (1, 1536), (16, 32), (16, 384)])
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [
+        (1, 50),
+        (16, 384),
+        pytest.param(1, 1536, marks=pytest.mark.thorough),
+        pytest.param(16, 32, marks=pytest.mark.thorough),
+    ],
+)
 @torch.no_grad()
 def test_the_last_piece_of_a_prompt_takes_what_is_planned(linear, shape, rows, length, as_on_cuda, device) -> None:
     config, piece = config_of(shape), min(length, PIECE // rows)

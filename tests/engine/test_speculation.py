@@ -17,7 +17,8 @@ from miniawq.errors import InvalidInput
 from miniawq.generate import generate
 from miniawq.model import Llama
 from tests.engine.test_step import int4_model, load
-from tests.helpers.golden_models import thorough_but
+from tests.helpers.golden_models import NAMES
+from tests.helpers.marks import thorough_but
 
 ROOM, NEW = 64, 40
 
@@ -135,7 +136,7 @@ def steps_of(model: Llama, sampling: Sampling) -> list[PlainStep | SpeculativeSt
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(repetition_penalty=1.02, frequency_penalty=0.03)], ids=str)
-@pytest.mark.parametrize("name", thorough_but(("llama", "mistral-window")))
+@pytest.mark.parametrize("name", thorough_but(("llama", "mistral-window"), NAMES))
 def test_the_text_is_the_one_without_guesses(name, sampling, device):
     model = load(name, device)
     room = min(ROOM, model.config.max_position_embeddings)

@@ -27,9 +27,11 @@ from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama, attention, dense_linear
 from miniawq.packing import quantize
 from tests.helpers import MODELS
-from tests.helpers.golden_models import MOST_THOROUGHLY
+from tests.helpers.golden_models import ONE_OF_EACH_FOLD
+from tests.helpers.marks import thorough_but
 
 PROMPT, NEW = 9, 12
+PADDED = ("llama", "mistral-window", "qwen2-window", "hunyuan", "glm4", "exaone4", "phi3-long")
 
 
 def load(name: str, device: torch.device) -> Llama:
@@ -59,8 +61,8 @@ def random_prompt(model: Llama, batch: int, length: int = PROMPT) -> torch.Tenso
     return torch.randint(model.config.vocab_size, (batch, length), device=model.lm_head.weight.device)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", MOST_THOROUGHLY)
+@pytest.mark.parametrize("batch", thorough_but([3], [1, 3]))
+@pytest.mark.parametrize("name", ONE_OF_EACH_FOLD)
 def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
     model = load(name, device)
     tokens_BL, exact = random_prompt(model, batch), load(name, device)
@@ -77,7 +79,7 @@ def test_the_step_gives_the_tokens_and_logits_of_the_model(name, batch, device):
             assert torch.equal(ids_B, expected_BV.argmax(-1))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "hunyuan", "glm4", "exaone4", "phi3-long"])
+@pytest.mark.parametrize("name", thorough_but(["mistral-window", "glm4", "exaone4"], PADDED))
 def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
     model = load(name, device)
     tokens_BL, padding_B = random_prompt(model, 3), torch.tensor([0, 4, 8], device=device)
@@ -276,7 +278,7 @@ def test_blocks_and_masks_say_the_same(window, monkeypatch):
             assert table.tolist() == sorted({int(place) // 4 for place in seen_M})
 
 
-@pytest.mark.parametrize("heads", [4, 8, 12, 28])
+@pytest.mark.parametrize("heads", thorough_but([4, 28], [4, 8, 12, 28]))
 def test_attention_by_blocks_is_attention(heads):
     """Also where the heads that share a key are no power of two, as in Qwen2.5-7B (seven)."""
     rows, room, position_B = 2, 150, torch.tensor([140, 131])

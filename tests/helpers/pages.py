@@ -1,11 +1,15 @@
 """Running what pages show: a copy of the repository to run in, and commands as a reader types them."""
 
+import contextlib
+import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from miniawq.__main__ import main
 from tests.helpers import ROOT, TESTS
 
 COPIED = ("miniawq", "scripts")  # a page may change these
@@ -32,3 +36,17 @@ def shell(commands: str, root: Path) -> tuple[int, str]:
         ["bash", "-c", commands], cwd=root, capture_output=True, text=True, env=environment, check=False
     )
     return run.returncode, run.stdout + run.stderr
+
+
+def in_this_process(command: str, root: Path) -> tuple[int, str]:
+    """The same of one `miniawq` command, which may end in `> FILE`; to start a process for it takes seconds."""
+    line, _, file = command.partition(" > ")
+    with (
+        contextlib.chdir(root),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        code = main(shlex.split(line)[1:])
+    if file:
+        (root / file).write_text(out.getvalue())
+    return code, out.getvalue() + err.getvalue()

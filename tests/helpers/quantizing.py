@@ -1,4 +1,4 @@
-"""Text to calibrate on, and what a run of quantize wrote, to compare with another run's."""
+"""Sources, text to calibrate on, and what a run of quantize wrote, to compare with another run's."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,16 @@ from typing import Any
 import torch
 
 from miniawq.quantize.calibration import Calibration
+from tests.helpers import DATA
+from tests.helpers.tiny_checkpoints import make_dense
+
+
+def make_source(directory: Path, **changes: Any) -> Path:
+    """A small dense checkpoint with the tokenizer of the demo model."""
+    make_dense(directory, **{"vocab_size": 2048} | changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((DATA / "fairytales" / name).read_bytes())
+    return directory
 
 
 def some_text(rows: int = 3, length: int = 9, vocabulary: int = 48) -> Calibration:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.model import Llama
 from miniawq.packing import Quantized, dequantize, quantize
 from miniawq.quantize.grids import GRIDS
+from tests.helpers.marks import thorough_but
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,9 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # For tests that take seconds: one of each way in which families differ runs thoroughly only.
 THOROUGH = ("phi3", "granite4", "glm4", "olmo2")
-SOME_THOROUGHLY = [
-    pytest.param(name, marks=pytest.mark.thorough) if name in THOROUGH else pytest.param(name) for name in FAMILIES
-]
+SOME_THOROUGHLY = thorough_but(FAMILIES.keys() - {*THOROUGH}, FAMILIES)
 AWQ_BLOCK = {
     "quant_method": "awq",
     "zero_point": True,

@@ -14,6 +14,7 @@ from miniawq.oracle.planted.numbers import quantize
 from miniawq.oracle.planted.readers import CLIP_KINDS, SCALE_KINDS
 from miniawq.oracle.planted.storage import both, decoding
 from tests.helpers.checks import SHORT
+from tests.helpers.marks import thorough_but
 
 REFUSES_NAN = next(check for check in CHECKS if check.id == "L2.refuses-nan")
 INVERTED = {"search_scales": lambda w, x, g: 1 / truth.search_scales(w, x, g)}
@@ -33,7 +34,7 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("title", CAUSES)
+@pytest.mark.parametrize("title", thorough_but(["zeros are read one too high"], CAUSES))
 def test_a_cause_is_named_and_its_first_example_prints(title):
     target = SimpleNamespace(**CAUSES[title])
     levels = {"pack": "L0", "dequantize": "L1", "quantize": "L2"}
@@ -81,6 +82,7 @@ def half_sums(x, qweight, qzeros, scales, group_size, bias=None):
     return (total if bias is None else total + bias).reshape(*x.shape[:-1], -1 if x.numel() else weight.shape[1])
 
 
+@pytest.mark.thorough
 def test_half_precision_sums_fail_only_what_carries_their_flag():
     target = SimpleNamespace(matmul=half_sums, dtypes=("float16", "bfloat16"))
     report = conformance(target, [check for check in SHORT if check.level == "L3" and check.id != "L3.corners"])

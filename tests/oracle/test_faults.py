@@ -9,11 +9,16 @@ from miniawq.oracle.door import CHECKS
 from miniawq.oracle.faults import FAULTS, SETS, killed, killer_of
 from miniawq.oracle.planted.survivors import ARGUED
 from tests.helpers import ROOT
+from tests.helpers.checks import LONG
+from tests.helpers.marks import thorough_but
 
 TABLE = (ROOT / "docs" / "oracle.md").read_text()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.killer}: {fault.name}")
+SOON = [fault for fault in FAULTS if fault.killer not in LONG]
+
+
+@pytest.mark.parametrize("fault", thorough_but(SOON, FAULTS), ids=lambda fault: f"{fault.killer}: {fault.name}")
 def test_fault_is_killed(fault):
     assert killed(fault)
 

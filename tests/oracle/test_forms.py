@@ -51,13 +51,13 @@ class PlainProduct:
         return y_TO.reshape(*x.shape[:-1], -1) if len(y_TO) else x.new_zeros(*x.shape[:-1], scales.shape[1])
 
 
-@pytest.mark.parametrize("check", marked(PRODUCT_CHECKS))
+@pytest.mark.parametrize("check", marked(PRODUCT_CHECKS, every=3))
 def test_plain_products_conform(check):
     report = conformance(PlainProduct(), [check])
     assert report.ok, as_text(report)
 
 
-@pytest.mark.parametrize("check", marked(PRODUCT_CHECKS))
+@pytest.mark.parametrize("check", marked(PRODUCT_CHECKS, every=2))
 def test_expressions_conform(check):
     report = conformance(OneProduct(), [check])
     assert report.ok, as_text(report)
@@ -75,6 +75,7 @@ def test_expressions_of_a_gpu_conform(check, monkeypatch):
     assert report.ok, as_text(report)
 
 
+@pytest.mark.compiles
 def test_compiled_form_conforms(device):
     (check,) = (check for check in CHECKS if check.id == "L3.bias")
     torch.compiler.reset()

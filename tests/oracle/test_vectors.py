@@ -105,6 +105,7 @@ def test_vectors_hold_valid_invalid_and_acceptable_cases_and_stay_small():
     assert sum(path.stat().st_size for path in VECTORS.iterdir()) < 5_000_000
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_script_makes_the_same_vectors(level, made_again, tensors):
     old, new = read(level), read(level, made_again)
@@ -117,6 +118,7 @@ def test_the_script_makes_the_same_vectors(level, made_again, tensors):
         assert torch.equal(tensor.nan_to_num(1), tensors[level][key].nan_to_num(1)), key
 
 
+@pytest.mark.thorough
 def test_the_script_makes_the_same_directories(made_again, directories):
     with tarfile.open(made_again / "L4.tar.xz") as archive:
         names = {member.name for member in archive.getmembers()}

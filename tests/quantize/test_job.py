@@ -33,9 +33,9 @@ from miniawq.quantize.recipes import DEFAULT, PAPER
 from miniawq.quantize.report import draw_report
 from miniawq.quantize.verify import error_over_bound, verify
 from miniawq.text.tokenizer import Tokenizer
-from tests.helpers import DATA
-from tests.helpers.quantizing import contents, some_text
-from tests.helpers.tiny_checkpoints import SOME_THOROUGHLY, make, make_dense
+from tests.helpers.marks import thorough_but
+from tests.helpers.quantizing import contents, make_source, some_text
+from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense
 
 SETTINGS = Settings(replace(DEFAULT, group_size=64, ratios=4))
 
@@ -63,8 +63,8 @@ def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("family", SOME_THOROUGHLY)
-@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize("family", thorough_but(["llama-biased", "llama-tied", "qwen3"], FAMILIES))
+@pytest.mark.parametrize("layout", thorough_but(["compressed-tensors"], ["awq", "compressed-tensors"]))
 def test_the_written_checkpoint_is_the_model(family: str, layout: str, tmp_path: Path, device: torch.device) -> None:
     source, model = make_dense(tmp_path / "dense", family)
     report = quantize_checkpoint(source, tmp_path / "out", some_text(), replace(SETTINGS, layout=layout), device=device)
@@ -138,7 +138,7 @@ def in_shards(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("tensors", [0, 1, 24, 25, 47, 71])
+@pytest.mark.parametrize("tensors", thorough_but([25], [0, 1, 24, 25, 47, 71]))
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tensors: int, dense: Path, in_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,10 +162,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(in_shards)
 
 
+@pytest.mark.thorough
 def test_kill_9_on_the_command_line(tmp_path: Path) -> None:
-    source, _ = make_dense(tmp_path / "dense", num_hidden_layers=12, vocab_size=2048)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).write_bytes((DATA / "fairytales" / name).read_bytes())
+    source = make_source(tmp_path / "dense", num_hidden_layers=12)
     (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three sons. " * 40)
     command = [sys.executable, "-m", "miniawq.quantize", str(source), str(tmp_path / "out"), "--calib"]
     command += [str(tmp_path / "text.txt"), "--num-samples", "2", "--sequence-length", "32", "--group-size", "64"]
@@ -316,7 +315,7 @@ def test_the_papers_recipe(dense: Path, tmp_path: Path) -> None:
     assert report.verification["largest_error_over_bound"] <= 1
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 1)])
+@pytest.mark.parametrize("shape", thorough_but([(1, 1)], [(1, 1), (1, 9), (5, 1)]))
 def test_little_text(shape: tuple[int, int], dense: Path, tmp_path: Path) -> None:
     report = quantize_checkpoint(dense, tmp_path / "out", some_text(*shape), SETTINGS)
     assert report.calibration["tokens_used"] == shape[0] * shape[1]

@@ -27,8 +27,9 @@ from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, Recipe
 from miniawq.quantize.streams import Aim, Streams
 from miniawq.quantize.verify import ROUNDING, error_over_bound
 from tests.helpers.awq_blocks import layer_and_inputs, statistics_of
+from tests.helpers.marks import thorough_but
 from tests.helpers.quantizing import contents, some_text
-from tests.helpers.tiny_checkpoints import SOME_THOROUGHLY, make_dense
+from tests.helpers.tiny_checkpoints import FAMILIES, make_dense
 
 SETTINGS = Settings(replace(NEIGHBOURS, group_size=64, ratios=4), shard_bytes=40_000)
 
@@ -199,7 +200,12 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [("llama-biased", {}), ("qwen2", {"intermediate_size": 200}), ("qwen3", {})]
+    ("family", "changes"),
+    [
+        ("qwen2", {"intermediate_size": 200}),
+        pytest.param("llama-biased", {}, marks=pytest.mark.thorough),
+        pytest.param("qwen3", {}, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_second_stream_is_what_the_file_gives_also_when_resumed(
     family: str, changes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,7 +241,7 @@ def test_the_second_stream_is_what_the_file_gives_also_when_resumed(
     assert torch.equal(seen[-1], hidden_BLD), "the resumed run"
 
 
-@pytest.mark.parametrize("family", SOME_THOROUGHLY)
+@pytest.mark.parametrize("family", thorough_but(["llama-biased"], FAMILIES))
 def test_learned_checkpoints_are_verified_and_lose_no_more_than_plain_rounding(family: str, tmp_path: Path) -> None:
     source, _ = make_dense(tmp_path / "dense", family)
     made = quantize_checkpoint(source, tmp_path / "out", some_text(), SETTINGS)

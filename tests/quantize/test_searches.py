@@ -21,6 +21,7 @@ from miniawq.quantize.moments import SymmetricStatistics
 from miniawq.quantize.ranges import COARSE, independent_sides, shrunk
 from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, PAPER, RECIPES, Recipe
 from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
+from tests.helpers.marks import each_once
 
 SMALL = replace(DEFAULT, group_size=32)
 ROUNDING = Rounding(32)
@@ -186,8 +187,7 @@ def test_order_of_samples_changes_nothing(recipe: Recipe) -> None:
         assert (layer.quantized.codes_OI != other_OI).float().mean() < 1e-2
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=["nan", "inf", "huge"])
-@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, NEIGHBOURS])
+@pytest.mark.parametrize(("value", "recipe"), each_once((math.nan, math.inf, 1e30), (DEFAULT, PAPER, NEIGHBOURS)))
 def test_broken_activations_mean_plain_rounding_and_a_note(value: float, recipe: Recipe) -> None:
     text = Block()
     text.block.mlp.up_proj.bias = nn.Parameter(torch.zeros(256), requires_grad=False)

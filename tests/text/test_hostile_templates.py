@@ -10,6 +10,7 @@ import pytest
 from miniawq.errors import MiniawqError, UnsupportedCheckpoint, UsageError
 from miniawq.text import worker
 from miniawq.text.chat import read_templates, render
+from tests.helpers.marks import thorough_but
 
 ASK = [{"role": "user", "content": "Who spins?"}]
 DOUBLED = "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
@@ -68,7 +69,7 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(worker, "SECONDS", 0.4)
 
 
-@pytest.mark.parametrize("kind", TOO_LONG)
+@pytest.mark.parametrize("kind", thorough_but([*TOO_LONG][:1], TOO_LONG))
 def test_a_template_that_takes_too_long_is_ended(kind):
     started = time.monotonic()
     with pytest.raises(
@@ -79,7 +80,7 @@ def test_a_template_that_takes_too_long_is_ended(kind):
     assert render("{{ messages[0].content }}", ASK) == "Who spins?"
 
 
-@pytest.mark.parametrize("kind", TOO_MUCH)
+@pytest.mark.parametrize("kind", thorough_but([*TOO_MUCH][::2], TOO_MUCH))
 def test_a_template_that_takes_too_much_memory_is_ended(kind):
     before = psutil.Process().memory_info().rss
     with pytest.raises(UnsupportedCheckpoint, match=r"the chat template (failed|takes too much)\n  "):
