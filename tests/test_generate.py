@@ -32,7 +32,7 @@ FLAGS = """
 --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p
 --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples
 --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw
---repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --stats --stop --system
+--repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --speculate --stats --stop --system
 --system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version
 -c -f -h -i -m -n -o -p -q -v
 """
@@ -126,7 +126,8 @@ def test_json_is_one_object_a_line(capsys, fairytales):
     assert set(records[0]) == {
         "prompt", "text", "tokens", "prompt_tokens", "cached_tokens", "prompt_tps", "generation_tokens",
         "generation_tps", "first_token_s", "finish_reason", "stop_reason", "model", "sampling", "seed", "load_s",
-        "compile_s", "tokens_before_compiled", "compiled_tps", "peak_memory", "gigabytes_per_s",
+        "compile_s", "tokens_before_compiled", "compiled_tps", "guessed", "guessed_right", "peak_memory",
+        "gigabytes_per_s",
     }  # fmt: skip
     assert records[0]["generation_tokens"] == len(records[0]["tokens"]) == 3
     # generation_config.json of the demo asks for temperature 0.8 and top-p 0.95.

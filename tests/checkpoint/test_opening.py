@@ -347,11 +347,9 @@ print(memory("VmHWM") - before, sum(tensor.nbytes for tensor in model.parameters
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
 @pytest.mark.parametrize(("stored", "dtype", "copies"), [
-    ("float32", "bfloat16", 1),
-    pytest.param("float16", "bfloat16", 1, marks=pytest.mark.thorough),
-    pytest.param("float16", "float32", 0, marks=pytest.mark.thorough),
-    pytest.param("float16", "float16", 0, marks=pytest.mark.thorough),
+    ("float32", "bfloat16", 1), ("float16", "bfloat16", 1), ("float16", "float32", 0), ("float16", "float16", 0),
 ])  # fmt: skip
+@pytest.mark.thorough
 def test_loading_holds_one_copy_of_what_changes(stored, dtype, copies, tmp_path):
     """The whole model once, and of the files no more than a tensor at a time; nothing if it is used as it is stored."""
     config = tiny.config_of(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=4096)

@@ -239,6 +239,7 @@ with published(sys.argv[1]) as directory:
 """
 
 
+@pytest.mark.thorough
 def test_what_a_killed_conversion_leaves_is_removed_by_the_next(tmp_path):
     """What belongs to a run that goes on, or to the user, stays."""
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model")], cwd=ROOT, check=False)

@@ -30,6 +30,7 @@ def model_directory(tmp_path):
     return tiny_tokenizers.write(directory, tiny_tokenizers.byte_level(), tokenizer_config=chat)
 
 
+@pytest.mark.thorough
 def test_memory_stays_flat_over_many_prompts(model_directory):
     model, tokenizer = load(model_directory, device="cpu")
     seen = []

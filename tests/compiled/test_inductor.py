@@ -4,10 +4,9 @@ import re
 
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_cpp_code
 
-from miniawq.compiled.inductor import with_matrices
 from miniawq.compiled.operations import sums_in_step
+from miniawq.compiled.sources import with_matrices
 
 BATCHED = """\
     yindex = yoffset + tl.arange(0, YBLOCK)[None, :, None, None]
@@ -82,6 +81,7 @@ def test_what_looks_different_stays_as_it_is(old, new):
     assert with_matrices(source) == source
 
 
+@pytest.mark.thorough
 def test_sums_grow_in_step_in_one_loop():
     """Which is what makes them an operation: written as sums they are computed one after the other."""
 
@@ -89,6 +89,8 @@ def test_sums_grow_in_step_in_one_loop():
         return [total.exp2() for total in sums_in_step([x.exp(), x.sin(), x.cos(), x.tan(), x.erf(), x.sqrt()], 2)]
 
     x = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    from torch._inductor.utils import run_and_get_cpp_code  # takes seconds
+
     results, source = run_and_get_cpp_code(torch.compile(function, dynamic=False, options={"fx_graph_cache": False}), x)
     loop, *others = re.findall(r"for\(int64_t .*?\.store\(out_ptr\d+ .*?\n {8}\}", source, re.DOTALL)
     assert not others

@@ -32,10 +32,8 @@ class Questions(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(DEFAULT, id="default"), pytest.param(NEIGHBOURS, id="neighbours", marks=pytest.mark.thorough)],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", [DEFAULT, NEIGHBOURS], ids=["default", "neighbours"])
 @torch.inference_mode()
 def test_memory_is_what_the_plan_says(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of Llama-3.1-8B with everything an eighth as wide and as long, as on a GPU."""

@@ -203,10 +203,11 @@ class Killed(Exception):
     ("family", "changes"),
     [
         ("qwen2", {"intermediate_size": 200}),
-        pytest.param("llama-biased", {}, marks=pytest.mark.thorough),
-        pytest.param("qwen3", {}, marks=pytest.mark.thorough),
+        ("llama-biased", {}),
+        ("qwen3", {}),
     ],
 )
+@pytest.mark.thorough
 def test_the_second_stream_is_what_the_file_gives_also_when_resumed(
     family: str, changes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

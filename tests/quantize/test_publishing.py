@@ -163,6 +163,7 @@ def die_at_move(monkeypatch: pytest.MonkeyPatch, out: Path, into: Path, number: 
     return moved
 
 
+@pytest.mark.thorough
 def test_a_kill_while_publishing_leaves_nothing_half(dense, text, tmp_path):
     out, number = tmp_path / "out", 0
     quantize_checkpoint(dense, tmp_path / "whole" / "out", text, SETTINGS)
