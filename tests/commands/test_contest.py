@@ -75,6 +75,7 @@ def test_a_row_is_that_of_the_file(name, recipe, text, tmp_path, capsys) -> None
     assert row["kl_mean"] == pytest.approx(file["kl_mean"], rel=1e-2 if name != "neighbours" else 5e-2)
 
 
+@pytest.mark.thorough
 def test_formats_do_not_disturb_each_other(tmp_path) -> None:
     """Each has its own block, statistics and hidden states. GPTQ's text runs through its own blocks."""
     directory, _ = make_dense(tmp_path)

@@ -90,6 +90,7 @@ def test_a_python_target_can_be_a_program():
         assert report.counts()["passed"] == len(report.results)
 
 
+@pytest.mark.thorough
 def test_checkpoints_go_through_stdio(tmp_path):
     (tmp_path / "reader.py").write_text("from miniawq.oracle.loader import load_checkpoint\n")
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
