@@ -234,8 +234,11 @@ class Decoders:
     def _made(self, room: int) -> PlainStep:
         if not self.compiles:
             return PlainStep(self.model, 1, room, self.sampling)
-        made = SpeculativeStep(self.model, room, self.sampling) if self.speculates else None
-        return EagerStart(self.model, made or DecodeStep(self.model, 1, room, self.sampling), self.streams)
+        if self.speculates:
+            compiled: DecodeStep = SpeculativeStep(self.model, room, self.sampling)
+        else:
+            compiled = DecodeStep(self.model, 1, room, self.sampling)
+        return EagerStart(self.model, compiled, self.streams)
 
     @property
     def current(self) -> EagerStart | None:
