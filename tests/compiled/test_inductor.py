@@ -84,13 +84,15 @@ def test_what_looks_different_stays_as_it_is(old, new):
 @pytest.mark.thorough
 def test_sums_grow_in_step_in_one_loop():
     """Which is what makes them an operation: written as sums they are computed one after the other."""
+    # Imported here, because it takes seconds. The first one lowers our operations.
+    from torch._inductor.utils import run_and_get_cpp_code
+
+    import miniawq.compiled.inductor  # noqa: F401
 
     def function(x):
         return [total.exp2() for total in sums_in_step([x.exp(), x.sin(), x.cos(), x.tan(), x.erf(), x.sqrt()], 2)]
 
     x = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    from torch._inductor.utils import run_and_get_cpp_code  # takes seconds
-
     results, source = run_and_get_cpp_code(torch.compile(function, dynamic=False, options={"fx_graph_cache": False}), x)
     loop, *others = re.findall(r"for\(int64_t .*?\.store\(out_ptr\d+ .*?\n {8}\}", source, re.DOTALL)
     assert not others
