@@ -83,8 +83,10 @@ class CompiledRows(DecodeStep):
         self._compute(ids_B, max(lengths))
         return self.logits_BV
 
-    def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
-        return {window: mask_of(self.position_B, first_B, end) for window, first_B in first.items()}
+    @property
+    def ends_together(self) -> bool:
+        """No: each row has its length."""
+        return False
 
     def make_ready(self) -> None:
         """Compile, or take what an earlier process has compiled."""

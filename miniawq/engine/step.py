@@ -145,6 +145,11 @@ class DecodeStep:
             raise MiniawqError("what was compiled is wrong", why, "please report it, with the model and the device")
 
     @property
+    def ends_together(self) -> bool:
+        """Whether the new tokens of all rows stand at the same position."""
+        return self.texts == len(self.ids_B)
+
+    @property
     def returns_early(self) -> bool:
         """Whether `step` returns before the device has computed the ids: a recorded token takes one launch."""
         return bool(self.graphs)
@@ -243,7 +248,7 @@ class DecodeStep:
         return attention(q_BHE.unsqueeze(2), keys, values, mask, self.config.attention_multiplier).squeeze(2)
 
     def _masks(self, end: int, first: dict[int | None, Tensor]) -> dict[int | None, Tensor | None]:
-        if self.device.type == "cuda" or self.texts < len(self.ids_B):
+        if self.device.type == "cuda" or not self.ends_together:
             return {window: mask_of(self.position_B, first_B, end) for window, first_B in first.items()}
         padding_B = self.cache.padding_B
         return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in first}

@@ -29,7 +29,7 @@ FAULTS = [
     Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
     # Guesses.
     Fault("engine/layer.py", r"row_B1 if texts == rows else torch\.zeros_like\(row_B1\)", "row_B1", GUESSES),
-    Fault("engine/step.py", r'( == "cuda") or self\.texts < len\(self\.ids_B\)', r"\1", GUESSES),
+    Fault("engine/step.py", r'( == "cuda") or not self\.ends_together', r"\1", GUESSES),
     Fault("engine/step.py", r"torch\.arange\(length, length \+ rows\)", "torch.full((rows,), length)", GUESSES),
     Fault("engine/step.py", r"\.clamp_max\(last\)\)", ")", GUESSES),
     Fault("engine/step.py", r"history = history\.after_each\(fed_B\)", "pass", GUESSES),
