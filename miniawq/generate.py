@@ -22,7 +22,7 @@ from torch import Tensor
 
 from miniawq import cli
 from miniawq.checkpoint.hub import hub_options
-from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
+from miniawq.checkpoint.loading import DTYPES, KV_DTYPES, default_dtype, load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
 from miniawq.commands.context import Context
@@ -59,14 +59,16 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> tuple[Llama, Tokenizer]:
     """A dense or INT4 model and its tokenizer, from a directory, a Hub id, "id@revision", or (None) the demo.
 
-    `device` defaults to CUDA where there is one, `dtype` to that of the checkpoint on a GPU and float32 on a CPU.
+    `device` defaults to CUDA where there is one, `dtype` to that of the checkpoint on a GPU and float32 on a CPU;
+    `kv_dtype`, of kv caches, to `dtype`.
     """
-    checkpoint = open_checkpoint(model, revision=revision, local_files_only=local_files_only)
+    checkpoint = open_checkpoint(model, revision=revision, local_files_only=local_files_only).with_kv_cache(kv_dtype)
     device = pick_device(device)
     return load_model(checkpoint, device, dtype or default_dtype(checkpoint, device)), Tokenizer(checkpoint.directory)
 
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_flags(arguments)
-    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
+    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments)).with_kv_cache(KV_DTYPES[arguments.kv_dtype])
     # Whatever can be refused is refused before the weights are read.
     device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
     stated = read_object(checkpoint.directory / "generation_config.json")

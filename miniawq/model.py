@@ -94,6 +94,7 @@ class LlamaConfig:
     logits_scaling: float = 1.0
     hidden_act: str = "silu"
     norm_offset: float = 0.0
+    kv_cache_dtype: torch.dtype | None = None  # chosen by the caller; None is that of activations
 
 
 # Rotary position embedding (RoFormer, arXiv 2104.09864): pair i of the channels of a query or key, (i, i + R/2) or
@@ -197,6 +198,11 @@ def apply_rope(x_BHLE: Tensor, rope: Rope, pairs: RopeConfig) -> Tensor:
     return turned_BHLE * growth[0] if growth else turned_BHLE
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype that may be narrower: what is beyond its range becomes its largest number."""
+    return x if x.dtype == dtype else x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+
+
 class KVCache:
     """Keys and values of all positions so far, in buffers of a fixed size, the heads of one position side by side.
 
@@ -214,10 +220,9 @@ class KVCache:
         padding_B: Tensor | None = None,
     ) -> None:
         shape = (config.num_hidden_layers, batch, max_seq_len, config.num_key_value_heads, config.head_dim)
-        self.keys_NBMJE = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_NBMJE = torch.zeros(shape, device=device, dtype=dtype)
-        self.padding_B = padding_B
-        self.length = 0
+        self.keys_NBMJE = torch.zeros(shape, device=device, dtype=config.kv_cache_dtype or dtype)
+        self.values_NBMJE = torch.zeros_like(self.keys_NBMJE)
+        self.padding_B, self.length = padding_B, 0
 
     @property
     def max_seq_len(self) -> int:
@@ -225,13 +230,13 @@ class KVCache:
         return self.keys_NBMJE.shape[2]
 
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; return all of them so far, [B, J, M, E]."""
+        """Store one layer's new keys and values; return all of them so far in the dtype of the new, [B, J, M, E]."""
         end = self.length + k_BJLE.shape[2]
         assert end <= self.max_seq_len, f"{end} positions in a cache of {self.max_seq_len}"
-        keys_BJME = self.keys_NBMJE[layer, :, :end].transpose(1, 2)
-        values_BJME = self.values_NBMJE[layer, :, :end].transpose(1, 2)
-        keys_BJME[:, :, self.length :], values_BJME[:, :, self.length :] = k_BJLE, v_BJLE
-        return keys_BJME, values_BJME
+        kept = [part[layer, :, :end].transpose(1, 2) for part in (self.keys_NBMJE, self.values_NBMJE)]
+        for part_BJME, new_BJLE in zip(kept, (k_BJLE, v_BJLE), strict=True):
+            part_BJME[:, :, self.length :] = narrowed(new_BJLE, part_BJME.dtype)
+        return kept[0].to(k_BJLE.dtype), kept[1].to(v_BJLE.dtype)
 
 
 def attention_mask(
@@ -480,12 +485,7 @@ class Llama(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations and of the kv cache."""
         return self.model.norm.weight.dtype
-
-    def hidden(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
-        """hidden_BLD after the final norm, for callers that need the logits of few positions."""
-        return self.model(tokens_BL, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] to logits [..., V]."""
@@ -493,8 +493,8 @@ class Llama(nn.Module):
 
     def last_logits(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """logits_BV of the last of these positions; no other position is projected to the vocabulary."""
-        return self.logits(self.hidden(tokens_BL, cache)[:, -1])
+        return self.logits(self.model(tokens_BL, cache)[:, -1])
 
     def forward(self, tokens_BL: Tensor, cache: KVCache | None = None) -> Tensor:
         """logits_BLV of every position."""
-        return self.logits(self.hidden(tokens_BL, cache))
+        return self.logits(self.model(tokens_BL, cache))

@@ -22,6 +22,7 @@ from miniawq.engine.verifying import SpeculativeStep
 from miniawq.errors import DoesNotFit, NotFound, UsageError
 from miniawq.generate import build_parser, complete, load, main
 from miniawq.hardware import DeviceMemory
+from miniawq.model import KVCache
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints
 from tests.helpers.chat_models import make_chat_model
@@ -29,12 +30,12 @@ from tests.helpers.chat_models import make_chat_model
 FLAGS = """
 --batch-size --cache-dir --chat --chat-template-config --chat-template-kwargs --compile --context-shift --ctx-size
 --debug --device --dtype --file --frequency-penalty --greedy --help --help-all --ignore-eos --interactive --json
---local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p
---model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples
---offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw
---repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --speculate --stats --stop --system
---system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version
--c -f -h -i -m -n -o -p -q -v
+--kv-cache-dtype --kv-dtype --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens
+--messages --min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think
+--num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet
+--raw --repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --speculate --stats --stop
+--system --system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version -c -f -h -i -m -n -o
+-p -q -v
 """
 
 
@@ -455,6 +456,18 @@ def test_a_context_that_nobody_has_set_is_fitted_to_free_memory(capsys, caplog, 
     code, _, err = run(capsys, fairytales, "-p", "king " * 300, "-n", 1)
     assert code == 1
     assert "too many: prompt and answer together may have 64, as many as fit into free memory" in err
+
+
+def test_a_kv_cache_in_8_bits_makes_room_for_four_times_as_many_tokens(capsys, monkeypatch, fairytales):
+    found = []
+    monkeypatch.setattr("miniawq.engine.start.KVCache", lambda *a, **b: found.append(KVCache(*a, **b)) or found[-1])
+    flags = [fairytales, "-p", "Once", "-n", 20, "--greedy", "--no-compile"]
+    texts = [run(capsys, *flags, "--kv-dtype", kind)[1] for kind in ("auto", "float32", "fp8")]
+    assert texts[0] == texts[1]
+    assert [cache.keys_NBMJE.dtype for cache in found] == [torch.float32, torch.float32, torch.float8_e4m3fn]
+    assert all(len(text.split()) > 8 for text in texts)
+    model, _ = load(fairytales, kv_dtype=torch.float8_e4m3fn)
+    assert model.config.kv_cache_dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(("share", "is_told"), [(1.05, True), (1.2, False)])

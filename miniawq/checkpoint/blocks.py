@@ -10,7 +10,7 @@ from miniawq.checkpoint.background import ahead
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.errors import InvalidInput
-from miniawq.model import DecoderBlock, RMSNorm, attention_mask, dense_linear, rope_tables, scaled
+from miniawq.model import DecoderBlock, RMSNorm, attention_mask, dense_linear, narrowed, rope_tables, scaled
 from miniawq.packing import Quantized, dequantize
 
 TOKENS_PER_BATCH = 4096
@@ -73,8 +73,9 @@ class BlockStream:
         positions_L = torch.arange(length, device=self.device)
         rope = rope_tables(self.config.layer_ropes[layer], positions_L, length, torch.float32)
         mask = attention_mask(0, length, self.config.layer_windows[layer], None, self.device)
+        cache = None if self.config.kv_cache_dtype is None else RoundingCache(self.config.kv_cache_dtype)
         for rows in micro_batches(batch, length):
-            yield rows, block(hidden_BLD[rows].to(self.device, torch.float32), rope, mask)
+            yield rows, block(hidden_BLD[rows].to(self.device, torch.float32), rope, mask, cache)
 
     def head(self) -> "Head":
         """The function from hidden states to logits; a stored head is used even if config.json ties it."""
@@ -84,6 +85,16 @@ class BlockStream:
         module, leaf = ("lm_head", "weight") if stored else ("model.embed_tokens", "weight")
         weight_VD = self._weight(module, read_stored(self.checkpoint, f"{module}.{leaf}", self.device))
         return Head(norm, weight_VD, self.config.logits_scaling)
+
+
+class RoundingCache:
+    """What a kv cache of this dtype makes of the keys and values of a text that is computed at once."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def append(self, _layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
+        return narrowed(k_BJLE, self.dtype).to(k_BJLE.dtype), narrowed(v_BJLE, self.dtype).to(v_BJLE.dtype)
 
 
 class Head:

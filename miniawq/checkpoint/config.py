@@ -151,7 +151,7 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def _multipliers(config: Mapping[str, Any], family: Family) -> dict[str, float]:
+def _multipliers(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if family.is_gemma:
         scale = config["query_pre_attn_scalar"] ** -0.5
         return {"embedding_multiplier": config["hidden_size"] ** 0.5, "attention_multiplier": scale}

@@ -1,6 +1,7 @@
 """A checkpoint becomes a model in memory: packed layers as `QuantLinear`, 16-bit matrices as they are stored."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from miniawq.model import Llama
 from miniawq.packing import Quantized, dequantize
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+KV_DTYPES = {"auto": None, **DTYPES, "fp8": torch.float8_e4m3fn}
 HALVES = (torch.float16, torch.bfloat16)
 FEWEST_OUTPUTS_PACKED, MOST_ROWS_PACKED = 32_768, 32  # of a head (docs/log)
 WEIGHTS_PER_SLICE = 1 << 20  # 4 MiB in float32, which stay in the cache while they are multiplied
@@ -45,6 +47,12 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
             model.set_submodule(name, DenseLinear.of(module))
     model.tie_weights()
     return model.requires_grad_(False).eval()
+
+
+def add_kv_dtype_flag(add: Callable[..., Any]) -> None:
+    """Add --kv-dtype, a name of KV_DTYPES, by an `add_argument` of argparse."""
+    names = f"of the kv cache: {', '.join(KV_DTYPES)} (auto: that of activations)"
+    add("--kv-dtype", "--kv-cache-dtype", choices=KV_DTYPES, default="auto", metavar="DTYPE", help=names)
 
 
 def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -111,6 +111,12 @@ class Checkpoint:
         skeleton = build_skeleton(model_config, self.tensors, self.quantized)
         return replace(self, config=self.config | UNTIED, model_config=model_config, skeleton=skeleton)
 
+    def with_kv_cache(self, dtype: torch.dtype | None) -> "Checkpoint":
+        """The checkpoint whose model keeps keys and values in this dtype; None is that of its activations."""
+        model_config = replace(self.model_config, kv_cache_dtype=dtype)
+        skeleton = build_skeleton(model_config, self.tensors, self.quantized)
+        return replace(self, model_config=model_config, skeleton=skeleton)
+
     @property
     def side_files(self) -> list[str]:
         """Names of tokenizer, templates, licence and card: another checkpoint of the model takes them byte for byte."""

@@ -17,7 +17,7 @@ import torch
 
 from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
-from miniawq.checkpoint.loading import DTYPES, default_dtype, load_model
+from miniawq.checkpoint.loading import DTYPES, KV_DTYPES, add_kv_dtype_flag, default_dtype, load_model
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.compiled import WORKSHOP, kept
 from miniawq.engine.delivery import delivered
@@ -178,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
     auto = "of activations (config.json's; float32 on a CPU)"
     add("--dtype", choices=["auto", *DTYPES], default="auto", metavar="DTYPE", help=auto)
+    add_kv_dtype_flag(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps (on a GPU)")
     add_hub_flags(parser)
     return parser
@@ -197,7 +198,7 @@ def combinations_of(arguments: argparse.Namespace, checkpoint: Checkpoint) -> li
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
+    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments)).with_kv_cache(KV_DTYPES[arguments.kv_dtype])
     wanted, device = combinations_of(arguments, checkpoint), pick_device(arguments.device)
     dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
     fitting, left_out = [], None

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from miniawq import cli
 from miniawq.checkpoint.blocks import BlockStream, micro_batches
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
+from miniawq.checkpoint.loading import KV_DTYPES, add_kv_dtype_flag
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.commands import contest
 from miniawq.commands.scores import (
@@ -113,7 +114,7 @@ def stream_predictor(checkpoint: Checkpoint, tokens_BL: Tensor, device: torch.de
 
 def model_predictor(model: Llama, tokens_BL: Tensor) -> Predictor:
     """Run the windows through a model in memory."""
-    hidden = [model.hidden(tokens_BL[rows].to(model.device)).cpu() for rows in micro_batches(*tokens_BL.shape)]
+    hidden = [model.model(tokens_BL[rows].to(model.device)).cpu() for rows in micro_batches(*tokens_BL.shape)]
     return Predictor(torch.cat(hidden), lambda hidden_TD: model.logits(hidden_TD.to(model.device)).float())
 
 
@@ -134,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-windows", type=int, metavar="N", help="score at most N, spread over the text")
     add("--worst", type=int, default=0, metavar="N", help="show the N tokens that diverge most")
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
+    add_kv_dtype_flag(add)
     add("--json", action="store_true", help="print one JSON object")
     add = parser.add_argument_group("formats of a dense model, side by side").add_argument
     add("--formats", type=_names, metavar="A,B", help=f"some of {', '.join(contest.ALL)}")
@@ -185,7 +187,7 @@ def check_flags_of_evaluate(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     check_flags_of_evaluate(arguments)
     hub = hub_options(arguments)
-    checkpoint = open_checkpoint(arguments.model, **hub)
+    checkpoint = open_checkpoint(arguments.model, **hub).with_kv_cache(KV_DTYPES[arguments.kv_dtype])
     # --revision is the model's; the reference names its own as MODEL@REVISION.
     reference = open_checkpoint(arguments.reference, **hub | {"revision": None}) if arguments.reference else None
     text, tokenizer = read_text(arguments.text), Tokenizer(checkpoint.directory)

@@ -7,7 +7,7 @@ from typing import Any
 
 from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags
-from miniawq.checkpoint.loading import DTYPES
+from miniawq.checkpoint.loading import DTYPES, add_kv_dtype_flag
 from miniawq.commands import prompts
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
     kinds, auto = ["auto", *DTYPES], "of activations (config.json's; float32 on a CPU)"
     add("--dtype", choices=kinds, default="auto", metavar="DTYPE", help=auto)
+    add_kv_dtype_flag(add)
     compiled = "compile the steps (on a GPU), and keep them"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
     guessed = "guess tokens where the text repeats itself, and check several by one compiled step"

@@ -19,7 +19,7 @@ from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.detection import QuantizedLinear
 from miniawq.checkpoint.hub import HubFiles, add_hub_flags, hub_options
 from miniawq.checkpoint.layouts import part_shapes
-from miniawq.checkpoint.loading import DTYPES
+from miniawq.checkpoint.loading import DTYPES, KV_DTYPES, add_kv_dtype_flag
 from miniawq.checkpoint.opening import Checkpoint, linear_shapes, meta_model, open_checkpoint
 from miniawq.checkpoint.quant_config import QuantizationConfig, read_block
 from miniawq.checkpoint.shards import DTYPE_NAMES, Spec
@@ -188,6 +188,7 @@ class Plan:
     stored_bytes: int
     packed_bytes: int
     dtype: str
+    kv_dtype: str
     kv_bytes_per_token: int
     memory: Footprint
     total: int
@@ -213,6 +214,7 @@ def make_plan(checkpoint: Checkpoint, model: str, dtype: torch.dtype, needed: Fo
         stored_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         packed_bytes=sum(checkpoint.tensors[name].nbytes for name in packed),
         dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=str(checkpoint.model_config.kv_cache_dtype or dtype).removeprefix("torch."),
         kv_bytes_per_token=kv_bytes_per_token(checkpoint.model_config, dtype),
         memory=needed,
         total=needed.total,
@@ -232,7 +234,7 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     kind = f"INT4 {plan.layout}, group size {group}" if plan.packed_linears else "dense"
     told = {
         "weights": f"{packed}; {plan.stored_bytes / 1e9:.3f} GB on disk",
-        "kv cache": f"{needed.batch} x {needed.max_seq_len} tokens x {size(plan.kv_bytes_per_token)} ({plan.dtype})",
+        "kv cache": f"{needed.batch} x {needed.max_seq_len} tokens x {size(plan.kv_bytes_per_token)} ({plan.kv_dtype})",
         "prefill": f"{min(PREFILL_CHUNK, needed.batch * needed.max_seq_len)} tokens at a time",
         "overhead": "what the device's runtime takes for itself (--memory-margin)",
     }
@@ -291,6 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float16", metavar="DTYPE", help="of what is not packed (float16)"
     )
+    add_kv_dtype_flag(parser.add_argument)
     parser.add_argument(
         "--memory-margin", type=parse_size, metavar="SIZE", help="overhead to leave free (1GiB on CUDA)"
     )
@@ -304,7 +307,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     for flag in ("batch", "max_seq_len", "device_memory"):
         if (value := getattr(arguments, flag)) is not None and not 1 <= value <= LARGEST:
             raise UsageError(f"--{flag.replace('_', '-')} {value} makes no sense", "", "give a positive number")
-    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
+    checkpoint = open_checkpoint(arguments.model, **hub_options(arguments)).with_kv_cache(KV_DTYPES[arguments.kv_dtype])
     if nbytes := arguments.device_memory:
         # A plan for another machine may name a device that this one lacks.
         device = named_device(arguments.device or pick_device(None))

@@ -11,6 +11,8 @@ The cache of a layer is one tensor of slots [U, J, E], so that one kernel writes
     slot of     row b, heads h with h // J     text x, position m      text x, position m
     in a slot   place j: head h, h % J = j     key head j              value head j
 
+A cache narrower than the activations holds no queries: these go to attention as they are.
+
 Each row continues a text of its own, or all rows are neighbouring tokens of one text (`speculation.py`).
 
 Shapes, beside the book's: U slots, A all heads (H + 2 J): queries, keys, values; X texts, B or 1.
@@ -45,7 +47,7 @@ from miniawq.compiled import (
 from miniawq.engine.attend import Blocks, block_attention, blocks_of, first_seen
 from miniawq.engine.sampling import NOT_A_NUMBER
 from miniawq.engine.weights import Layer
-from miniawq.model import ACTIVATIONS, LlamaConfig, Rope, partners, scaled
+from miniawq.model import ACTIVATIONS, LlamaConfig, Rope, narrowed, partners, scaled
 
 PARTS_OF_LOGITS = 256  # of all rows together
 # Longer sums than those of parts of attention and of a norm's mean squares become kernels of their own.
@@ -56,15 +58,18 @@ Arguments = tuple[Any, ...]
 
 def before_attention(
     config: LlamaConfig, layer: Layer, prepared: Prepared, rope: Rope, position_B: Tensor, cache_UJE: Tensor
-) -> None:
-    """Write the queries, keys and values of the normed residual stream into their slots of the layer's cache."""
+) -> Tensor | None:
+    """Write the queries, keys and values of the normed residual stream into their slots of the layer's cache.
+
+    Returns the queries [B, H, E] that a narrower cache does not hold.
+    """
     qkv_BO = multiply(layer.qkv, prepared)[: layer.rows]
-    rotate_into_cache(config, layer, qkv_BO, rope, position_B, cache_UJE)
+    return rotate_into_cache(config, layer, qkv_BO, rope, position_B, cache_UJE)
 
 
 def rotate_into_cache(
     config: LlamaConfig, layer: Layer, qkv_BO: Tensor, rope: Rope, position_B: Tensor, cache_UJE: Tensor
-) -> None:
+) -> Tensor | None:
     """What the product of q, k and v has made, with queries and keys normed and rotated, into its slots.
 
     All heads alike, because Inductor writes two tensors by two kernels.
@@ -90,8 +95,11 @@ def rotate_into_cache(
     text_B1 = row_B1 if texts == rows else torch.zeros_like(row_B1)
     place_BA = rows * shared + (text_B1 + texts * is_value_A) * room + position_B.unsqueeze(1)
     slot_BA = torch.where(head_A < heads, row_B1 * shared + head_A // kv_heads, place_BA)
-    places = slot_BA.unsqueeze(2), (head_A % kv_heads).unsqueeze(1), place_E
-    cache_UJE.index_put_(places, torch.where(is_value_A.unsqueeze(1), new_BAE, turned_BAE))
+    made_BAE = torch.where(is_value_A.unsqueeze(1), new_BAE, turned_BAE)
+    first = 0 if cache_UJE.dtype == made_BAE.dtype else heads
+    places = slot_BA[:, first:].unsqueeze(2), (head_A[first:] % kv_heads).unsqueeze(1), place_E
+    cache_UJE.index_put_(places, narrowed(made_BAE[:, first:], cache_UJE.dtype))
+    return written(made_BAE[:, :heads]) if first else None
 
 
 def normed_heads(config: LlamaConfig, new_BAE: Tensor) -> Tensor:
@@ -105,10 +113,13 @@ def normed_heads(config: LlamaConfig, new_BAE: Tensor) -> Tensor:
     return torch.cat(normed, dim=1)
 
 
-def parts_of_cache(config: LlamaConfig, layer: Layer, cache_UJE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views q_BHE, keys_XMJE, values_XMJE of a layer's cache."""
+def parts_of_cache(
+    config: LlamaConfig, layer: Layer, cache_UJE: Tensor, q_BHE: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q_BHE, unless they are given, keys_XMJE and values_XMJE of a layer's cache."""
     of_queries = layer.rows * config.num_attention_heads // config.num_key_value_heads
-    q_BHE = cache_UJE[:of_queries].reshape(layer.rows, config.num_attention_heads, config.head_dim)
+    if q_BHE is None:
+        q_BHE = cache_UJE[:of_queries].reshape(layer.rows, config.num_attention_heads, config.head_dim)
     keys_XMJE, values_XMJE = cache_UJE[of_queries:].unflatten(0, (2, layer.texts, -1))
     return q_BHE, keys_XMJE, values_XMJE
 
@@ -153,8 +164,8 @@ def whole_layer(
     blocks: Blocks,
 ) -> tuple[Tensor, Prepared]:
     """`before_attention`, attention by blocks and `after_attention`."""
-    before_attention(config, layer, prepared, rope, blocks.position_B, cache_UJE)
-    parts = parts_of_cache(config, layer, cache_UJE)
+    q_BHE = before_attention(config, layer, prepared, rope, blocks.position_B, cache_UJE)
+    parts = parts_of_cache(config, layer, cache_UJE, q_BHE)
     attended_BHE = block_attention(*parts, blocks, config.attention_multiplier)
     return after_attention(config, layer, following, h_BD, attended_BHE)
 

@@ -63,7 +63,7 @@ def footprint(
     max_seq_len: int,
     overhead: int | None = None,
 ) -> Footprint:
-    """The memory of a checkpoint as `load_model` and `generate` use it, activations and kv cache in `dtype`.
+    """The memory of a checkpoint as `load_model` and `generate` use it, activations in `dtype`.
 
     `device` is "cuda" or "cpu": packed words are arranged for it. `overhead` defaults to the device's in OVERHEAD.
     """
@@ -118,8 +118,9 @@ def cache_room(positions: int, limit: int, serves_more: bool) -> int:
 
 
 def kv_bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    """Keys and values of one token in all layers, of activations in `dtype`."""
+    itemsize = (config.kv_cache_dtype or dtype).itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max_seq_len: int) -> int:
@@ -138,7 +139,11 @@ def prefill_bytes(model: Llama, dtype: torch.dtype, device: str, batch: int, max
     has_mask = batch > 1 or max_seq_len > PREFILL_CHUNK
     seen = tokens * max_seq_len if has_mask else 0
     masks = (1 + dtype.itemsize) * (heads // config.num_key_value_heads) * seen
-    attention = (2 * width + 4 * (heads + config.num_key_value_heads) * config.head_dim) * tokens * itemsize + masks
+    # Attention reads keys and values of a layer in the dtype of activations.
+    is_widened = config.kv_cache_dtype not in (None, dtype)
+    widened = 2 * config.num_key_value_heads * config.head_dim * batch * max_seq_len * dtype.itemsize * is_widened
+    attention = (2 * width + 4 * (heads + config.num_key_value_heads) * config.head_dim) * tokens * itemsize
+    attention += masks + widened
     gate_up = (3 * width + 2 * inner) * tokens * itemsize
     gated = 4 * (width + inner) * tokens * itemsize
     down = (4 * width + 3 * inner) * tokens * itemsize

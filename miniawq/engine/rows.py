@@ -22,7 +22,7 @@ from miniawq.engine.memory import PREFILL_CHUNK
 from miniawq.engine.start import ready_for_steps
 from miniawq.engine.step import DecodeStep
 from miniawq.hardware import threads
-from miniawq.model import KVCache, Llama
+from miniawq.model import KVCache, Llama, narrowed
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +69,11 @@ class RowEnds(KVCache):
 
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values at the ends of the rows; return all up to the longest, [B, J, M, E]."""
-        keys_BMJE, values_BMJE = self.keys_NBMJE[layer], self.values_NBMJE[layer]
-        ends = self.row_B, self.position_B
-        keys_BMJE[ends], values_BMJE[ends] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
-        return keys_BMJE[:, : self.end].transpose(1, 2), values_BMJE[:, : self.end].transpose(1, 2)
+        seen = []
+        for kept_NBMJE, new_BJLE in ((self.keys_NBMJE, k_BJLE), (self.values_NBMJE, v_BJLE)):
+            kept_NBMJE[layer][self.row_B, self.position_B] = narrowed(new_BJLE[:, :, 0], kept_NBMJE.dtype)
+            seen.append(kept_NBMJE[layer, :, : self.end].transpose(1, 2).to(new_BJLE.dtype))
+        return seen[0], seen[1]
 
 
 class CompiledRows(DecodeStep):
@@ -121,7 +122,7 @@ def prefill(step: RowsStep, first: int, prompts: Sequence[Sequence[int]], past: 
     cache = some_rows(step.cache, first, len(prompts))
     cache.length = past
     for chunk_BL in tokens_BL.split(PREFILL_CHUNK, dim=1):
-        h_BLD = model.hidden(chunk_BL, cache)
+        h_BLD = model.model(chunk_BL, cache)
     last_B = torch.tensor([(len(ids) - 1) % PREFILL_CHUNK for ids in prompts], device=model.device)
     return model.logits(h_BLD[torch.arange(len(prompts), device=model.device), last_B])
 

@@ -18,6 +18,7 @@ from miniawq.commands import evaluate
 from miniawq.commands.scores import Divergence, Predictor, Scores, cut_windows, score, token_scores, worst_tokens
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
 from miniawq.hardware import DeviceMemory
+from miniawq.model import KVCache
 from miniawq.quantize.memory import hidden_states
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints as tiny
@@ -38,6 +39,19 @@ def test_the_streamed_perplexity_is_that_of_the_model(family: str, tmp_path: Pat
     assert scores.mean_loss == pytest.approx(float(losses), rel=1e-4)
     assert (scores.windows, scores.sequence_length, scores.tokens_scored) == (3, 11, 30)
     assert scores.reference is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_what_a_narrower_kv_cache_costs_is_what_the_model_with_one_loses(dtype: torch.dtype, tmp_path: Path) -> None:
+    directory, _ = make_dense(tmp_path / "dense")
+    checkpoint = open_checkpoint(directory).with_kv_cache(dtype)
+    model, tokens_BL = load_model(checkpoint, dtype=torch.float32), some_tokens()
+    logits_BLV = model(tokens_BL, KVCache(model.config, *tokens_BL.shape))
+    losses = cross_entropy(logits_BLV[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten())
+    scores = evaluate.evaluate(checkpoint, tokens_BL, open_checkpoint(directory))
+    assert scores.reference is not None
+    assert scores.reference.kl_mean > 1e-9
+    assert scores.mean_loss == pytest.approx(float(losses), rel=1e-5)
 
 
 def test_pieces_of_a_window_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

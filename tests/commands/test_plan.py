@@ -153,11 +153,14 @@ def test_weights_are_what_the_loaded_model_holds(tmp_path, packing, stored, dtyp
     assert needed.weights == loaded_bytes(load_model(checkpoint, device, dtype))
 
 
-def test_kv_cache_is_what_the_cache_allocates(tmp_path):
-    checkpoint = open_checkpoint(tiny.make(tmp_path, family="qwen3")[0])
+@pytest.mark.parametrize(("kept", "itemsize"), [(None, 2), (torch.float8_e4m3fn, 1), (torch.float32, 4)])
+def test_kv_cache_is_what_the_cache_allocates(kept, itemsize, tmp_path):
+    checkpoint = open_checkpoint(tiny.make(tmp_path, family="qwen3")[0]).with_kv_cache(kept)
+    assert checkpoint.skeleton.config.kv_cache_dtype == kept
     needed = footprint(checkpoint, torch.float16, device="cuda", batch=3, max_seq_len=50)
     cache = KVCache(checkpoint.model_config, 3, 50, dtype=torch.float16)
     assert needed.kv_cache == sum(value.nbytes for value in vars(cache).values() if isinstance(value, torch.Tensor))
+    assert needed.kv_cache == 2 * cache.keys_NBMJE.numel() * itemsize
 
 
 def test_does_not_fit_says_what_would(tmp_path):

@@ -65,6 +65,27 @@ def test_rows_of_any_lengths_have_the_logits_of_each_alone(name, make, device):
             lengths = [length + 1 for length in lengths]
 
 
+@pytest.mark.parametrize("make", KINDS)
+def test_rows_keep_what_each_keeps_alone_in_8_bits(make, device):
+    """Keys that differ by a rounding may be kept as neighbouring numbers: few of them are."""
+    model = load_model(open_checkpoint(MODELS / "qwen3").with_kv_cache(torch.float8_e4m3fn), device, torch.float32)
+    prompts = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in (9, 2)]
+    caches = [KVCache(model.config, 1, ROOM, device=device) for _ in prompts]
+    step = make(model, len(prompts), ROOM)
+    with torch.no_grad():
+        prefill(step, 0, prompts, 0)
+        step.next_logits(torch.tensor([7, 8], device=device), [9, 2])
+        for ids, cache in zip(prompts, caches, strict=True):
+            model.last_logits(torch.tensor([ids], device=device), cache)
+        for token, cache in zip((7, 8), caches, strict=True):
+            model.last_logits(torch.tensor([[token]], device=device), cache)
+    for row, (cache, length) in enumerate(zip(caches, (10, 3), strict=True)):
+        for kept, alone in ((step.cache.keys_NBMJE, cache.keys_NBMJE), (step.cache.values_NBMJE, cache.values_NBMJE)):
+            assert kept.dtype == torch.float8_e4m3fn
+            differs = kept[:, row, :length].float() != alone[:, 0, :length].float()
+            assert float(differs.float().mean()) < 1e-3
+
+
 def some_requests(tokenizer, count=11):
     """Prompts and answers of different lengths, which begin alike."""
     words = "upon a time there was a king who had a daughter, and the wolf came to the door of the house".split()
@@ -134,13 +155,13 @@ def test_a_long_prompt_runs_in_pieces_and_short_ones_together(monkeypatch, tiny)
     model, tokenizer = tiny
     requests = some_requests(tokenizer, 8)
     expected = {number: alone(tiny, request) for number, request in enumerate(requests)}
-    widths, hidden = [], type(model).hidden
+    widths, forward = [], type(model.model).forward
 
-    def spy(model, tokens_BL, cache):
+    def spy(decoder, tokens_BL, cache):
         widths.append(tuple(tokens_BL.shape))
-        return hidden(model, tokens_BL, cache)
+        return forward(decoder, tokens_BL, cache)
 
-    monkeypatch.setattr(type(model), "hidden", spy)
+    monkeypatch.setattr(type(model.model), "forward", spy)
     for module in (batch, rows):
         monkeypatch.setattr(module, "PREFILL_CHUNK", 12)
     found = {e.number: outcome(e.completion) for e in Batch(tokenizer, PlainRows(model, 4, 128), requests)}
@@ -154,13 +175,13 @@ def test_what_all_prompts_begin_with_runs_once(monkeypatch, tiny):
     model, tokenizer = tiny
     shared = tokenizer.encode("Once upon a time there was a king")
     requests = [Request([*shared, *tokenizer.encode(word)], 3) for word in ("who", "and", "that had")]
-    tokens, hidden = [], type(model).hidden
+    tokens, forward = [], type(model.model).forward
 
-    def spy(model, tokens_BL, cache):
+    def spy(decoder, tokens_BL, cache):
         tokens.append(tokens_BL.numel())
-        return hidden(model, tokens_BL, cache)
+        return forward(decoder, tokens_BL, cache)
 
-    monkeypatch.setattr(type(model), "hidden", spy)
+    monkeypatch.setattr(type(model.model), "forward", spy)
     endings = list(Batch(tokenizer, PlainRows(model, 1, 128), requests))
     assert tokens[0] >= len(shared)
     assert sum(tokens) == tokens[0] + sum(len(request.prompt_ids) - tokens[0] for request in requests)

@@ -90,6 +90,65 @@ def test_padded_rows_and_any_split_of_the_prompt_give_the_same(name, device):
         assert list(generate(model, tokens_BL, decoder=step, prefill_chunk=chunk, **options)) == expected
 
 
+NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("name", thorough_but(["exaone4"], PADDED))
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_narrower_kv_cache_is_the_same_for_the_step_and_the_model(dtype, name, device):
+    """Both round the same keys and values. Where their sums differ, one may be rounded to the number beside, so what is
+    compared is how far they are from each other and from a model that rounds nothing.
+    """
+    model, dense = kept_in(name, dtype, device), load(name, device)
+    tokens_BL = random_prompt(model, 3)
+    step = DecodeStep(model, 3, PROMPT + NEW, compiles=False)
+    cache = KVCache(model.config, 3, PROMPT + NEW, device=device)
+    unrounded = KVCache(dense.config, 3, PROMPT + NEW, device=device)
+    assert step.cache.keys_NBMJE.dtype == cache.keys_NBMJE.dtype == dtype
+    step.begin(tokens_BL)
+    with torch.no_grad():
+        for each, kept in ((model, step.cache), (model, cache), (dense, unrounded)):
+            ids_B = each.last_logits(tokens_BL, kept).argmax(-1)
+        for _ in range(NEW):
+            expected_BV = model.last_logits(ids_B[:, None], cache)
+            exact_BV = dense.last_logits(ids_B[:, None], unrounded)
+            ids_B = step.step(ids_B)
+            rounding = float((expected_BV - exact_BV).norm())
+            assert float((step.logits_BV - expected_BV).norm()) < rounding / 2
+            assert 0 < rounding < 8 * torch.finfo(dtype).eps * float(exact_BV.norm())
+
+
+def kept_in(name: str, dtype: torch.dtype, device: torch.device) -> Llama:
+    return load_model(open_checkpoint(MODELS / name).with_kv_cache(dtype), device, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_step_with_a_narrower_kv_cache_passes_the_check_of_compiled_steps(dtype, device):
+    step = DecodeStep(kept_in("qwen3", dtype, device), 2, PROMPT + NEW, compiles=False)
+    step.step(torch.zeros(2, dtype=torch.long, device=device))
+    with torch.inference_mode():
+        step._compare_with_model()
+        step.logits_BV *= 2
+        with pytest.raises(MiniawqError, match="what was compiled is wrong"):
+            step._compare_with_model()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_what_is_too_large_for_a_narrower_kv_cache_becomes_its_largest_number(dtype, device):
+    model, largest = kept_in("llama", dtype, device), torch.finfo(dtype).max
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.v_proj.weight.mul_(4 * largest)
+            block.self_attn.o_proj.weight.div_(4 * largest)
+    tokens_BL = random_prompt(model, 2)
+    step = DecodeStep(model, 2, PROMPT + NEW, compiles=False)
+    step.begin(tokens_BL)
+    with torch.no_grad():
+        step.step(model.last_logits(tokens_BL, step.cache).argmax(-1))
+    assert step.logits_BV.isfinite().all()
+    assert step.cache.values_NBMJE.float().abs().max() == largest
+
+
 @pytest.mark.parametrize("rows", [3, 8, 9])
 def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_there_are(rows, device, monkeypatch):
     def dotted(weight, bias_O, rows, _dtype, _accepts) -> Product:

@@ -8,6 +8,22 @@ DELIVERY, CACHED = "engine/test_delivery", "engine/test_cached_text"
 GUESSES = "engine/test_speculation"
 BATCH, MANY = "engine/test_batch", "commands/test_many"
 FAULTS = [
+    # Narrow kv caches.
+    Fault(
+        "engine/layer.py",
+        r"index_put_\(places, narrowed\((.*), cache_UJE\.dtype\)\)",
+        r"index_put_(places, (\1).to(cache_UJE.dtype))",
+        STEP,
+    ),
+    Fault(
+        "engine/layer.py",
+        r"written\(made_BAE\[:, :heads\]\)",
+        "written(made_BAE[:, :heads].to(cache_UJE.dtype).to(made_BAE.dtype))",
+        STEP,
+    ),
+    Fault("engine/layer.py", r"slot_BA\[:, first:\]", "slot_BA[:, : len(head_A) - first]", STEP),
+    Fault("engine/rows.py", r"transpose\(1, 2\)\.to\(new_BJLE\.dtype\)", "transpose(1, 2)", BATCH),
+    Fault("engine/memory.py", r"config\.kv_cache_dtype or dtype", "dtype", PLAN),
     # Rows.
     Fault(
         "engine/rows.py", r"torch\.tensor\(lengths, device", "torch.tensor([max(lengths)] * len(lengths), device", BATCH

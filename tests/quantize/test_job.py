@@ -115,7 +115,7 @@ def test_what_the_next_block_sees_is_full_precision(dense: Path) -> None:
         job.stream.embed(tokens_BL, hidden_BLD)
         for layer in range(3):
             job.process(layer, hidden_BLD)
-        expected_BLD = load_model(checkpoint, dtype=torch.float32).hidden(tokens_BL)
+        expected_BLD = load_model(checkpoint, dtype=torch.float32).model(tokens_BL)
         norm = job.stream.head().norm
         torch.testing.assert_close(norm(hidden_BLD), expected_BLD, rtol=1e-4, atol=1e-4)
 
