@@ -96,6 +96,7 @@ ENGINES: dict[str, dict[str, EngineLimit]] = {
     "gemv": {},
 }
 NEED_ZEROS = ("vLLM Marlin", "vLLM Machete")  # where an AWQ config says zero_point false, AutoAWQ's kernel is taken
+PADDED_TO = 64  # vLLM pads a vocabulary to multiples of it, and loads no AWQ words of a head that grows by that
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one matrix of each
 SPLIT_BY_INPUTS = ("o_proj", "down_proj", "output_linear")  # vLLM splits the others by outputs among devices
 
@@ -127,6 +128,8 @@ def _obstacle(
     if heads % degree or (kv_heads % degree and degree % kv_heads):
         return f"{heads} query and {kv_heads} key/value heads do not divide by {degree}"
     for name, linear in quantized.items():
+        if name == "lm_head" and linear.layout == "awq" and linear.out_features % PADDED_TO:
+            return f"lm_head: {linear.out_features} outputs are no multiple of {PADDED_TO}"
         split_inputs = name.endswith(SPLIT_BY_INPUTS)
         inputs = linear.in_features / (degree if split_inputs else 1)
         outputs = linear.out_features if split_inputs else _outputs_per_device(name, shapes, kv_heads, degree)

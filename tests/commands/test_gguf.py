@@ -113,6 +113,7 @@ PACKINGS = {
     "symmetric": {"grid": "symmetric"},
     "groups-of-32": {"group_size": 32, "block": tiny.AWQ_BLOCK | {"group_size": 32}},
     "groups-of-16": {"group_size": 16, "block": tiny.AWQ_BLOCK | {"group_size": 16}},
+    "packed-head": {"also": ("lm_head",)},
     "one-group-a-row": {"group_size": -1, "block": tiny.AWQ_BLOCK | {"group_size": -1}},
 }
 WRITTEN = [name for name in tiny.FAMILIES if tiny.config_of(name)["architectures"][0] in gguf_file.ARCHITECTURES]
@@ -132,7 +133,9 @@ SOURCES = (
 )
 
 
-@pytest.mark.parametrize("kind", thorough_but(["awq", "symmetric", "groups-of-16", "llama-tied", "qwen3"], SOURCES))
+@pytest.mark.parametrize(
+    "kind", thorough_but(["awq", "symmetric", "groups-of-16", "packed-head", "llama-tied", "qwen3"], SOURCES)
+)
 def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, kind):
     packing = SOURCES[kind]
     source = make(tmp_path / "source", **packing)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,6 +244,19 @@ def test_a_cpu_wants_outputs_in_blocks_of_32():
     why = "model.layers.0.mlp.down_proj: 2040 outputs on each device are no multiple of 32"
     assert degrees["vLLM CPU"][1] == why
     assert not degrees["vLLM AWQ"][1]
+
+
+def test_words_of_a_head_that_is_padded_are_not_loaded():
+    """vLLM pads a vocabulary of another size than a multiple of 64; rows it can add, AutoAWQ's columns not."""
+    config, quantized = quantized_of("Llama-3.1-8B")
+    for vocabulary, layout, why in (
+        (128256, "awq", ""),
+        (128288, "awq", "lm_head: 128288 outputs are no multiple of 64"),
+        (128288, "compressed-tensors", ""),
+    ):
+        head = quantized["model.layers.0.self_attn.q_proj"]._replace(out_features=vocabulary, layout=layout)
+        degrees = engine_degrees(replace(config, vocab_size=vocabulary), {"lm_head": head})
+        assert degrees["vLLM Marlin"][1] == why
 
 
 def test_fast_kernels_want_zero_points():
