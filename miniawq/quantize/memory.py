@@ -125,7 +125,7 @@ def plan_memory(
         coming = {"the next block": stored if config.num_hidden_layers > 1 else 0}
         ends = {"embedding or head": max(0, max(2 * embedding, head) - sum(search.values()))}
         return MemoryPlan(process | kept | search | coming | ends, {})
-    search["head"] = max(0, head - sum(search.values()))
+    search |= {"head": max(0, head - sum(search.values()))} if packs_head else {}
     transfer = {"embedding, or blocks on their way": max(2 * embedding, 3 * stored)}
     if kept and roomiest(hidden + sum(search.values()), device) == device:
         return MemoryPlan(process | transfer, kept | search)

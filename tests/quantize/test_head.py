@@ -24,6 +24,7 @@ from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.generate import generate
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache
+from miniawq.oracle.loader import load_checkpoint
 from miniawq.packing import dequantize
 from miniawq.quantize import __main__ as command_line
 from miniawq.quantize import job as job_file
@@ -78,8 +79,9 @@ def test_the_head_is_packed_and_the_embedding_is_not(family: str, layout: str, t
     assert isinstance(loaded.lm_head, QuantLinear)
     error = (loaded(tokens_BL) - model(tokens_BL)).norm() / model(tokens_BL).norm()
     assert error < 0.25, "INT4 noise, and no more"
-    head = BlockStream(written).head()
-    torch.testing.assert_close(head.weight_VD, dequantize(loaded.lm_head.to_quantized(), torch.float32))
+    stored = loaded.lm_head.to_quantized()
+    torch.testing.assert_close(BlockStream(written).head().weight_VD, dequantize(stored, torch.float32))
+    assert torch.equal(load_checkpoint(tmp_path / "out")["lm_head.weight"], dequantize(stored))
 
 
 @pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
