@@ -57,9 +57,8 @@ PACK_QUANTIZED, MIXED = "pack-quantized", "mixed-precision"
 
 # What engines do with a packed head, by format; each was read in the source of that version (docs/checkpoints.md).
 PACKED_HEADS = {
-    "awq": "a packed head in this format: vLLM 0.32.0 reads it where 64 divides the vocabulary; "
-    "transformers 5.24.0 puts random numbers in its place, and SGLang 0.5.23 does not read it: "
-    "for these use compressed-tensors",
+    "awq": "a packed head in this format: vLLM 0.32.0 reads it where 64 divides the vocabulary; transformers 5.24.0 "
+    "and SGLang 0.5.23 do not, and fail or write nonsense: for these use compressed-tensors",
     "compressed-tensors": "a packed head in this format: vLLM 0.32.0, SGLang 0.5.23 and transformers 5.24.0 read it",
 }
 
