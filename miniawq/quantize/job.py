@@ -307,6 +307,7 @@ def _write_model(
     parts: dict[str, Tensor] = {}
     found: dict[str, Any] | None = None
     if job.settings.lm_head:
+        log.info("now the head, %d outputs of %d inputs each", *reversed(job.checkpoint.linears["lm_head"]))
         parts, found = job.process_head(hidden_BLD)
     _write_dense(job, writer, [spec for spec in writer.specs[writer.done :] if spec.name not in parts])
     for name, tensor in parts.items():
