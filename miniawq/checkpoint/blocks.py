@@ -79,12 +79,16 @@ class BlockStream:
 
     def head(self) -> "Head":
         """The function from hidden states to logits; a stored head is used even if config.json ties it."""
-        norm = RMSNorm(self.config.hidden_size, self.config)
-        norm.weight = nn.Parameter(self.checkpoint.read("model.norm.weight", self.device).float(), requires_grad=False)
         stored = "lm_head.weight" in self.checkpoint.tensors or "lm_head" in self.checkpoint.quantized
         module, leaf = ("lm_head", "weight") if stored else ("model.embed_tokens", "weight")
         weight_VD = self._weight(module, read_stored(self.checkpoint, f"{module}.{leaf}", self.device))
-        return Head(norm, weight_VD, self.config.logits_scaling)
+        return Head(self.norm(), weight_VD, self.config.logits_scaling)
+
+    def norm(self) -> RMSNorm:
+        """The norm between the last block and the head."""
+        norm = RMSNorm(self.config.hidden_size, self.config)
+        norm.weight = nn.Parameter(self.checkpoint.read("model.norm.weight", self.device).float(), requires_grad=False)
+        return norm
 
 
 class RoundingCache:

@@ -107,9 +107,17 @@ class Checkpoint:
         if torch.equal(self.read(HEAD), self.read(EMBEDDING)):
             return self
         log.warning("config.json: tie_word_embeddings is true, but the stored lm_head differs: it is used as it is")
+        return self.untied()
+
+    def untied(self) -> "Checkpoint":
+        """The checkpoint with a head of its own: the stored one, or else a second copy of the embedding."""
+        if not self.model_config.tie_word_embeddings:
+            return self
         model_config = replace(self.model_config, tie_word_embeddings=False)
-        skeleton = build_skeleton(model_config, self.tensors, self.quantized)
-        return replace(self, config=self.config | UNTIED, model_config=model_config, skeleton=skeleton)
+        tensors = {HEAD: self.tensors[EMBEDDING]} | self.tensors
+        skeleton = build_skeleton(model_config, tensors, self.quantized)
+        config = self.config | UNTIED
+        return replace(self, config=config, model_config=model_config, tensors=tensors, skeleton=skeleton)
 
     def with_kv_cache(self, dtype: torch.dtype | None) -> "Checkpoint":
         """The checkpoint whose model keeps keys and values in this dtype; None is that of its activations."""

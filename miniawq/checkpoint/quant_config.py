@@ -55,6 +55,13 @@ REFUSED_METHODS = {
 }
 PACK_QUANTIZED, MIXED = "pack-quantized", "mixed-precision"
 
+# What engines do with a packed head, by format; each was read in the source of that version (docs/checkpoints.md).
+PACKED_HEADS = {
+    "awq": "a packed head in this format: vLLM 0.32.0 reads it where 64 divides the vocabulary; transformers 5.24.0 "
+    "and SGLang 0.5.23 do not, and fail or write nonsense: for these use compressed-tensors",
+    "compressed-tensors": "a packed head in this format: vLLM 0.32.0, SGLang 0.5.23 and transformers 5.24.0 read it",
+}
+
 # Types of what is read of a block, whatever its method; what is implemented is checked where it is read.
 _PLACES = {key: Key("object", "the quantization") for key in (*CONFIG_KEYS, "text_config")}
 _BLOCK = {
@@ -219,13 +226,15 @@ def _check_weights(where: str, name: str, group: Mapping[str, Any], weights: Map
 
 
 def awq_block(group_size: int, dense_linears: Sequence[str]) -> dict[str, Any]:
-    """The six keys of AutoAWQ (`AwqConfig.to_transformers_dict`). Readers know by themselves that lm_head is dense.
+    """The six keys of AutoAWQ (`AwqConfig.to_transformers_dict`), and `lm_head` of GPTQModel where the head is packed.
+
+    Without that key readers know by themselves that it is dense.
 
     `dense_linears` are the full names of the linear layers that stay dense: vLLM and AutoAWQ search for them as
     substrings, so a shorter name could match other layers.
     """
     listed = [name for name in dense_linears if name != "lm_head"]
-    return {
+    block = {
         "quant_method": "awq",
         "zero_point": True,
         "group_size": group_size,
@@ -233,13 +242,16 @@ def awq_block(group_size: int, dense_linears: Sequence[str]) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": listed or None,
     }
+    return block if "lm_head" in dense_linears else block | {"lm_head": True}
 
 
 def compressed_tensors_block(group_size: int, symmetric: bool, dense_linears: Sequence[str]) -> dict[str, Any]:
     """The block of compressed-tensors for `pack-quantized` weights, as llm-compressor's W4A16 and W4A16_ASYM write it.
 
-    Keys that only newer releases know are left out: older readers reject them.
+    Keys that only newer releases know are left out: older readers reject them. A packed head is a target by its name:
+    for vLLM and SGLang it is no Linear.
     """
+    targets = ["Linear"] if "lm_head" in dense_linears else ["Linear", "lm_head"]
     weights = {
         "num_bits": BITS,
         "type": "int",
@@ -252,7 +264,7 @@ def compressed_tensors_block(group_size: int, symmetric: bool, dense_linears: Se
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    group = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": PACK_QUANTIZED,

@@ -7,6 +7,7 @@ may move weights a little (`gguf_file.py`).
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.checkpoint.publishing import check_disk, published, published_file
-from miniawq.checkpoint.quant_config import CONFIG_KEYS, awq_block, compressed_tensors_block
+from miniawq.checkpoint.quant_config import CONFIG_KEYS, PACKED_HEADS, awq_block, compressed_tensors_block
 from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, write_json
 from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, side_digests
 from miniawq.commands.gguf_file import require_gguf, write_gguf
@@ -34,6 +35,8 @@ from miniawq.hardware import pick_device, roomiest
 from miniawq.packing import CODES_PER_WORD, SYMMETRIC_ZERO, Quantized, dequantize
 from miniawq.quantize.verify import check_digests, has_tokenizer
 from miniawq.text.tokenizer import Tokenizer
+
+log = logging.getLogger("miniawq.convert")
 
 FORMATS = ("awq", "compressed-tensors", "dense", "gguf")
 EXAMPLES = (
@@ -263,6 +266,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
     device = device_for(checkpoint, arguments.device)
     report = convert_checkpoint(checkpoint, arguments.destination, format, device=device)
+    if "lm_head" in checkpoint.quantized.keys() - report.unpacked_linears and format in PACKED_HEADS:
+        log.warning("%s", PACKED_HEADS[format])
     if arguments.json:
         print(json.dumps(asdict(report)))
         return

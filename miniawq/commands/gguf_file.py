@@ -163,7 +163,7 @@ def write_gguf(
     import gguf
 
     config = checkpoint.model_config
-    there = _architecture(config)
+    there = architecture_there(config)
     writer = gguf.GGUFWriter(path, there.name)
     _add_config(writer, checkpoint, kind)
     _add_tokenizer(writer, checkpoint)
@@ -195,7 +195,7 @@ def write_gguf(
     return packed, [tensor.nbytes for tensor in planned], max(moves)
 
 
-def _architecture(config: LlamaConfig) -> Counterpart:
+def architecture_there(config: LlamaConfig) -> Counterpart:
     """What llama.cpp has for this model; UnsupportedCheckpoint where it computes something else."""
     there = ARCHITECTURES.get(config.architecture)
     what, fix = "this model cannot be written for llama.cpp", "run it with another engine: miniawq plan names some"

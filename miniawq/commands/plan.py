@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from miniawq.checkpoint.loading import DTYPES, KV_DTYPES, add_kv_dtype_flag
 from miniawq.checkpoint.opening import Checkpoint, linear_shapes, meta_model, open_checkpoint
 from miniawq.checkpoint.quant_config import QuantizationConfig, read_block
 from miniawq.checkpoint.shards import DTYPE_NAMES, Spec
+from miniawq.commands.gguf_file import architecture_there
 from miniawq.engine.memory import (
     PREFILL_CHUNK,
     Footprint,
@@ -31,7 +32,7 @@ from miniawq.engine.memory import (
     kv_bytes_per_token,
     parts_of,
 )
-from miniawq.errors import UsageError
+from miniawq.errors import UnsupportedCheckpoint, UsageError
 from miniawq.hardware import DeviceMemory, device_memory, named_device, pick_device, size
 from miniawq.model import LlamaConfig
 
@@ -75,29 +76,49 @@ def tensors_from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.fl
 
 @dataclass(frozen=True)
 class EngineLimit:
-    """What a kernel asks of a packed layer: divisors of its inputs and outputs on each device, and its group sizes."""
+    """What a kernel asks of a packed layer: divisors of its inputs and outputs on each device, and its group sizes.
+
+    The outputs of a packed head are a multiple of `head`; 0 if none is read. `degrees` are those that can be asked for.
+    """
 
     inputs: int
     outputs: int
     group_sizes: tuple[int, ...] | None = None
+    head: int = 1
+    degrees: tuple[int, ...] = DEGREES
 
 
-# Read in this version: `layers/quantization/auto_awq.py` and `kernels/linear/mixed_precision` under model_executor. It
-# takes the last kernel here that has no obstacle; Machete on Hopper alone, the CPU's own on a CPU (its build lacks
-# the operation without AVX-512). Marlin pads shapes that fill no tile.
-ENGINES_OF = "vLLM 0.32.0"
+# Read in these versions. vLLM: `layers/quantization/auto_awq.py` and `kernels/linear/mixed_precision` under
+# model_executor; it takes the last kernel here that has no obstacle, Machete on Hopper alone, the CPU's own on a CPU
+# (its build lacks the operation without AVX-512). Its Marlin pads shapes that fill no tile; it pads a vocabulary to
+# multiples of 64 and then loads no AWQ words of a head. SGLang: `marlin_utils.py` under srt/layers/quantization; other
+# shapes get a slow kernel. transformers: `quantizers`, with `torch_awq.py` of gptqmodel 7.7.0 for AWQ. It and
+# llama.cpp, which `convert` writes a file for, run a layer on one device.
+ENGINES_OF = "vLLM 0.32.0, SGLang 0.5.23, transformers 5.24.0"
 AWQ_KERNEL = EngineLimit(inputs=1, outputs=8)
 MARLIN = EngineLimit(inputs=1, outputs=8, group_sizes=(-1, 32, 64, 128))
 MACHETE = EngineLimit(inputs=64, outputs=128, group_sizes=(-1, 64, 128))
 CPU_WNA16 = EngineLimit(inputs=32, outputs=32)
+SGLANG = EngineLimit(inputs=128, outputs=64, group_sizes=(-1, 32, 64, 128))
+GPTQMODEL = EngineLimit(inputs=1, outputs=8, group_sizes=(-1, 16, 32, 64, 128), head=0, degrees=(1,))
+UNPACKED = EngineLimit(inputs=1, outputs=1, degrees=(1,))
+VLLM_AWQ = {"vLLM CPU": CPU_WNA16, "vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE}
 ENGINES: dict[str, dict[str, EngineLimit]] = {
-    "awq": {"vLLM CPU": CPU_WNA16, "vLLM AWQ": AWQ_KERNEL, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
-    "compressed-tensors": {"vLLM CPU": CPU_WNA16, "vLLM Marlin": MARLIN, "vLLM Machete": MACHETE},
+    "awq": {engine: replace(limit, head=64) for engine, limit in VLLM_AWQ.items()}
+    | {"SGLang Marlin": replace(SGLANG, head=0), "transformers": GPTQMODEL},
+    "compressed-tensors": {
+        "vLLM CPU": CPU_WNA16,
+        "vLLM Marlin": MARLIN,
+        "vLLM Machete": MACHETE,
+        "SGLang Marlin": SGLANG,
+        "transformers": UNPACKED,
+    },
     "gemv": {},
 }
-NEED_ZEROS = ("vLLM Marlin", "vLLM Machete")  # where an AWQ config says zero_point false, AutoAWQ's kernel is taken
-MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one matrix of each
-SPLIT_BY_INPUTS = ("o_proj", "down_proj", "output_linear")  # vLLM splits the others by outputs among devices
+# Where an AWQ config says zero_point false, AutoAWQ's kernel is taken.
+NEED_ZEROS = ("vLLM Marlin", "vLLM Machete", "SGLang Marlin")
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM and SGLang make one matrix of each
+SPLIT_BY_INPUTS = ("o_proj", "down_proj", "output_linear")  # they split the others by outputs among devices
 
 
 def engine_degrees(
@@ -108,12 +129,21 @@ def engine_degrees(
     shapes = linear_shapes(meta_model(config))
     engines = ENGINES[layouts.pop()] if len(layouts) == 1 else {}
     found = {
-        engine: {degree: _obstacle(config, shapes, quantized, limit, degree) for degree in DEGREES}
+        engine: {degree: _obstacle(config, shapes, quantized, limit, degree) for degree in limit.degrees}
         for engine, limit in engines.items()
     }
     if block and block.method == "awq" and block.symmetric:
         found |= {engine: dict.fromkeys(DEGREES, f"{block.where}: zero_point is false") for engine in NEED_ZEROS}
-    return found
+    return found | ({"llama.cpp (GGUF)": {1: _no_counterpart(config)}} if quantized else {})
+
+
+def _no_counterpart(config: LlamaConfig) -> str:
+    """Why llama.cpp does not compute this model; empty if it does."""
+    try:
+        architecture_there(config)
+    except UnsupportedCheckpoint as error:
+        return error.why
+    return ""
 
 
 def _obstacle(
@@ -127,6 +157,10 @@ def _obstacle(
     if heads % degree or (kv_heads % degree and degree % kv_heads):
         return f"{heads} query and {kv_heads} key/value heads do not divide by {degree}"
     for name, linear in quantized.items():
+        if name == "lm_head" and not limit.head:
+            return "lm_head: it is packed, which is not read in this layout"
+        if name == "lm_head" and linear.out_features % limit.head:
+            return f"lm_head: {linear.out_features} outputs are no multiple of {limit.head}"
         split_inputs = name.endswith(SPLIT_BY_INPUTS)
         inputs = linear.in_features / (degree if split_inputs else 1)
         outputs = linear.out_features if split_inputs else _outputs_per_device(name, shapes, kv_heads, degree)
@@ -247,14 +281,17 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     supply = f"of {size(plan.device.total)}, {size(plan.device.free)} free on {plan.device.name}"
     lines.append(f"total     {size(plan.total):>11}   {supply}: {verdict}")
     if plan.engines:
-        lines.append(f"engines   as {plan.engines_of} chooses them: Machete on Hopper only, the CPU's with AVX-512")
+        lines.append(f"engines   as read in {plan.engines_of}; Machete wants Hopper, vLLM CPU AVX-512")
     alike: dict[tuple[tuple[int, str], ...], list[str]] = {}
     for engine, degrees in plan.engines.items():
         alike.setdefault(tuple(degrees.items()), []).append(engine)
     for reasons, engines in alike.items():
         works = [str(degree) for degree, why in reasons if not why]
         lines.append(f"{', '.join(engines)}: tensor-parallel {', '.join(works) or 'never'}")
-        lines += [f"          not {degree}: {why}" for degree, why in reasons if why]
+        obstacles: dict[str, list[str]] = {}
+        for degree, why in reasons:
+            obstacles.setdefault(why, []).append(str(degree))
+        lines += [f"          not {', '.join(degrees)}: {why}" for why, degrees in obstacles.items() if why]
     lines += [f"notice    {notice}" for notice in plan.notices]
     if show_tensors:
         lines += [

@@ -27,6 +27,8 @@ def load_checkpoint(directory: Path) -> dict[str, Tensor]:
     block = config.get("quantization_config") or read_side_block(directory)
     stored = read_tensors(directory)
     linears = shapes_of_linears(config)
+    if "lm_head" in packed(stored):
+        linears["lm_head"] = (config["hidden_size"], config["vocab_size"])
     result = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[0] not in packed(stored)}
     result |= {name: tensor for name, tensor in stored.items() if name.endswith(".bias")}
     for linear in packed(stored):

@@ -13,11 +13,12 @@ from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
+from miniawq.checkpoint.quant_config import PACKED_HEADS
 from miniawq.checkpoint.shards import SHARD_BYTES
 from miniawq.hardware import pick_device
-from miniawq.quantize.calibration import Calibration, read_calibration, sample_calibration
+from miniawq.quantize.calibration import Calibration, check_length, read_calibration, sample_calibration
 from miniawq.quantize.grids import GRIDS
-from miniawq.quantize.job import Quantizer, Settings, check_length, quantize_checkpoint
+from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory, plan_sampling
 from miniawq.quantize.recipes import RECIPES
 from miniawq.text.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--format", choices=FORMATS, default="awq", metavar="NAME", help=f"{', '.join(FORMATS)} (awq)")
     dtypes = f"of scales and dense tensors: {', '.join(STORED_DTYPES)}"
+    add("--lm-head", action="store_true", help="pack the head too; of one tied to the embedding, a copy")
     add("--dtype", choices=STORED_DTYPES, default="float16", metavar="DTYPE", help=dtypes)
     add("--shard-gigabytes", type=_gigabytes, default=SHARD_BYTES / 1e9, metavar="X", help="largest file (5)")
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
@@ -111,8 +113,11 @@ def _command(arguments: argparse.Namespace) -> None:
     symmetric = arguments.format == "compressed-tensors" and arguments.grid == "symmetric"
     layout = "compressed-tensors-symmetric" if symmetric else arguments.format
     checkpoint = open_checkpoint(arguments.source, **hub_options(arguments))
-    settings = Settings(recipe, layout, dtype, arguments.compared_tokens, int(arguments.shard_gigabytes * 1e9))
+    shard_bytes = int(arguments.shard_gigabytes * 1e9)
+    settings = Settings(recipe, layout, dtype, arguments.compared_tokens, shard_bytes, arguments.lm_head)
     device = pick_device(arguments.device)
+    if arguments.lm_head:
+        log.warning("%s", PACKED_HEADS[arguments.format])
     calibration = calibrate(Quantizer(checkpoint, settings, device), arguments)
     log.info(
         "calibration: %d tokens in %d windows, of %d found, %s",
@@ -144,9 +149,9 @@ def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:
     log.info("no --calib: the model writes its own calibration text, seed %d", arguments.seed)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     plan_sampling(checkpoint, dtype, device, *size).check(device)
-    offload = arguments.offload_directory is not None
-    learns = job.settings.recipe.learns
-    plan_memory(checkpoint, job.folds, *size, job.settings.compared_tokens, device, offload, learns).check(device)
+    offload, settings = arguments.offload_directory is not None, job.settings
+    learns, head = settings.recipe.learns, settings.lm_head
+    plan_memory(checkpoint, job.folds, *size, settings.compared_tokens, device, offload, learns, head).check(device)
     model = load_model(checkpoint, device, dtype)
     return sample_calibration(model, tokenizer, *size, arguments.seed)
 

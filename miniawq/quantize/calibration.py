@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miniawq.checkpoint.opening import Checkpoint
 from miniawq.errors import InvalidInput
 from miniawq.model import KVCache, Llama
 from miniawq.quantize.memory import SAMPLED_ROWS
@@ -85,6 +86,27 @@ def windows(ids: list[int], num_samples: int, sequence_length: int, source: str 
     starts = [round(last * index / max(1, count - 1)) for index in range(count)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return torch.tensor([ids[start : start + length] for start in starts])[order]
+
+
+def check_text(checkpoint: Checkpoint, calibration: Calibration) -> None:
+    """InvalidInput when the model cannot read the text: ids beyond its vocabulary, windows beyond its context."""
+    config, tokens_BL = checkpoint.model_config, calibration.tokens_BL
+    if not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < config.vocab_size:
+        worst = int(tokens_BL.max()) if int(tokens_BL.min()) >= 0 else int(tokens_BL.min())
+        why, fix = f"config.json: vocab_size = {config.vocab_size}", "the tokenizer belongs to another model"
+        raise InvalidInput(f"token id {worst} is outside the model's vocabulary", why, fix)
+    check_length(checkpoint, tokens_BL.shape[1])
+
+
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """InvalidInput when a window of text is longer than the model's context."""
+    longest = checkpoint.model_config.max_position_embeddings
+    if length > longest:
+        raise InvalidInput(
+            f"windows of {length} tokens are longer than the model's context",
+            f"config.json: max_position_embeddings = {longest}",
+            f"give --sequence-length {longest} or less",
+        )
 
 
 def _texts(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:

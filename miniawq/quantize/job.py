@@ -3,7 +3,7 @@
     embed the calibration text
     for each block: read it, run the text through it, search, fold and round (awq.py), write it, note it in the journal
                     (a recipe that learns codes runs the text through what is rounded, too: streams.py)
-    write the rest, re-open the files and check every group
+    round the head, where it is asked for (head.py), and write the rest; re-open the files and check every group
     move the files from `unfinished` into the destination, config.json last
 
 One block is in memory at a time, whatever their number. The hidden states between blocks are never saved: a run that
@@ -37,7 +37,8 @@ from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hardware import peak_memory
 from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.packing import CODES_PER_WORD, dequantize
-from miniawq.quantize.calibration import Calibration
+from miniawq.quantize.calibration import Calibration, check_text
+from miniawq.quantize.head import quantize_head
 from miniawq.quantize.journal import Journal, interruptible
 from miniawq.quantize.memory import hidden_states, plan_memory
 from miniawq.quantize.moments import SymmetricStatistics
@@ -57,17 +58,23 @@ def packable_folds(config: LlamaConfig, shapes: dict[str, tuple[int, int]], grou
     """The folds whose linears all fit the file format: engines read a set of linears as one matrix."""
 
     def fits(fold: Fold) -> bool:
-        sizes = [shapes[f"model.layers.0.{name}"] for name in fold.balance_layers]
-        return all(inputs % max(1, group_size) == 0 and outputs % CODES_PER_WORD == 0 for inputs, outputs in sizes)
+        return all(is_packable(shapes[f"model.layers.0.{name}"], group_size) for name in fold.balance_layers)
 
     return [fold for fold in llama_folds(config) if fits(fold)]
+
+
+def is_packable(shape: tuple[int, int], group_size: int) -> bool:
+    """Whether groups divide a layer's inputs and words its outputs."""
+    inputs, outputs = shape
+    return inputs % max(1, group_size) == 0 and outputs % CODES_PER_WORD == 0
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides the bytes of the result, beside the model and the calibration text.
 
-    Statistics come from the whole text; modules' outputs are compared on about `compared_tokens` of it.
+    Statistics come from the whole text; modules' outputs are compared on about `compared_tokens` of it. `lm_head` says
+    whether the head is packed too.
     """
 
     recipe: Recipe = DEFAULT
@@ -75,6 +82,7 @@ class Settings:
     dtype: torch.dtype = torch.float16
     compared_tokens: int = 4096
     shard_bytes: int = SHARD_BYTES
+    lm_head: bool = False
 
     def described(self) -> dict[str, Any]:
         settings = asdict(self) | {"recipe": self.recipe.described(), "dtype": str(self.dtype).removeprefix("torch.")}
@@ -91,6 +99,7 @@ class Quantizer:
                 f"{next(iter(checkpoint.quantized))} is packed",
                 "quantize the dense model that it was made from",
             )
+        checkpoint = checkpoint.untied() if settings.lm_head else checkpoint  # the embedding stays as it is
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
         self.stream = BlockStream(checkpoint, device)
         self.folds = packable_folds(checkpoint.model_config, checkpoint.linears, settings.recipe.group_size)
@@ -100,9 +109,18 @@ class Quantizer:
                 f"groups of {settings.recipe.group_size} inputs and words of {CODES_PER_WORD} outputs do not fit any",
                 "try --group-size 64 or 32",
             )
+        if settings.lm_head and not is_packable(checkpoint.linears["lm_head"], settings.recipe.group_size):
+            inputs, outputs = checkpoint.linears["lm_head"]
+            raise InvalidInput(
+                f"the head of {checkpoint.directory} cannot be packed",
+                f"it has {inputs} inputs for groups of {settings.recipe.group_size}, "
+                f"and {outputs} outputs for words of {CODES_PER_WORD}",
+                "leave out --lm-head, or try --group-size 64 or 32",
+            )
         self.blocks = checkpoint.model_config.num_hidden_layers
         names = [name for fold in self.folds for name in fold.balance_layers]
         self.packed = {f"model.layers.{layer}.{name}" for layer in range(self.blocks) for name in names}
+        self.packed |= {"lm_head"} if settings.lm_head else set()
         self.dense = [name for name in checkpoint.linears if name not in self.packed]
         self.streams: Streams | None = None  # for recipes that look at the text again, once there is memory for it
 
@@ -156,6 +174,19 @@ class Quantizer:
             self.streams.follow(self.as_written(block, layer, tensors), layer)
         return tensors, record | {"seconds": round(time.monotonic() - started, 3)}
 
+    def process_head(self, hidden_BLD: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantize the head, when the hidden states are the outputs of the last block.
+
+        Returns its tensors in writing order, and what the report says about it. The journal does not hold it: a run
+        that goes on does it again.
+        """
+        started = time.monotonic()
+        read_BLD = self.streams.quantized_BLD if self.streams else hidden_BLD
+        found = quantize_head(self.stream, read_BLD, self.settings.recipe)
+        parts = LAYOUTS[self.settings.layout].encode(found.quantized)
+        record = {"plain_loss": found.plain_loss, "loss": found.loss, "seconds": round(time.monotonic() - started, 3)}
+        return {f"lm_head.{part}": to_host(tensor) for part, tensor in parts.items()}, record
+
     def advance(self, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> float:
         """Replace hidden states by the block's outputs; returns the largest magnitude among them."""
         largest = []
@@ -203,6 +234,8 @@ class Quantizer:
 
     def smooth(self, factors: list[dict[str, Tensor]], name: str, weight_OI: Tensor) -> Tensor:
         """A layer's weight as it was when it was rounded: after all folds."""
+        if name == "lm_head":
+            return weight_OI
         number, _, local = name.removeprefix("model.layers.").partition(".")
         for fold in self.folds:
             if fold.smooth_layer is None:
@@ -238,8 +271,13 @@ def tensor_cores() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_BL: Tensor, hidden_BLD: Tensor) -> None:
-    """Write every tensor that is not written yet; a block's tensors are written while the next block is searched."""
+def _write_model(
+    job: Quantizer, writer: ShardWriter, journal: Journal, tokens_BL: Tensor, hidden_BLD: Tensor
+) -> dict[str, Any] | None:
+    """Write every tensor that is not written yet; a block's tensors are written while the next block is searched.
+
+    Returns what the report says about the head, if that is packed.
+    """
     finished = len(journal.blocks)
     with interruptible() as stop, Background() as disk, tqdm(total=job.blocks, unit="block", disable=None) as bar:
         job.stream.embed(tokens_BL, hidden_BLD)
@@ -262,12 +300,20 @@ def _write_model(job: Quantizer, writer: ShardWriter, journal: Journal, tokens_B
                 if layer == finished and layer + 1 < job.blocks:
                     _say_time(record["seconds"], job.blocks - layer - 1)
             bar.update()
-            if stop.is_set() and layer + 1 < job.blocks:
+            if stop.is_set() and (layer + 1 < job.blocks or job.settings.lm_head):
                 disk.wait()
                 log.warning("stopped after block %d of %d: run the same command to go on", layer + 1, job.blocks)
                 raise KeyboardInterrupt
-    _write_dense(job, writer, writer.specs[writer.done :])
+    parts: dict[str, Tensor] = {}
+    found: dict[str, Any] | None = None
+    if job.settings.lm_head:
+        log.info("now the head, %d outputs of %d inputs each", *reversed(job.checkpoint.linears["lm_head"]))
+        parts, found = job.process_head(hidden_BLD)
+    _write_dense(job, writer, [spec for spec in writer.specs[writer.done :] if spec.name not in parts])
+    for name, tensor in parts.items():
+        writer.write(name, tensor)
     writer.finish()
+    return found
 
 
 def _write_block(writer: ShardWriter, journal: Journal, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -328,35 +374,14 @@ def quantize_checkpoint(
     job = Quantizer(checkpoint, settings, device)
     samples, length = calibration.tokens_BL.shape
     offload = offload_directory is not None
-    learns = settings.recipe.learns
-    plan = plan_memory(checkpoint, job.folds, samples, length, settings.compared_tokens, device, offload, learns)
+    learns, head = settings.recipe.learns, settings.lm_head
+    plan = plan_memory(checkpoint, job.folds, samples, length, settings.compared_tokens, device, offload, learns, head)
     log.info("%s", plan.describe())
     plan.check(device)
     job = Quantizer(checkpoint.fetched(), settings, device)
     check_text(job.checkpoint, calibration)
     with locked(destination):
         return _quantize(job, plan.hidden_on_device, destination, calibration, offload_directory, started)
-
-
-def check_text(checkpoint: Checkpoint, calibration: Calibration) -> None:
-    """InvalidInput when the model cannot read the text: ids beyond its vocabulary, windows beyond its context."""
-    config, tokens_BL = checkpoint.model_config, calibration.tokens_BL
-    if not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < config.vocab_size:
-        worst = int(tokens_BL.max()) if int(tokens_BL.min()) >= 0 else int(tokens_BL.min())
-        why, fix = f"config.json: vocab_size = {config.vocab_size}", "the tokenizer belongs to another model"
-        raise InvalidInput(f"token id {worst} is outside the model's vocabulary", why, fix)
-    check_length(checkpoint, tokens_BL.shape[1])
-
-
-def check_length(checkpoint: Checkpoint, length: int) -> None:
-    """InvalidInput when a window of text is longer than the model's context."""
-    longest = checkpoint.model_config.max_position_embeddings
-    if length > longest:
-        raise InvalidInput(
-            f"windows of {length} tokens are longer than the model's context",
-            f"config.json: max_position_embeddings = {longest}",
-            f"give --sequence-length {longest} or less",
-        )
 
 
 def _quantize(
@@ -387,7 +412,7 @@ def _quantize(
     with ShardWriter(work, specs, settings.shard_bytes) as writer, tensor_cores():
         writer.resume(done)
         writer.digests |= {name: digest for block in journal.blocks for name, digest in block["digests"].items()}
-        _write_model(job, writer, journal, calibration.tokens_BL, hidden_BLD)
+        head = _write_model(job, writer, journal, calibration.tokens_BL, hidden_BLD)
     write_json(work / "config.json", job.config())
     factors = [decode_factors(block["scales"]) for block in journal.blocks]
     written, smooth = open_checkpoint(work), partial(job.smooth, factors)
@@ -401,8 +426,9 @@ def _quantize(
         calibration=calibration.summary(),
         dense_linears=job.dense,
         blocks=[{key: value for key, value in block.items() if key not in PRIVATE} for block in journal.blocks],
+        head=head,
         verification=verification,
-        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        source_bytes=sum(info.nbytes for info in {*checkpoint.tensors.values()}),  # a head may be the embedding
         written_bytes=sum(spec.nbytes for spec in specs),
         peak_memory_bytes=peak_memory(),
         seconds=round(time.monotonic() - started, 3),

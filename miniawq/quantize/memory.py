@@ -26,6 +26,7 @@ SAMPLED_ROWS = 32  # windows of text that a model writes at once: more take memo
 STREAMS = 3  # of hidden states, for learned codes: before the dense block, after it, after the quantized block
 LAYER_COPIES = 4  # of the largest layer in float32, while it is rounded, compared and packed
 LEARNED_COPIES = 9  # the same, while its codes are learned
+HEAD_COPIES = 2  # of a packed head in float32: as stored, in float32, and its codes, while it is verified
 CANDIDATE_COPIES = 2  # of the candidates' elements: the errors, and their product with the moments
 
 
@@ -79,6 +80,7 @@ def plan_memory(
     device: torch.device,
     offload: bool,
     learns: bool = False,
+    packs_head: bool = False,
 ) -> MemoryPlan:
     """Plan for a calibration text of `samples` windows of `length` tokens, and a recipe that learns codes or does not.
 
@@ -117,10 +119,13 @@ def plan_memory(
         search["one search"] = max(search["one search"], LEARNED_COPIES * largest + shrunk)
     process = {"process": resident_memory()}
     kept = {} if offload else {"hidden states": hidden}
+    # Embedding and head are there before and after all searches.
+    head = HEAD_COPIES * math.prod(checkpoint.linears["lm_head"]) * FLOAT if packs_head else 0
     if device.type == "cpu":
         coming = {"the next block": stored if config.num_hidden_layers > 1 else 0}
-        head = {"embedding": max(0, 2 * embedding - sum(search.values()))}
-        return MemoryPlan(process | kept | search | coming | head, {})
+        ends = {"embedding or head": max(0, max(2 * embedding, head) - sum(search.values()))}
+        return MemoryPlan(process | kept | search | coming | ends, {})
+    search |= {"head": max(0, head - sum(search.values()))} if packs_head else {}
     transfer = {"embedding, or blocks on their way": max(2 * embedding, 3 * stored)}
     if kept and roomiest(hidden + sum(search.values()), device) == device:
         return MemoryPlan(process | transfer, kept | search)

@@ -43,13 +43,14 @@ CARD = """---
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Everything about one run; `blocks` holds what the searches of each block found."""
+    """Everything about one run; `blocks` holds what the searches of each block found, `head` that of a packed head."""
 
     source: str
     settings: dict[str, Any]
     calibration: dict[str, Any]
     dense_linears: list[str]
     blocks: list[dict[str, Any]]
+    head: dict[str, Any] | None
     verification: dict[str, Any]
     source_bytes: int
     written_bytes: int
@@ -79,6 +80,7 @@ class QuantizationReport:
         return (
             f"factors left {statistics.median(folds):.1%} of plain rounding's loss (the median of {len(folds)} folds), "
             f"then ranges and codes {lost / plain:.1%} of the layers' loss"
+            + (f" and {left_of(self.head):.1%} of the head's" if self.head and self.head["plain_loss"] > 0 else "")
         )
 
 

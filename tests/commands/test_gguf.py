@@ -113,6 +113,7 @@ PACKINGS = {
     "symmetric": {"grid": "symmetric"},
     "groups-of-32": {"group_size": 32, "block": tiny.AWQ_BLOCK | {"group_size": 32}},
     "groups-of-16": {"group_size": 16, "block": tiny.AWQ_BLOCK | {"group_size": 16}},
+    "packed-head": {"also": ("lm_head",)},
     "one-group-a-row": {"group_size": -1, "block": tiny.AWQ_BLOCK | {"group_size": -1}},
 }
 WRITTEN = [name for name in tiny.FAMILIES if tiny.config_of(name)["architectures"][0] in gguf_file.ARCHITECTURES]
@@ -132,7 +133,9 @@ SOURCES = (
 )
 
 
-@pytest.mark.parametrize("kind", thorough_but(["awq", "symmetric", "groups-of-16", "llama-tied", "qwen3"], SOURCES))
+@pytest.mark.parametrize(
+    "kind", thorough_but(["awq", "symmetric", "groups-of-16", "packed-head", "llama-tied", "qwen3"], SOURCES)
+)
 def test_a_file_holds_the_weights_of_its_checkpoint(tmp_path, kind):
     packing = SOURCES[kind]
     source = make(tmp_path / "source", **packing)
@@ -289,10 +292,10 @@ def test_layers_without_positions_are_where_llama_cpp_has_them():
     rope = open_checkpoint(None).model_config.rope
     config = replace(open_checkpoint(None).model_config, architecture="SmolLM3ForCausalLM", num_hidden_layers=4)
     places = {place: (rope,) * place + (replace(rope, rotary_dim=0),) + (rope,) * (3 - place) for place in range(4)}
-    assert gguf_file._architecture(replace(config, layer_ropes=places.pop(3))).name == "smollm3"
+    assert gguf_file.architecture_there(replace(config, layer_ropes=places.pop(3))).name == "smollm3"
     for layer_ropes in (*places.values(), (rope,) * 4):
         with pytest.raises(UnsupportedCheckpoint, match="rotary embedding"):
-            gguf_file._architecture(replace(config, layer_ropes=layer_ropes))
+            gguf_file.architecture_there(replace(config, layer_ropes=layer_ropes))
 
 
 def test_divisors_of_longrope_are_tensors(tmp_path):
@@ -314,19 +317,19 @@ def test_divisors_of_longrope_are_tensors(tmp_path):
 def test_a_family_without_a_name_there_is_refused(architecture):
     config = replace(open_checkpoint(None).model_config, architecture=architecture)
     with pytest.raises(UnsupportedCheckpoint, match=f"{architecture} is none of Llama"):
-        gguf_file._architecture(config)
+        gguf_file.architecture_there(config)
 
 
 def test_a_switch_that_llama_cpp_lacks_is_refused():
     """Also one of an architecture that it knows, and one for some layers alone."""
     config = open_checkpoint(None).model_config
-    assert gguf_file._architecture(config).name == "llama"
+    assert gguf_file.architecture_there(config).name == "llama"
     other, layers = replace(config.rope, rope_theta=5.0), len(config.layer_ropes)
     ropes = replace(config.rope, interleaved=True), replace(config.rope, llama_4_scaling_beta=0.1)
     switched = [{"residual_multiplier": 0.5}, {"hidden_act": "gelu"}, {"layer_ropes": (config.rope, other)}]
     for changes in switched + [{"rope": rope, "layer_ropes": (rope,) * layers} for rope in ropes]:
         with pytest.raises(UnsupportedCheckpoint, match="cannot be written for llama"):
-            gguf_file._architecture(replace(config, **changes))
+            gguf_file.architecture_there(replace(config, **changes))
 
 
 def test_a_byte_that_the_disk_changes_is_seen(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,29 +213,31 @@ def quantized_of(name: str, **changes: object) -> tuple[LlamaConfig, dict[str, Q
     return model_config, find_quantized(infos, read_block(config, {}), linear_shapes(meta_model(model_config)))
 
 
-# model, group size, degrees of vLLM's AWQ kernel (and of its kernel for CPUs), of Marlin, of Machete
+# model, group size, degrees of vLLM's AWQ kernel (and its kernel for CPUs), Marlin, Machete, and of SGLang's Marlin
 DEGREES = [
-    ("Llama-3.1-8B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),
-    ("Llama-2-7B", 128, [1, 2], [1, 2], [1, 2]),  # 11008 / 4 is 21.5 groups of 128
-    ("Llama-2-7B", 64, [1, 2, 4], [1, 2, 4], [1, 2, 4]),
-    ("Qwen2.5-7B", 128, [1, 2, 4], [1, 2, 4], [1, 2, 4]),  # 28 heads
+    ("Llama-3.1-8B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),
+    ("Llama-2-7B", 128, [1, 2], [1, 2], [1, 2], [1, 2]),  # 11008 / 4 is 21.5 groups of 128
+    ("Llama-2-7B", 64, [1, 2, 4], [1, 2, 4], [1, 2, 4], [1, 2]),  # SGLang wants 128 inputs, and does not pad
+    ("Qwen2.5-7B", 128, [1, 2, 4], [1, 2, 4], [1, 2, 4], [1, 2, 4]),  # 28 heads
     pytest.param(
-        "Qwen2.5-72B", 128, [1], [1], [1], marks=pytest.mark.thorough
+        "Qwen2.5-72B", 128, [1], [1], [1], [1], marks=pytest.mark.thorough
     ),  # 29568 / 128 is odd, the known trouble of this model
-    ("Qwen2-0.5B", 128, [1], [1], [1]),
-    ("Qwen2-0.5B", 64, [1, 2], [1, 2], [1]),  # Machete wants 128 outputs: half of q, k and v are 576
-    ("Llama-3.2-1B", 16, [1, 2, 4, 8], [], []),  # neither has groups of 16
-    ("Llama-3.2-1B", 32, [1, 2, 4, 8], [1, 2, 4, 8], []),  # Machete has no groups of 32
-    pytest.param("Qwen3-32B", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8], marks=pytest.mark.thorough),
-    ("one key/value head", 128, [1, 2, 4, 8], [1, 2, 4, 8], [1, 2, 4, 8]),  # each device has a copy of it
+    ("Qwen2-0.5B", 128, [1], [1], [1], [1]),
+    ("Qwen2-0.5B", 64, [1, 2], [1, 2], [1], [1]),  # Machete wants 128 outputs: half of q, k and v are 576
+    ("Llama-3.2-1B", 16, [1, 2, 4, 8], [], [], []),  # none has groups of 16
+    ("Llama-3.2-1B", 32, [1, 2, 4, 8], [1, 2, 4, 8], [], [1, 2, 4, 8]),  # Machete has no groups of 32
+    pytest.param("Qwen3-32B", 128, *4 * [[1, 2, 4, 8]], marks=pytest.mark.thorough),
+    ("one key/value head", 128, *4 * [[1, 2, 4, 8]]),  # each device has a copy of it
 ]
 
 
-@pytest.mark.parametrize(("name", "group_size", "awq", "marlin", "machete"), DEGREES)
-def test_tensor_parallel_degrees(name, group_size, awq, marlin, machete):
+@pytest.mark.parametrize(("name", "group_size", "awq", "marlin", "machete", "sglang"), DEGREES)
+def test_tensor_parallel_degrees(name, group_size, awq, marlin, machete, sglang):
     degrees = engine_degrees(*quantized_of(name, group_size=group_size))
     works = {engine: [degree for degree, why in reasons.items() if not why] for engine, reasons in degrees.items()}
-    assert works == {"vLLM CPU": awq, "vLLM AWQ": awq, "vLLM Marlin": marlin, "vLLM Machete": machete}
+    on_one = {"transformers": [1], "llama.cpp (GGUF)": [1]}
+    vllm = {"vLLM CPU": awq, "vLLM AWQ": awq, "vLLM Marlin": marlin, "vLLM Machete": machete}
+    assert works == vllm | {"SGLang Marlin": sglang} | on_one
 
 
 def test_a_cpu_wants_outputs_in_blocks_of_32():
@@ -248,11 +251,37 @@ def test_a_cpu_wants_outputs_in_blocks_of_32():
     assert not degrees["vLLM AWQ"][1]
 
 
+UNREAD = "lm_head: it is packed, which is not read in this layout"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "layout", "vllm", "sglang", "transformers"),
+    [
+        (128256, "awq", "", UNREAD, UNREAD),
+        (128288, "awq", "lm_head: 128288 outputs are no multiple of 64", UNREAD, UNREAD),
+        (128320, "compressed-tensors", "", "", ""),
+    ],
+)
+def test_a_packed_head_is_not_read_everywhere(vocabulary, layout, vllm, sglang, transformers):
+    """vLLM pads a vocabulary that is no multiple of 64: rows it can add, AutoAWQ's columns not."""
+    config, quantized = quantized_of("Llama-3.1-8B")
+    head = quantized["model.layers.0.self_attn.q_proj"]._replace(out_features=vocabulary, layout=layout)
+    degrees = engine_degrees(replace(config, vocab_size=vocabulary), {"lm_head": head})
+    found = [degrees[engine][1] for engine in ("vLLM Marlin", "SGLang Marlin", "transformers", "llama.cpp (GGUF)")]
+    assert found == [vllm, sglang, transformers, ""]
+
+
+def test_what_llama_cpp_lacks_is_told():
+    config, quantized = quantized_of("Llama-3.1-8B")
+    why = engine_degrees(replace(config, architecture="HeliumForCausalLM"), quantized)["llama.cpp (GGUF)"][1]
+    assert why.startswith("HeliumForCausalLM is none of LlamaForCausalLM")
+
+
 def test_fast_kernels_want_zero_points():
     config, quantized = quantized_of("Llama-3.1-8B")
     block = read_block({"quantization_config": tiny.AWQ_BLOCK | {"zero_point": False}}, {})
     degrees = engine_degrees(config, quantized, block)
-    for engine in ("vLLM Marlin", "vLLM Machete"):
+    for engine in ("vLLM Marlin", "vLLM Machete", "SGLang Marlin"):
         assert set(degrees[engine].values()) == {"config.json: quantization_config: zero_point is false"}
     assert not any(degrees["vLLM AWQ"].values())
 
@@ -313,7 +342,7 @@ def test_command_line(tmp_path, capsys):
         "LlamaForCausalLM, 2 layers",
         "INT4 awq, group size 64",
         "14 packed layers",
-        "as vLLM 0.32.0 chooses them",
+        "as read in vLLM 0.32.0, SGLang 0.5.23",
         "vLLM Marlin",
         "taken from",
     ):

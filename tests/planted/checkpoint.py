@@ -68,6 +68,8 @@ FAULTS = [
     Fault("checkpoint/quant_config.py", r"sizes\.add\(-1 if channel else", "sizes.add(", OPENING),
     Fault("checkpoint/quant_config.py", r"str\(block\[key\]\)\.lower\(\)", "str(block[key])", OPENING),
     Fault("checkpoint/quant_config.py", r' if name != "lm_head"\]', "]", "commands/test_convert"),
+    Fault("checkpoint/quant_config.py", r'block \| \{"lm_head": True\}', "block", "quantize/test_head"),
+    Fault("checkpoint/quant_config.py", r'else \["Linear", "lm_head"\]', 'else ["Linear"]', "quantize/test_head"),
     # Files.
     Fault("checkpoint/hub.py", r"if head == LFS_POINTER:", "if False:", REFUSALS),
     Fault("checkpoint/hub.py", r"if len\(made\) < len\(pairs\):", "if False:", REFUSALS),

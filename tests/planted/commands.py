@@ -69,6 +69,10 @@ FAULTS = [
     Fault("commands/plan.py", r"outputs=128, ", "outputs=64, ", PLAN),
     Fault("commands/plan.py", r"for engine in NEED_ZEROS", "for engine in NEED_ZEROS[:1]", PLAN),
     Fault("commands/plan.py", r"if heads % degree or", "if", PLAN),
+    Fault("commands/plan.py", r"linear\.out_features % limit\.head:", "False:", PLAN),
+    Fault("commands/plan.py", r"replace\(SGLANG, head=0\)", "SGLANG", PLAN),
+    Fault("commands/plan.py", r"inputs=128, outputs=64,", "inputs=64, outputs=64,", PLAN),
+    Fault("commands/plan.py", r"return error\.why", 'return ""', PLAN),
     Fault(
         "commands/plan.py", r'if name == "lm_head\.weight" and model_config\.tie_word_embeddings:', "if False:", PLAN
     ),

@@ -3,7 +3,7 @@
 from tests.planted.fault import Fault
 
 SEARCHES, COSTS, JOB = (f"quantize/test_{name}" for name in ("searches", "costs", "job"))
-PUBLISHING, NEIGHBOURS = "quantize/test_publishing", "quantize/test_neighbours"
+PUBLISHING, NEIGHBOURS, HEAD = "quantize/test_publishing", "quantize/test_neighbours", "quantize/test_head"
 NUMBERS = "quantize/test_formats"
 FAULTS = [
     Fault(
@@ -57,6 +57,15 @@ FAULTS = [
     Fault("quantize/job.py", r"format_interval\(seconds \* left\)", "format_interval(seconds)", JOB),
     Fault("quantize/job.py", r"^( +)journal\.remove\(\)", r"\1pass", JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
+    Fault("quantize/head.py", r"seen\.add\(norm\((.*)\)\.flatten", r"seen.add((\1).flatten", HEAD),
+    Fault("quantize/head.py", r"torch\.cat\(tensors\)", "tensors[0]", HEAD),
+    Fault("quantize/job.py", r"self\.streams\.quantized_BLD if self\.streams else hidden_BLD", "hidden_BLD", HEAD),
+    Fault(
+        "quantize/job.py", r" \(layer \+ 1 < job\.blocks or job\.settings\.lm_head\)", " layer + 1 < job.blocks", HEAD
+    ),
+    Fault("quantize/job.py", r"checkpoint\.untied\(\) if settings\.lm_head else checkpoint", "checkpoint", HEAD),
+    Fault("quantize/job.py", r"\{\*checkpoint\.tensors\.values\(\)\}", "checkpoint.tensors.values()", HEAD),
+    Fault("quantize/memory.py", r"FLOAT if packs_head else 0", "FLOAT if False else 0", HEAD),
     Fault("quantize/formats.py", r"keepdim=True\) / 127\.5", "keepdim=True) / 127", NUMBERS),
     Fault("quantize/formats.py", r"magnitude < 4, 1\.0", "magnitude < 3, 1.0", NUMBERS),
     Fault("quantize/formats.py", r"exponent_OG1 - 1 - 2", "exponent_OG1 - 1 - 1", NUMBERS),
