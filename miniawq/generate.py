@@ -195,6 +195,7 @@ class Writer:
     ) -> None:
         self.arguments, self.tokenizer, self.sampling, self.context = arguments, tokenizer, sampling, context
         self.texts_told = 0
+        self.extra_ends = frozenset(map(tokenizer.id_of, arguments.extra_eos_token))
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
@@ -267,7 +268,7 @@ class Writer:
     def ends(self, is_chat: bool) -> frozenset[int]:
         """The ids that end an answer; a checkpoint may name only the one that ends a document."""
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
-        return frozenset() if self.arguments.ignore_eos else ends
+        return self.extra_ends if self.arguments.ignore_eos else self.extra_ends | ends
 
 
 if __name__ == "__main__":

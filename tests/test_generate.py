@@ -28,13 +28,15 @@ from tests.helpers.chat_models import make_chat_model
 
 FLAGS = """
 --batch-size --cache-dir --chat --chat-template-config --chat-template-kwargs --compile --context-shift --ctx-size
---debug --device --dtype --file --frequency-penalty --greedy --help --help-all --ignore-eos --interactive --json
+--debug --device --dtype --escape --extra-eos-token --file --frequency-penalty --greedy --help --help-all
+--ignore-chat-template --ignore-eos --interactive --json
 --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p
 --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples
 --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw
---repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --speculate --stats --stop --system
---system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version
--c -f -h -i -m -n -o -p -q -v
+--repeat-last-n --repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed --show-prompt
+--speculate --stats --stop --system --system-prompt --temp --temperature --think --token --top-k --top-p
+--trust-remote-code --verbose --version
+-c -e -f -h -i -m -n -o -p -q -r -v
 """
 
 
@@ -154,8 +156,21 @@ def test_eos_can_be_ignored(capsys, chat_model, monkeypatch):
     monkeypatch.setattr(generate, "complete", spy)
     run(capsys, chat_model, "-p", "Once", "-n", 1)
     run(capsys, chat_model, "-p", "Once", "-n", 1, "--ignore-eos")
+    run(capsys, chat_model, "-p", "Once", "-n", 1, "--ignore-eos", "--extra-eos-token", "7")
+    run(capsys, chat_model, "-p", "Once", "-n", 1, "--extra-eos-token", "</s>", "9", "--extra-eos-token", " a")
     assert len(seen[0]) == 1
-    assert seen[1] == frozenset()
+    assert seen[1:3] == [frozenset(), {7}]
+    tokenizer = Tokenizer(chat_model)
+    assert seen[3] == seen[0] | {tokenizer.id_of("</s>"), 9, *tokenizer.encode(" a", False)}
+
+
+def test_repository_code_is_asked_for_and_never_run(capsys, caplog, chat_model):
+    flags = [chat_model, "-p", "Once", "-n", 1, "--trust-remote-code"]
+    assert run(capsys, *flags)[0] == 0
+    assert "miniawq never executes repository code" in caplog.text
+    caplog.clear()
+    assert run(capsys, *flags, "-q")[0] == 0
+    assert not caplog.text
 
 
 def test_a_chat_has_only_the_bos_that_its_template_writes(capsys, chat_model):
@@ -172,6 +187,9 @@ def test_prompts_come_from_flags_files_and_stdin(capsys, monkeypatch, tmp_path, 
     (tmp_path / "prompt.txt").write_bytes(b"Once \\n upon\n")
     assert prompt_of(capsys, fairytales, "--file", tmp_path / "prompt.txt") == "Once \\n upon\n"
     assert prompt_of(capsys, fairytales, "-p", "") == ""
+    typed = r"a\nb\t\\n \"c\" \d \\"
+    assert prompt_of(capsys, fairytales, "-p", typed) == typed
+    assert prompt_of(capsys, fairytales, "-e", "-p", typed) == 'a\nb\t\\n "c" \\d \\'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Há muito tempo".encode()), "utf-8"))
     assert prompt_of(capsys, fairytales, "-p", "-") == "Há muito tempo"
 
@@ -293,6 +311,13 @@ def test_sigint_ends_a_story_at_once():
         (["here", "-i", "--raw"], 2, "--raw goes with none of"),
         (["here", "-p", "x", "--raw", "--system-prompt", "y"], 2, "--raw goes with none of"),
         (["--num-samples", "0"], 2, "--num-samples 0 makes no sense"),
+        (["-p", "-", "-e"], 2, "--escape is for --prompt TEXT"),
+        (
+            ["--extra-eos-token", "king and"],
+            1,
+            "'king and' is no single token\n  the tokenizer makes 'king', 'Ġand' of",
+        ),
+        (["--extra-eos-token", "99999"], 1, "there is no token with the id 99999"),
         (["-n", "0"], 2, "--max-tokens 0 makes no sense\n  give 1 or more, or -1 for all"),
         (["--chat-template-kwargs", '{"messages": []}'], 2, "'messages' cannot be set"),
         (

@@ -29,6 +29,7 @@ FILTERS: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "divide the logits of tokens in prompt and answer by X; 1 is off"),
     "presence_penalty": (float, "subtract X from the logits of tokens in the answer; 0 is off"),
     "frequency_penalty": (float, "subtract X for each time a token is in the answer; 0 is off"),
+    "repeat_last_n": (int, "tokens at the end that --repetition-penalty looks at; 0 is none, -1 all"),
 }
 ALIASES = {"repetition_penalty": ["--repeat-penalty"]}
 
@@ -55,8 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-seq-len", "--ctx-size", "--max-model-len", "-c", type=int, metavar="N", help=most)
     shift = "leave out the oldest turns when a conversation fills it, or stop there"
     add("--context-shift", action=argparse.BooleanOptionalAction, default=True, help=shift)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    stops = "end before this text; repeatable"
+    add("--stop", "--reverse-prompt", "-r", action="append", default=[], metavar="TEXT", help=stops)
     add("--ignore-eos", action="store_true", help="go on after the model's own end")
+    ends = "ids or texts of tokens that end an answer too"
+    add("--extra-eos-token", nargs="+", action="extend", default=[], metavar="TOKEN", help=ends)
     _add_sampling_flags(parser)
     output = parser.add_argument_group("output")
     formats = "text; json: one object; jsonl: one a piece"

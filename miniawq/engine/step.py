@@ -259,7 +259,7 @@ class DecodeStep:
             return self.graphs[end]
         started = time.perf_counter()
         random_state = self.generator.get_state()
-        counts_BV = None if self.history is None else self.history.counts_BV.clone()
+        before = [part_BV.clone() for part_BV in self.history or ()]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -271,8 +271,8 @@ class DecodeStep:
         with torch.cuda.graph(graph):
             self._token(end)
         self.generator.set_state(random_state)
-        if self.history is not None and counts_BV is not None:
-            self.history.counts_BV.copy_(counts_BV)
+        for part_BV, before_BV in zip(self.history or (), before, strict=True):
+            part_BV.copy_(before_BV)
         self.graphs[end] = graph
         self.build_seconds += time.perf_counter() - started
         return graph

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from miniawq.checkpoint.hub import parse_json
-from miniawq.errors import MiniawqError, NotFound, UnsupportedCheckpoint
+from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint
 from miniawq.text import chat
 from miniawq.text.library import HeldTokenizer
 
 log = logging.getLogger(__name__)
 
 MAX_ID = 1 << 31
+ID_DIGITS = 9
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 OTHER_TOKENIZERS = {
     "tekken.json": "a Tekken file of Mistral",
@@ -67,6 +68,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary, which padded models can sample, have no text."""
         return self._tokenizer.decode(ids, skip_special_tokens)
+
+    def id_of(self, token: str) -> int:
+        """The id of one token: a number is an id, else it is its name in the vocabulary, or its text. InvalidInput if
+        there is no such token.
+        """
+        if token.isdecimal() and len(token) <= ID_DIGITS:
+            if self._tokenizer.raw.id_to_token(int(token)) is None:
+                raise InvalidInput(f"there is no token with the id {token}", "it is beyond the vocabulary")
+            return int(token)
+        named = self._id(token)
+        ids = self.encode(token, add_special_tokens=False) if named is None else [named]
+        if len(ids) != 1 or (named is None and self.decode(ids, False) != token):
+            pieces = ", ".join(repr(self._tokenizer.raw.id_to_token(token_id)) for token_id in ids) or "nothing"
+            raise InvalidInput(f"{token!r} is no single token", f"the tokenizer makes {pieces} of it", "give its id")
+        return ids[0]
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> "TextStream":
         """A TextStream of the ids that follow `prompt_ids`."""
