@@ -145,6 +145,6 @@ class ManyPrompts:
                 continue
             list(ending.completion)
             record = {key: value for key, value in ending.completion.record().items() if key in SAID}
-            if ending.logprobs is not None:
-                record["logprobs"] = readable(ending.logprobs, self.run.tokenizer)
+            if ending.completion.logprobs:
+                record["logprobs"] = readable(ending.completion.logprobs, self.run.tokenizer)
             yield number, record, None

@@ -44,8 +44,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     thinks = "whether a thinking model thinks (the template's)"
     add("--think", action=argparse.BooleanOptionalAction, help=thinks)
     add("--prefill-response", metavar="TEXT", help="what the answer begins with")
-    names = "--raw", "--no-chat-template", "--ignore-chat-template"
-    add(*names, action="store_true", help="continue the text as it is, without the template")
+    as_it_is = "continue the text as it is, without the template"
+    add("--raw", "--no-chat-template", "--ignore-chat-template", action="store_true", help=as_it_is)
     names = "--chat-template-kwargs", "--chat-template-config"
     add(*names, metavar="JSON", type=_json_object, default={}, help="variables for the template")
     shown = "show the text that the model continues, on stderr, control characters as escapes"

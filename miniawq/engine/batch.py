@@ -48,7 +48,6 @@ class Ending(NamedTuple):
     number: int
     completion: Completion | None
     error: MiniawqError | None = None
-    logprobs: list[TokenLogprobs] | None = None
 
 
 class RowText:
@@ -106,8 +105,8 @@ class Chooser:
 class Batch:
     """Iterate to get the endings in the order in which they come. `tokens` counts what has been written.
 
-    `stop_ids` and `stop` end every text. `step` has the rows, and room for each text. With `logprobs` the endings have
-    the log-probabilities of their tokens, and of so many of the best in each place.
+    `stop_ids` and `stop` end every text. `step` has the rows, and room for each text. With `logprobs` the texts
+    have the log-probabilities of their tokens, and of so many of the best in each place.
     """
 
     def __init__(
@@ -221,8 +220,7 @@ class Batch:
             self.tokens += 1
             row.logprobs += told[place - first : place - first + 1]
             if row.take(token_id, self.stop_ids):
-                logprobs = None if self.logprobs is None else row.logprobs
-                endings.append(Ending(row.number, self._completed(row), None, logprobs))
+                endings.append(Ending(row.number, self._completed(row)))
                 self.rows[place] = None
         return endings
 
@@ -235,5 +233,6 @@ class Batch:
             stop_ids=self.stop_ids,
             stop=self.stop,
             cached=self.shared,
+            logprobs=row.logprobs,
             clock=iter(row.times).__next__,
         )

@@ -239,6 +239,17 @@ def logprobs_of(logits_BV: Tensor, ids: Sequence[int], count: int) -> list[Token
     return [TokenLogprobs((chosen, logprob), list(zip(*best, strict=True))) for chosen, logprob, *best in rows]
 
 
+class NotedLogprobs(list[TokenLogprobs]):
+    """Those of the ids of one text as they are chosen, with so many of the best: what `generate` takes as `watch`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __call__(self, logits_BV: Tensor, ids: Sequence[int]) -> None:
+        self += logprobs_of(logits_BV, ids, self.most)
+
+
 def sample(
     logits_BV: Tensor, sampling: Sampling, history: History | None = None, generator: Generators = None
 ) -> Tensor:

@@ -64,12 +64,14 @@ FAULTS = [
     # Ids.
     Fault("engine/delivery.py", r"if left and step\.returns_early", "if step.returns_early", DELIVERY),
     Fault("engine/delivery.py", r"if left and step\.returns_early", "if False", DELIVERY),
+    Fault("engine/delivery.py", r"logits_BV = step\.logits_BV", "pass", COMPLETION),
+    Fault("engine/completion.py", r"first, self\._told = self\._told", "first, self._told = 0", COMPLETION),
     Fault("engine/delivery.py", r"step\.step\(ids_B\) if left else ids_B", "step.step(ids_B)", DELIVERY),
     Fault("engine/step.py", r"return bool\(self\.graphs\)", "return True", DELIVERY),
     Fault("engine/start.py", r"(?s)(def returns_early.{,200}?)return False", r"\1return True", DELIVERY),
     Fault("engine/memory.py", r" or len\(weight_OI\) < FEWEST_OUTPUTS_PACKED", "", PLAN),
     Fault("engine/memory.py", r"(weight_OI\.nbytes) if loaded_dtype\(.*\) != dtype else 0", r"\1", PLAN),
-    Fault("engine/start.py", r"(with threads)\(self\.threads\)(:\n +logits_BV)", r"\1(None)\2", STEP),
+    Fault("engine/start.py", r"(with threads)\(self\.threads\)(:\n +self\.logits_BV)", r"\1(None)\2", STEP),
     Fault("engine/start.py", r"return 1 if layers and all\(", "return 1 if layers or all(", STEP),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
