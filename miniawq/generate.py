@@ -170,7 +170,10 @@ def _run(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
     checkpoint = open_checkpoint(arguments.model, **hub_options(arguments))
     # Whatever can be refused is refused before the weights are read.
-    device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
+    device, tokenizer = (
+        pick_device(arguments.device),
+        Tokenizer(checkpoint.directory, prompts.given_template(arguments)),
+    )
     stated = read_object(checkpoint.directory / "generation_config.json")
     sampling = Sampling.choose(stated, **sampling_flags(arguments))
     prompts.check_template(arguments, tokenizer)

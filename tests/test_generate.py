@@ -27,7 +27,8 @@ from tests.helpers import tiny_checkpoints
 from tests.helpers.chat_models import make_chat_model
 
 FLAGS = """
---batch-size --cache-dir --chat --chat-template-config --chat-template-kwargs --compile --context-shift --ctx-size
+--batch-size --cache-dir --chat --chat-template --chat-template-config --chat-template-kwargs --compile
+--context-shift --ctx-size
 --debug --device --dtype --escape --extra-eos-token --file --frequency-penalty --greedy --help --help-all
 --ignore-chat-template --ignore-eos --interactive --json
 --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p
@@ -210,6 +211,18 @@ def test_a_chat_model_gets_its_template_unless_raw(capsys, tmp_path, chat_model)
     assert prompt_of(capsys, chat_model, "--messages", tmp_path / "object.json") == user + answer + "1 tools"
 
 
+def test_a_template_that_is_given_takes_the_place_of_the_checkpoints(capsys, tmp_path, chat_model, fairytales):
+    text = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    (tmp_path / "template.jinja").write_text(text)
+    for template in (text, tmp_path / "template.jinja"):
+        for model in (chat_model, fairytales):
+            assert prompt_of(capsys, model, "-p", "Hi", "--chat-template", template) == "[Hi]"
+    code, _, err = run(capsys, fairytales, "-p", "Hi", "--chat-template", tmp_path / "template")
+    assert (code, "cannot read the text" in err) == (5, True)
+    code, _, err = run(capsys, fairytales, "-p", "Hi", "--raw", "--chat-template", text)
+    assert (code, "--raw goes with none of" in err) == (2, True)
+
+
 def test_a_conversation_remembers_and_can_be_cleared(capsys, caplog, monkeypatch, chat_model):
     caplog.set_level(logging.INFO, logger="miniawq")
     lines = iter(["Hi", "", "/what", "And?", "/clear", "Again", "x" * 500, "/bye", "never read"])
@@ -329,7 +342,7 @@ def test_sigint_ends_a_story_at_once():
         (
             ["-i"],
             2,
-            "this model cannot talk\n  it has no chat template: a base model\n  use --prompt, or name a chat model",
+            "this model cannot talk\n  it has no chat template: a base model\n  use --prompt, name a chat model",
         ),
         (["--device", "warp"], 2, "device 'warp' cannot be used"),
         (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be a number above 0 and at most 1"),

@@ -46,6 +46,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add("--prefill-response", metavar="TEXT", help="what the answer begins with")
     as_it_is = "continue the text as it is, without the template"
     add("--raw", "--no-chat-template", "--ignore-chat-template", action="store_true", help=as_it_is)
+    instead = "Jinja template in place of the checkpoint's: a file, or its text"
+    add("--chat-template", metavar="TEMPLATE", help=instead)
     names = "--chat-template-kwargs", "--chat-template-config"
     add(*names, metavar="JSON", type=_json_object, default={}, help="variables for the template")
     shown = "show the text that the model continues, on stderr, control characters as escapes"
@@ -79,19 +81,30 @@ def check_prompt_flags(arguments: argparse.Namespace) -> None:
         arguments.prefill_response,
         arguments.think is not None,
         arguments.messages,
+        arguments.chat_template,
         arguments.chat_template_kwargs,
         arguments.interactive,
     )
     if arguments.raw and any(needs_template):
-        names = "--system-prompt, --prefill-response, --think, --messages, --interactive and --chat-template-kwargs"
+        names = (
+            "--system-prompt, --prefill-response, --think, --messages, --interactive, --chat-template and its kwargs"
+        )
         raise UsageError(f"--raw goes with none of {names}", "they are for the chat template, which --raw leaves out")
+
+
+def given_template(arguments: argparse.Namespace) -> str | None:
+    """The text of --chat-template, which names a file unless it has a brace."""
+    given: str | None = arguments.chat_template
+    return given if given is None or "{" in given else read_text(given)
 
 
 def check_template(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
     """UsageError if the checkpoint's template, or its absence, does not go with the flags."""
     if (arguments.interactive or arguments.prefill_response) and not tokenizer.has_chat_template:
         raise UsageError(
-            "this model cannot talk", "it has no chat template: a base model", "use --prompt, or name a chat model"
+            "this model cannot talk",
+            "it has no chat template: a base model",
+            "use --prompt, name a chat model, or give --chat-template",
         )
     if arguments.think is not None and not tokenizer.template_mentions("enable_thinking"):
         why = "its chat template never asks for enable_thinking"

@@ -29,13 +29,13 @@ OTHER_TOKENIZERS = {
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory.
+    """The tokenizer of a checkpoint directory, with its chat template or the one that is given.
 
     `bos_id` is None for models without a BOS; `eos_ids` are all ids that end a text. Raises NotFound if there is no
     tokenizer, UnsupportedCheckpoint if it is damaged or of a kind that is not read here.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, chat_template: str | None = None) -> None:
         directory = Path(directory)
         self._tokenizer = _read_tokenizer(directory)
         added = self._tokenizer.raw.get_added_tokens_decoder()
@@ -46,7 +46,8 @@ class Tokenizer:
         )
         tokenizer_config = read_object(directory / "special_tokens_map.json") | tokenizer_config
         self.special_tokens = _special_tokens(tokenizer_config)
-        self._templates = chat.read_templates(directory, tokenizer_config)
+        of_checkpoint = {} if chat_template else chat.read_templates(directory, tokenizer_config)
+        self._templates = {"default": chat_template} if chat_template else of_checkpoint
         stated = {"generation_config.json": generation_config, "config.json": config}
         self.bos_id = self._find_bos(tokenizer_config, stated)
         ends = [token_id for file in stated for token_id in _stated_ids(file, stated[file], "eos_token_id")]
