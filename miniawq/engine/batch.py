@@ -1,6 +1,6 @@
 """Many texts at once: a prompt waits for a row, and a row whose text has ended takes the next prompt.
 
-So no row stands still until the longest text ends, but the last ones.
+When none waits any more, the last rows move into those that are free, and steps have fewer rows.
 """
 
 import time
@@ -16,7 +16,7 @@ from miniawq.engine.cached_text import CachedText, common_length
 from miniawq.engine.completion import Completion, StopStrings
 from miniawq.engine.fitting import check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK
-from miniawq.engine.rows import RowsStep, clear, prefill, share
+from miniawq.engine.rows import RowsStep, clear, move, prefill, share
 from miniawq.engine.sampling import (
     NOT_A_NUMBER,
     History,
@@ -92,6 +92,12 @@ class Chooser:
             for kept, new in zip(self.history, History.of_prompt(tokens_BL, self.vocab_size), strict=True):
                 kept[row] = new[0]
 
+    def move(self, row: int, into: int) -> None:
+        """Let the text of a row go on in another one."""
+        self.generators[into] = self.generators[row]
+        for part_BV in self.history or ():
+            part_BV[into] = part_BV[row]
+
     def choose(self, logits_BV: Tensor, first: int) -> list[int]:
         """The next ids of neighbouring rows from `first` on."""
         rows = slice(first, first + len(logits_BV))
@@ -140,6 +146,8 @@ class Batch:
         self._share([list(self.requests[number].prompt_ids) for number in waiting])
         while waiting or any(self.rows):
             yield from self._begin_some(waiting)
+            if not waiting:
+                self._close_ranks()
             yield from self._go_on()
 
     def _check(self, request: Request) -> None:
@@ -192,6 +200,17 @@ class Batch:
         for place, row in enumerate(rows, first):
             self.chooser.begin(place, row.request)
         return self._take(first, logits_BV)
+
+    @torch.inference_mode()
+    def _close_ranks(self) -> None:
+        """Give the places of texts that have ended to the last ones, and leave the free rows at the end out."""
+        while None in self.rows:
+            last = self.rows.pop()
+            if last is not None:
+                place = self.rows.index(None)
+                self.rows[place] = last
+                move(self.step, len(self.rows), place)
+                self.chooser.move(len(self.rows), place)
 
     @torch.inference_mode()
     def _go_on(self) -> list[Ending]:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from miniawq.compiled import are_here, first_line, kept
 from miniawq.engine.attend import first_seen, mask_of
@@ -34,7 +35,7 @@ class RowsStep(Protocol):
     cache: KVCache
 
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Append one id to each row, after so many positions of it; logits_BV of what follows."""
+        """Append one id to each of the first rows, after so many positions of it; logits_BV of what follows."""
 
 
 class PlainRows:
@@ -72,16 +73,18 @@ class RowEnds(KVCache):
         keys_BMJE, values_BMJE = self.keys_NBMJE[layer], self.values_NBMJE[layer]
         ends = self.row_B, self.position_B
         keys_BMJE[ends], values_BMJE[ends] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
-        return keys_BMJE[:, : self.end].transpose(1, 2), values_BMJE[:, : self.end].transpose(1, 2)
+        rows = slice(len(self.position_B))
+        return keys_BMJE[rows, : self.end].transpose(1, 2), values_BMJE[rows, : self.end].transpose(1, 2)
 
 
 class CompiledRows(DecodeStep):
     """The compiled step with a position for each row. It is compiled for a number of rows, and for any lengths."""
 
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        self.position_B.copy_(torch.tensor(lengths))
-        self._compute(ids_B, max(lengths))
-        return self.logits_BV
+        left_out = (0, len(self.ids_B) - len(ids_B))  # computed nevertheless, at the beginning of their rows
+        self.position_B.copy_(pad(torch.tensor(lengths), left_out))
+        self._compute(pad(ids_B, left_out), max(lengths))
+        return self.logits_BV[: len(ids_B)]
 
     @property
     def ends_together(self) -> bool:
@@ -138,6 +141,12 @@ def clear(step: RowsStep, row: int, past: int) -> None:
     """Make finite again what a row holds after `past` positions."""
     for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
         kept_NBMJE[:, row, past:] = 0
+
+
+def move(step: RowsStep, row: int, into: int) -> None:
+    """Let what a row holds go on in another one."""
+    for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
+        kept_NBMJE[:, into] = kept_NBMJE[:, row]
 
 
 def some_rows(cache: KVCache, first: int, count: int) -> KVCache:

@@ -187,6 +187,21 @@ def test_a_row_whose_text_has_ended_takes_the_next_prompt(tiny):
     assert len(calls) == 39
 
 
+@pytest.mark.parametrize("make", KINDS)
+def test_when_nothing_waits_steps_have_the_rows_that_go_on(make, tiny):
+    """The last rows move into those that are free, with their random numbers and their history."""
+    model, tokenizer = tiny
+    sampling = Sampling(temperature=1.2, repetition_penalty=1.3)
+    step, calls = make(model, 4, 64), []
+    next_logits = step.next_logits
+    step.next_logits = lambda ids_B, lengths: calls.append(len(lengths)) or next_logits(ids_B, lengths)
+    requests = [Request(tokenizer.encode("Once upon"), tokens, seed) for seed, tokens in enumerate((3, 12, 5, 9, 7))]
+    options = {"sampling": sampling, "stop_ids": frozenset()}
+    found = {ending.number: outcome(ending.completion) for ending in Batch(tokenizer, step, requests, **options)}
+    assert found == {number: alone(tiny, request, **options) for number, request in enumerate(requests)}
+    assert calls == [4] * 4 + [3] * 4 + [1] * 3
+
+
 def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
     """The first and the third of four end together, and two prompts take their places."""
     _, tokenizer = tiny
