@@ -319,6 +319,11 @@ def test_sigint_ends_a_story_at_once():
     ("flags", "code", "message"),
     [
         (["-m", "here", "there", "-p", "x"], 2, "two models are given"),
+        (
+            ["-m", "100", "-p", "x"],
+            2,
+            "100 is no model\n  in other programs -m is the number of tokens\n  write -n 100",
+        ),
         (["here"], 2, "there is no prompt\n  give --prompt, --file, --messages, --prompts or --interactive"),
         (["here", "-i", "--json"], 2, "--interactive goes with neither --json nor --num-samples"),
         (["here", "-i", "--raw"], 2, "--raw goes with none of"),

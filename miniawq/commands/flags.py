@@ -126,6 +126,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.model and arguments.model_flag:
         raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
     arguments.model = arguments.model or arguments.model_flag
+    if arguments.model and arguments.model.isdecimal() and not Path(arguments.model).exists():
+        why = "in other programs -m is the number of tokens"
+        raise UsageError(f"{arguments.model} is no model", why, f"write -n {arguments.model}, and name a model")
     prompts.check_prompt_flags(arguments)
     _check_batch_flags(arguments)
     if arguments.interactive and (arguments.output_format != "text" or arguments.num_samples > 1):

@@ -30,9 +30,6 @@ from miniawq.engine.sampling import (
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.text.tokenizer import Tokenizer
 
-# Prompts stop all rows while they run, so they wait until one row in so many is free.
-ROWS_FOR_ONE_FREE = 8
-
 
 class Request(NamedTuple):
     """A prompt, the most tokens that may follow it, and the seed of what is drawn (None: any)."""
@@ -145,9 +142,9 @@ class Batch:
                 yield Ending(number, None, error)
         self._share([list(self.requests[number].prompt_ids) for number in waiting])
         while waiting or any(self.rows):
-            yield from self._begin_some(waiting)
-            if not waiting:
-                self._close_ranks()
+            while waiting and None in self.rows:
+                yield from self._begin_some(waiting)
+            self._close_ranks()
             yield from self._go_on()
 
     def _check(self, request: Request) -> None:
@@ -170,8 +167,6 @@ class Batch:
         """Give free rows to waiting prompts, and run these."""
         free = [place for place, row in enumerate(self.rows) if row is None]
         endings: list[Ending] = []
-        if len(free) * ROWS_FOR_ONE_FREE < len(self.rows):
-            return endings
         for _, run in groupby(enumerate(free), key=lambda pair: pair[1] - pair[0]):
             neighbours = [place for _, place in run]
             while neighbours and waiting:
@@ -203,7 +198,7 @@ class Batch:
 
     @torch.inference_mode()
     def _close_ranks(self) -> None:
-        """Give the places of texts that have ended to the last ones, and leave the free rows at the end out."""
+        """Nothing waits for a free row: leave it out, and let the last text take its place."""
         while None in self.rows:
             last = self.rows.pop()
             if last is not None:
@@ -215,11 +210,11 @@ class Batch:
     @torch.inference_mode()
     def _go_on(self) -> list[Ending]:
         """One more id for every text."""
-        if not any(self.rows):
+        texts = [row for row in self.rows if row is not None]
+        if not texts:
             return []
-        ids = [row.ids[-1] if row else 0 for row in self.rows]
-        lengths = [row.length if row else self.shared.kept for row in self.rows]
-        return self._take(0, self.step.next_logits(torch.tensor(ids, device=self.step.model.device), lengths))
+        ids_B = torch.tensor([row.ids[-1] for row in texts], device=self.step.model.device)
+        return self._take(0, self.step.next_logits(ids_B, [row.length for row in texts]))
 
     def _take(self, first: int, logits_BV: Tensor) -> list[Ending]:
         """Give the rows from `first` on the ids that follow; what ends with them."""
@@ -228,8 +223,7 @@ class Batch:
         told = [] if self.logprobs is None else logprobs_of(logits_BV, ids, self.logprobs)
         for place, token_id in enumerate(ids, first):
             row = self.rows[place]
-            if row is None:
-                continue
+            assert row is not None
             if token_id == NOT_A_NUMBER:
                 clear(self.step, place, self.shared.kept)
                 error = not_a_number(self.step.model, logits_BV.dtype)

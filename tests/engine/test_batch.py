@@ -121,6 +121,7 @@ def compare_with_each_alone(loaded, requests, make, count, **options):
     Sampling(temperature=0.9, top_p=0.9),
     Sampling(temperature=1.2, top_k=40, repetition_penalty=1.3),
     Sampling(presence_penalty=2.0, frequency_penalty=0.5),
+    Sampling(repetition_penalty=1.5, repeat_last_n=3),
 ])  # fmt: skip
 def test_what_is_drawn_depends_on_the_seed_of_the_text_alone(sampling, tiny):
     model, tokenizer = tiny
@@ -210,8 +211,8 @@ def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
     compare_with_each_alone(tiny, requests, PlainRows, 4, stop_ids=frozenset())
 
 
-def test_prompts_wait_until_it_pays_to_run_them(tiny):
-    """Of 16 rows two must be free, unless there is nothing else to do; a row that waits keeps its beginning."""
+def test_a_prompt_begins_as_soon_as_a_row_is_free(tiny):
+    """A row that is free keeps the beginning that all share."""
     model, tokenizer = tiny
     step, ids = PlainRows(model, 16, 64), tokenizer.encode("Once upon")
     begun = []
@@ -224,7 +225,7 @@ def test_prompts_wait_until_it_pays_to_run_them(tiny):
     lengths = [*range(2, 18), 3, 3, 3]
     requests, options = [Request(ids, length) for length in lengths], {"stop_ids": frozenset()}
     endings = list(Spied(tokenizer, step, requests, **options))
-    assert begun == [16, 2, 1]
+    assert begun == [16, 1, 1, 1]
     longest = alone(tiny, Request(ids, max(lengths)), **options)[0]
     for ending in endings:
         assert outcome(ending.completion)[0] == longest[: lengths[ending.number]]
