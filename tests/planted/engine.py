@@ -24,7 +24,6 @@ FAULTS = [
     Fault("engine/batch.py", r"self\.generators\[rows\]\)", "self.generators[0])", BATCH),
     Fault("engine/batch.py", r"kept\[row\] = new\[0\]", "pass", BATCH),
     Fault("engine/batch.py", r"^( +)self\._close_ranks\(\)", r"\1pass", BATCH),
-    Fault("engine/batch.py", r"while waiting and None in self\.rows", "if waiting", BATCH),
     Fault("engine/batch.py", r"self\.generators\[into\] = self\.generators\[row\]", "pass", BATCH),
     Fault("engine/batch.py", r"part_BV\[into\] = part_BV\[row\]", "pass", BATCH),
     Fault("engine/rows.py", r"kept_NBMJE\[:, into\] = kept_NBMJE\[:, row\]", "pass", BATCH),
