@@ -65,7 +65,8 @@ class RowEnds(KVCache):
     """A cache as `model.Attention` takes it, whose new position is another one in each row."""
 
     def __init__(self, cache: KVCache, position_B: Tensor, end: int) -> None:
-        self.keys_NBMJE, self.values_NBMJE = cache.keys_NBMJE, cache.values_NBMJE
+        rows = some_rows(cache, 0, len(position_B))
+        self.keys_NBMJE, self.values_NBMJE = rows.keys_NBMJE, rows.values_NBMJE
         self.row_B, self.position_B, self.end = torch.arange(len(position_B), device=position_B.device), position_B, end
 
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +74,7 @@ class RowEnds(KVCache):
         keys_BMJE, values_BMJE = self.keys_NBMJE[layer], self.values_NBMJE[layer]
         ends = self.row_B, self.position_B
         keys_BMJE[ends], values_BMJE[ends] = k_BJLE[:, :, 0], v_BJLE[:, :, 0]
-        rows = slice(len(self.position_B))
-        return keys_BMJE[rows, : self.end].transpose(1, 2), values_BMJE[rows, : self.end].transpose(1, 2)
+        return keys_BMJE[:, : self.end].transpose(1, 2), values_BMJE[:, : self.end].transpose(1, 2)
 
 
 class CompiledRows(DecodeStep):
