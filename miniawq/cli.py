@@ -25,7 +25,17 @@ from miniawq.errors import MESSAGE_CHARACTERS, DoesNotFit, MiniawqError, clean
 INTERRUPTED = 130
 LEAST_BYTES = 64 << 20
 # Destinations of the flags that all verbs have, which --help leaves out.
-COMMON = {"help", "help_all", "debug", "version", "revision", "token", "cache_dir", "local_files_only"}
+COMMON = {
+    "help",
+    "help_all",
+    "debug",
+    "version",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "trust_remote_code",
+}
 
 
 class _Parser(argparse.ArgumentParser):

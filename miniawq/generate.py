@@ -35,10 +35,10 @@ from miniawq.commands.talking import Talker
 from miniawq.commands.telling import tell
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
-from miniawq.engine.delivery import delivered
+from miniawq.engine.delivery import delivered, observed
 from miniawq.engine.fitting import check_decoder, check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK, against_plan, require_memory
-from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, Sampling, fold_seed, not_a_number, sample
+from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, NotedLogprobs, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.speculation import Lookup, speculated
 from miniawq.engine.start import Decoders, PlainStep, Step, threads_for
 from miniawq.errors import InvalidInput
@@ -88,6 +88,7 @@ def generate(
     cached: CachedText | None = None,
     lookup: Lookup | None = None,
     reading: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+    watch: Callable[[Tensor, list[int]], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue each row of tokens_BL, yielding one id a row at every step, and None for rows that have ended.
 
@@ -98,7 +99,8 @@ def generate(
     `delivered`; without one `PlainStep` runs the model. It must have the same `sampling`. `cached` says what its cache
     holds of the last text, and what it shares with this one is not computed again; for prompts without padding.
     A `lookup` that has the ids of a single prompt guesses what follows, and `speculated` keeps what is right.
-    `reading` is given the pieces and gives them back one by one: a progress bar.
+    `reading` is given the pieces and gives them back one by one: a progress bar. `watch` is given the logits of every
+    step, and the ids chosen from them; nothing is guessed then.
     """
     sampling = sampling or Sampling()
     check_prompt(model, tokens_BL, max_tokens, padding_B)
@@ -116,7 +118,12 @@ def generate(
         logits_BV = model.last_logits(chunk_BL, decoder.cache)
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
-    steps = delivered(decoder, ids_B, max_tokens) if lookup is None else speculated(decoder, ids_B, max_tokens, lookup)
+    if watch is not None:
+        steps = observed(decoder, ids_B, max_tokens, logits_BV, watch)
+    elif lookup is not None:
+        steps = speculated(decoder, ids_B, max_tokens, lookup)
+    else:
+        steps = delivered(decoder, ids_B, max_tokens)
     for ids in steps:
         cached.add(ids)
         if NOT_A_NUMBER in ids:
@@ -137,14 +144,22 @@ def complete(
     stop: Sequence[str] = (),
     stop_ids: frozenset[int] | None = None,
     cached: CachedText | None = None,
+    logprobs: int | None = None,
     **options: Any,
 ) -> Completion:
-    """The text after a prompt, in pieces as it comes; `options` go to `generate`, `stop_ids` default to `eos_ids`."""
+    """The text after a prompt, in pieces as it comes; `options` go to `generate`, `stop_ids` default to `eos_ids`.
+
+    With `logprobs` the pieces have the log-probabilities of their tokens, and of so many of the best in each place.
+    """
     stop_ids = tokenizer.eos_ids if stop_ids is None else stop_ids
+    if logprobs is not None:
+        options["watch"] = NotedLogprobs(logprobs)
     tokens_BL = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
     steps = generate(model, tokens_BL, max_tokens=max_tokens, stop_ids=stop_ids, cached=cached, **options)
     ids = (token_id for (token_id,) in steps if token_id is not None)
-    return Completion(tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop, cached=cached)
+    return Completion(
+        tokenizer, prompt_ids, ids, stop_ids=stop_ids, stop=stop, cached=cached, logprobs=options.get("watch", ())
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +172,10 @@ def _run(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
     checkpoint = open_checkpoint(arguments.model, **hub_options(arguments)).with_kv_cache(KV_DTYPES[arguments.kv_dtype])
     # Whatever can be refused is refused before the weights are read.
-    device, tokenizer = pick_device(arguments.device), Tokenizer(checkpoint.directory)
+    device, tokenizer = (
+        pick_device(arguments.device),
+        Tokenizer(checkpoint.directory, prompts.given_template(arguments)),
+    )
     stated = read_object(checkpoint.directory / "generation_config.json")
     sampling = Sampling.choose(stated, **sampling_flags(arguments))
     prompts.check_template(arguments, tokenizer)
@@ -197,6 +215,7 @@ class Writer:
     ) -> None:
         self.arguments, self.tokenizer, self.sampling, self.context = arguments, tokenizer, sampling, context
         self.texts_told = 0
+        self.extra_ends = frozenset(map(tokenizer.id_of, arguments.extra_eos_token))
         chosen = DEMO_SEED if arguments.model is None else secrets.randbits(32)
         self.next_seed = chosen if arguments.seed is None else arguments.seed
         is_reproducible = arguments.model is None or arguments.seed is not None or sampling.temperature == 0
@@ -216,8 +235,7 @@ class Writer:
         """What is written at once: --prompts, or --num-samples; None for one text, or a conversation."""
         if self.arguments.prompts:
             return ManyPrompts(self)
-        wants_rows = self.arguments.num_samples > 1 or self.arguments.logprobs is not None
-        return Samples(self, *prompt) if prompt is not None and wants_rows else None
+        return Samples(self, *prompt) if prompt is not None and self.arguments.num_samples > 1 else None
 
     def positions(self, prompt: tuple[str, bool] | None) -> int:
         """Positions that the kv cache will have: of a prompt and its answer, or of a conversation (None)."""
@@ -258,6 +276,7 @@ class Writer:
             decoder=decoder,
             cached=self.decoders.cached,
             lookup=self.lookup,
+            logprobs=self.arguments.logprobs,
             reading=partial(prompts.bar, is_quiet=self.arguments.quiet),
         )
         return completion, seed
@@ -269,7 +288,7 @@ class Writer:
     def ends(self, is_chat: bool) -> frozenset[int]:
         """The ids that end an answer; a checkpoint may name only the one that ends a document."""
         ends = self.tokenizer.eos_ids | (self.tokenizer.end_of_turn_ids() if is_chat else frozenset())
-        return frozenset() if self.arguments.ignore_eos else ends
+        return self.extra_ends if self.arguments.ignore_eos else self.extra_ends | ends
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all positions so far, in buffers of a fixed size, the heads of one position side by side.
+    """Keys and values of all positions so far, in buffers of a fixed size, in which each head's positions lie together.
 
     `padding_B` counts the unused positions at the start of each row, so that rows of different lengths end together.
     """
@@ -219,8 +219,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         padding_B: Tensor | None = None,
     ) -> None:
-        shape = (config.num_hidden_layers, batch, max_seq_len, config.num_key_value_heads, config.head_dim)
-        self.keys_NBMJE = torch.zeros(shape, device=device, dtype=config.kv_cache_dtype or dtype)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_seq_len, config.head_dim)
+        self.keys_NBMJE = torch.zeros(shape, device=device, dtype=config.kv_cache_dtype or dtype).transpose(2, 3)
         self.values_NBMJE = torch.zeros_like(self.keys_NBMJE)
         self.padding_B, self.length = padding_B, 0
 

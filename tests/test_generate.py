@@ -28,14 +28,15 @@ from tests.helpers import tiny_checkpoints
 from tests.helpers.chat_models import make_chat_model
 
 FLAGS = """
---batch-size --cache-dir --chat --chat-template-config --chat-template-kwargs --compile --context-shift --ctx-size
---debug --device --dtype --file --frequency-penalty --greedy --help --help-all --ignore-eos --interactive --json
---kv-cache-dtype --kv-dtype --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens
---messages --min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think
---num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet
---raw --repeat-penalty --repetition-penalty --resume --revision --seed --show-prompt --speculate --stats --stop
---system --system-prompt --temp --temperature --think --token --top-k --top-p --verbose --version -c -f -h -i -m -n -o
--p -q -v
+--batch-size --cache-dir --chat --chat-template --chat-template-config --chat-template-kwargs --compile
+--context-shift --ctx-size --debug --device --dtype --escape --extra-eos-token --file --frequency-penalty --greedy
+--help --help-all --ignore-chat-template --ignore-eos --interactive --json --kv-cache-dtype --kv-dtype
+--local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p --model
+--n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples --offline
+--output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw --repeat-last-n
+--repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed --show-prompt --speculate --stats
+--stop --system --system-prompt --temp --temperature --think --token --top-k --top-p --trust-remote-code --verbose
+--version -c -e -f -h -i -m -n -o -p -q -r -v
 """
 
 
@@ -104,7 +105,7 @@ def test_quiet_says_nothing_and_stats_say_all(capsys, fairytales):
     flags = [fairytales, "-p", "Once", "-n", 4, "--greedy"]
     code, text, err = run(capsys, *flags, "-q")
     assert (code, err) == (0, "")
-    code, out, err = run(capsys, *flags, "--stats")
+    code, out, err = run(capsys, *flags, "--stats", "--presence-penalty", 1e-6)
     assert out == text
     lines = err.splitlines()
     patterns = [
@@ -113,7 +114,7 @@ def test_quiet_says_nothing_and_stats_say_all(capsys, fairytales):
         r"Time to first token: [\d.]+ s",
         r"Loading: [\d.]+ s; compiling: 0\.000 s",
         r"Peak memory: [\d.]+ GB",
-        r"Sampling: temperature 0, top_k 0, top_p 1, min_p 0, repetition_penalty 1, .*, seed \d+",
+        r"Sampling: temperature 0, presence_penalty 1e-06, seed \d+",
     ]
     assert [bool(re.fullmatch(pattern, line)) for pattern, line in zip(patterns, lines, strict=True)] == [True] * 6
 
@@ -155,8 +156,21 @@ def test_eos_can_be_ignored(capsys, chat_model, monkeypatch):
     monkeypatch.setattr(generate, "complete", spy)
     run(capsys, chat_model, "-p", "Once", "-n", 1)
     run(capsys, chat_model, "-p", "Once", "-n", 1, "--ignore-eos")
+    run(capsys, chat_model, "-p", "Once", "-n", 1, "--ignore-eos", "--extra-eos-token", "7")
+    run(capsys, chat_model, "-p", "Once", "-n", 1, "--extra-eos-token", "</s>", "9", "--extra-eos-token", " a")
     assert len(seen[0]) == 1
-    assert seen[1] == frozenset()
+    assert seen[1:3] == [frozenset(), {7}]
+    tokenizer = Tokenizer(chat_model)
+    assert seen[3] == seen[0] | {tokenizer.id_of("</s>"), 9, *tokenizer.encode(" a", False)}
+
+
+def test_repository_code_is_asked_for_and_never_run(capsys, caplog, chat_model):
+    flags = [chat_model, "-p", "Once", "-n", 1, "--trust-remote-code"]
+    assert run(capsys, *flags)[0] == 0
+    assert "miniawq never executes repository code" in caplog.text
+    caplog.clear()
+    assert run(capsys, *flags, "-q")[0] == 0
+    assert not caplog.text
 
 
 def test_a_chat_has_only_the_bos_that_its_template_writes(capsys, chat_model):
@@ -173,6 +187,9 @@ def test_prompts_come_from_flags_files_and_stdin(capsys, monkeypatch, tmp_path, 
     (tmp_path / "prompt.txt").write_bytes(b"Once \\n upon\n")
     assert prompt_of(capsys, fairytales, "--file", tmp_path / "prompt.txt") == "Once \\n upon\n"
     assert prompt_of(capsys, fairytales, "-p", "") == ""
+    typed = r"a\nb\t\\n \"c\" \d \\"
+    assert prompt_of(capsys, fairytales, "-p", typed) == typed
+    assert prompt_of(capsys, fairytales, "-e", "-p", typed) == 'a\nb\t\\n "c" \\d \\'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Há muito tempo".encode()), "utf-8"))
     assert prompt_of(capsys, fairytales, "-p", "-") == "Há muito tempo"
 
@@ -191,6 +208,18 @@ def test_a_chat_model_gets_its_template_unless_raw(capsys, tmp_path, chat_model)
     assert prompt_of(capsys, chat_model, "--messages", tmp_path / "list.json") == user + answer
     (tmp_path / "object.json").write_text(json.dumps({"messages": messages[:1], "tools": [{"name": "spin"}]}))
     assert prompt_of(capsys, chat_model, "--messages", tmp_path / "object.json") == user + answer + "1 tools"
+
+
+def test_a_template_that_is_given_takes_the_place_of_the_checkpoints(capsys, tmp_path, chat_model, fairytales):
+    text = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    (tmp_path / "template.jinja").write_text(text)
+    for template in (text, tmp_path / "template.jinja"):
+        for model in (chat_model, fairytales):
+            assert prompt_of(capsys, model, "-p", "Hi", "--chat-template", template) == "[Hi]"
+    code, _, err = run(capsys, fairytales, "-p", "Hi", "--chat-template", tmp_path / "template")
+    assert (code, "cannot read the text" in err) == (5, True)
+    code, _, err = run(capsys, fairytales, "-p", "Hi", "--raw", "--chat-template", text)
+    assert (code, "--raw goes with none of" in err) == (2, True)
 
 
 def test_a_conversation_remembers_and_can_be_cleared(capsys, caplog, monkeypatch, chat_model):
@@ -289,11 +318,23 @@ def test_sigint_ends_a_story_at_once():
     ("flags", "code", "message"),
     [
         (["-m", "here", "there", "-p", "x"], 2, "two models are given"),
+        (
+            ["-m", "100", "-p", "x"],
+            2,
+            "100 is no model\n  in other programs -m is the number of tokens\n  write -n 100",
+        ),
         (["here"], 2, "there is no prompt\n  give --prompt, --file, --messages, --prompts or --interactive"),
         (["here", "-i", "--json"], 2, "--interactive goes with neither --json nor --num-samples"),
         (["here", "-i", "--raw"], 2, "--raw goes with none of"),
         (["here", "-p", "x", "--raw", "--system-prompt", "y"], 2, "--raw goes with none of"),
         (["--num-samples", "0"], 2, "--num-samples 0 makes no sense"),
+        (["-p", "-", "-e"], 2, "--escape is for --prompt TEXT"),
+        (
+            ["--extra-eos-token", "king and"],
+            1,
+            "'king and' is no single token\n  the tokenizer makes 'king', 'Ġand' of",
+        ),
+        (["--extra-eos-token", "99999"], 1, "there is no token with the id 99999"),
         (["-n", "0"], 2, "--max-tokens 0 makes no sense\n  give 1 or more, or -1 for all"),
         (["--chat-template-kwargs", '{"messages": []}'], 2, "'messages' cannot be set"),
         (
@@ -305,7 +346,7 @@ def test_sigint_ends_a_story_at_once():
         (
             ["-i"],
             2,
-            "this model cannot talk\n  it has no chat template: a base model\n  use --prompt, or name a chat model",
+            "this model cannot talk\n  it has no chat template: a base model\n  use --prompt, name a chat model",
         ),
         (["--device", "warp"], 2, "device 'warp' cannot be used"),
         (["--top-p", "1.5"], 1, "top_p = 1.5 makes no sense\n  it must be a number above 0 and at most 1"),

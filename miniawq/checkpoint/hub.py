@@ -203,10 +203,14 @@ def add_hub_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="Hub access token (default: HF_TOKEN, or that of `hf auth login`)")
     parser.add_argument("--cache-dir", help="where downloads are kept (default: HF_HOME)")
     parser.add_argument("--local-files-only", "--offline", action="store_true", help="never use the network")
+    never = "has no effect: miniawq never executes repository code"
+    parser.add_argument("--trust-remote-code", action="store_true", help=never)
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of those flags, as `locate` and `open_checkpoint` take them."""
+    if arguments.trust_remote_code:
+        log.info("--trust-remote-code has no effect: miniawq never executes repository code")
     names = ("revision", "token", "cache_dir", "local_files_only")
     return {name: getattr(arguments, name) for name in names}
 

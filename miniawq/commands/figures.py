@@ -71,7 +71,8 @@ def in_full(run: Writing, completion: Completion, seed: int) -> str:
     found = figures(run, completion, seed)
     kept = f"{found['cached_tokens']} of them kept, " if found["cached_tokens"] else ""
     guesses = f"Guesses: {found['guessed']} tokens, {found['guessed_right']} right\n" if found["guessed"] else ""
-    settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
+    off = dataclasses.asdict(Sampling()) | {"temperature": None}  # which is always told
+    settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items() if value != off[name])
     return (
         f"Prompt: {found['prompt_tokens']} tokens, {kept}{found['prompt_tps']:.1f} tokens-per-sec\n"
         f"{_generation(found)}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"

@@ -29,6 +29,7 @@ FILTERS: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "divide the logits of tokens in prompt and answer by X; 1 is off"),
     "presence_penalty": (float, "subtract X from the logits of tokens in the answer; 0 is off"),
     "frequency_penalty": (float, "subtract X for each time a token is in the answer; 0 is off"),
+    "repeat_last_n": (int, "tokens at the end that --repetition-penalty looks at; 0 is none, -1 all"),
 }
 ALIASES = {"repetition_penalty": ["--repeat-penalty"]}
 
@@ -55,8 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-seq-len", "--ctx-size", "--max-model-len", "-c", type=int, metavar="N", help=most)
     shift = "leave out the oldest turns when a conversation fills it, or stop there"
     add("--context-shift", action=argparse.BooleanOptionalAction, default=True, help=shift)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    stops = "end before this text; repeatable"
+    add("--stop", "--reverse-prompt", "-r", action="append", default=[], metavar="TEXT", help=stops)
     add("--ignore-eos", action="store_true", help="go on after the model's own end")
+    ends = "ids or texts of tokens that end an answer too"
+    add("--extra-eos-token", nargs="+", action="extend", default=[], metavar="TOKEN", help=ends)
     _add_sampling_flags(parser)
     output = parser.add_argument_group("output")
     formats = "text; json: one object; jsonl: one a piece"
@@ -123,6 +127,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.model and arguments.model_flag:
         raise UsageError("two models are given", f"{arguments.model} and --model {arguments.model_flag}", "name one")
     arguments.model = arguments.model or arguments.model_flag
+    if arguments.model and arguments.model.isdecimal() and not Path(arguments.model).exists():
+        why = "in other programs -m is the number of tokens"
+        raise UsageError(f"{arguments.model} is no model", why, f"write -n {arguments.model}, and name a model")
     prompts.check_prompt_flags(arguments)
     _check_batch_flags(arguments)
     if arguments.interactive and (arguments.output_format != "text" or arguments.num_samples > 1):

@@ -126,7 +126,7 @@ class ManyPrompts:
         seconds = time.perf_counter() - started
         told = "%d prompts, %d tokens in %.1f s: %.1f tokens-per-sec, %d rows at once"
         log.info(told, len(self.todo), batch.tokens, seconds, batch.tokens / seconds, self.together.rows)
-        if batch.shared.kept:
+        if batch.shared.kept > 1:  # BOS alone is worth no word
             log.info("their first %d tokens are the same and were read once", batch.shared.kept)
         if failed:
             name, error = failed[0]
@@ -145,6 +145,6 @@ class ManyPrompts:
                 continue
             list(ending.completion)
             record = {key: value for key, value in ending.completion.record().items() if key in SAID}
-            if ending.logprobs is not None:
-                record["logprobs"] = readable(ending.logprobs, self.run.tokenizer)
+            if ending.completion.logprobs:
+                record["logprobs"] = readable(ending.completion.logprobs, self.run.tokenizer)
             yield number, record, None

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import stat
 import sys
 import threading
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2.0  # seconds until a wait is told
 DEMO_PROMPT = "Once upon a time"
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 Tools = list[dict[str, Any]] | None
 
 
@@ -32,6 +34,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     together = "text, file and pipe follow each other, if several are given"
     add = parser.add_argument_group("prompt", together).add_argument
     add("--prompt", "-p", metavar="TEXT", help="text to answer or to continue; - for stdin")
+    add("--escape", "-e", action="store_true", help=r"take \n, \t, \\ and the like in --prompt for what they stand for")
     add("--file", "-f", type=Path, metavar="FILE", help="file with the prompt")
     add("--messages", type=Path, metavar="FILE", help='JSON: a list of messages, or {"messages": ..., "tools": ...}')
     add("--interactive", "--chat", "-i", action="store_true", help="talk with a chat model")
@@ -41,7 +44,10 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     thinks = "whether a thinking model thinks (the template's)"
     add("--think", action=argparse.BooleanOptionalAction, help=thinks)
     add("--prefill-response", metavar="TEXT", help="what the answer begins with")
-    add("--raw", "--no-chat-template", action="store_true", help="continue the text as it is, without the template")
+    as_it_is = "continue the text as it is, without the template"
+    add("--raw", "--no-chat-template", "--ignore-chat-template", action="store_true", help=as_it_is)
+    instead = "Jinja template in place of the checkpoint's: a file, or its text"
+    add("--chat-template", metavar="TEMPLATE", help=instead)
     names = "--chat-template-kwargs", "--chat-template-config"
     add(*names, metavar="JSON", type=_json_object, default={}, help="variables for the template")
     shown = "show the text that the model continues, on stderr, control characters as escapes"
@@ -66,6 +72,8 @@ def check_prompt_flags(arguments: argparse.Namespace) -> None:
     given = [flag for flag, value in sources.items() if value]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} do not go together", "each of them is the whole prompt", "give one")
+    if arguments.escape and arguments.prompt in (None, "-"):
+        raise UsageError("--escape is for --prompt TEXT", "files and pipes are read as they are")
     if arguments.model and not given and not is_piped():
         raise UsageError("there is no prompt", "", "give --prompt, --file, --messages, --prompts or --interactive")
     needs_template = (
@@ -73,19 +81,30 @@ def check_prompt_flags(arguments: argparse.Namespace) -> None:
         arguments.prefill_response,
         arguments.think is not None,
         arguments.messages,
+        arguments.chat_template,
         arguments.chat_template_kwargs,
         arguments.interactive,
     )
     if arguments.raw and any(needs_template):
-        names = "--system-prompt, --prefill-response, --think, --messages, --interactive and --chat-template-kwargs"
+        names = (
+            "--system-prompt, --prefill-response, --think, --messages, --interactive, --chat-template and its kwargs"
+        )
         raise UsageError(f"--raw goes with none of {names}", "they are for the chat template, which --raw leaves out")
+
+
+def given_template(arguments: argparse.Namespace) -> str | None:
+    """The text of --chat-template, which names a file unless it has a brace."""
+    given: str | None = arguments.chat_template
+    return given if given is None or "{" in given else read_text(given)
 
 
 def check_template(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
     """UsageError if the checkpoint's template, or its absence, does not go with the flags."""
     if (arguments.interactive or arguments.prefill_response) and not tokenizer.has_chat_template:
         raise UsageError(
-            "this model cannot talk", "it has no chat template: a base model", "use --prompt, or name a chat model"
+            "this model cannot talk",
+            "it has no chat template: a base model",
+            "use --prompt, name a chat model, or give --chat-template",
         )
     if arguments.think is not None and not tokenizer.template_mentions("enable_thinking"):
         why = "its chat template never asks for enable_thinking"
@@ -102,6 +121,7 @@ def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[st
     if arguments.messages:
         return as_turn(arguments, tokenizer, *read_messages(arguments.messages)), True
     typed = "" if arguments.prompt in (None, "-") else arguments.prompt
+    typed = unescaped(typed) if arguments.escape else typed
     read = read_text(arguments.file) if arguments.file else ""
     piped = read_stdin() if arguments.prompt == "-" or is_piped() else ""
     text = "\n\n".join(part for part in (typed, read, piped) if part)
@@ -110,6 +130,11 @@ def read_prompt(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[st
             raise UsageError("there is no prompt", "the pipe was empty", "give --prompt, or write into the pipe")
         text = DEMO_PROMPT
     return as_prompt(arguments, tokenizer, text), is_chat(arguments, tokenizer)
+
+
+def unescaped(text: str) -> str:
+    """The text with what its escapes stand for; a backslash before any other character stays."""
+    return re.sub(r"\\(.)", lambda found: ESCAPES.get(found[1], found[0]), text)
 
 
 def is_piped() -> bool:

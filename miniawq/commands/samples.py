@@ -28,5 +28,5 @@ class Samples:
             waiting[ending.number] = ending
             while (next_one := waiting.pop(told, None)) is not None:
                 assert next_one.completion is not None
-                tell(self.run, self.prompt, next_one.completion, self.seeds[told], next_one.logprobs)
+                tell(self.run, self.prompt, next_one.completion, self.seeds[told])
                 told += 1

@@ -1,7 +1,7 @@
 """One text on stdout as --output-format says, and on stderr how it went."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from miniawq.commands import prompts
@@ -11,10 +11,10 @@ from miniawq.engine.completion import Completion
 from miniawq.engine.sampling import TokenLogprobs
 from miniawq.text.tokenizer import Tokenizer
 
+IN_PIECES = ("text", "tokens", "logprobs")
 
-def tell(
-    run: Writing, prompt: str, completion: Completion, seed: int, logprobs: list[TokenLogprobs] | None = None
-) -> None:
+
+def tell(run: Writing, prompt: str, completion: Completion, seed: int) -> None:
     """Write a text whose pieces have yet to be taken from it, as they come where the format lets them."""
     try:
         match run.arguments.output_format:
@@ -25,11 +25,11 @@ def tell(
                 write_text(styled(completion, begins_in_thought(prompt)))
             case "json":
                 list(completion)
-                print_json(full_record(run, prompt, completion, seed, logprobs))
+                print_json(full_record(run, prompt, completion, seed))
             case "jsonl":
-                write_pieces(completion)
-                record = full_record(run, prompt, completion, seed, logprobs)
-                print_json({key: value for key, value in record.items() if key not in ("text", "tokens")})
+                write_pieces(completion, run.tokenizer)
+                record = full_record(run, prompt, completion, seed)
+                print_json({key: value for key, value in record.items() if key not in IN_PIECES})
         run.texts_told += 1
     finally:
         run.report(completion, seed)
@@ -44,14 +44,12 @@ def write_text(pieces: Iterable[str]) -> None:
         print(flush=True)
 
 
-def write_pieces(completion: Completion) -> None:
-    """An object for each piece, with the ids that have made it, and one for ids at the end that have no text."""
-    told = 0
-    for piece in completion:
-        print_json({"text": piece, "tokens": completion.ids[told:]})
-        told = len(completion.ids)
-    if completion.ids[told:]:
-        print_json({"text": "", "tokens": completion.ids[told:]})
+def write_pieces(completion: Completion, tokenizer: Tokenizer) -> None:
+    """An object for each piece, with the ids that have made it; at the end there may be ids without a text."""
+    for piece in completion.pieces():
+        if piece.ids or piece.text:
+            record: dict[str, Any] = {"text": piece.text, "tokens": piece.ids}
+            print_json(record | ({"logprobs": readable(piece.logprobs, tokenizer)} if piece.logprobs else {}))
 
 
 def print_json(record: dict[str, Any]) -> None:
@@ -59,15 +57,13 @@ def print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
-def full_record(
-    run: Writing, prompt: str, completion: Completion, seed: int, logprobs: list[TokenLogprobs] | None
-) -> dict[str, Any]:
+def full_record(run: Writing, prompt: str, completion: Completion, seed: int) -> dict[str, Any]:
     """All that is known about one text."""
     record = {"prompt": prompt} | figures(run, completion, seed)
-    return record if logprobs is None else record | {"logprobs": readable(logprobs, run.tokenizer)}
+    return record | ({"logprobs": readable(completion.logprobs, run.tokenizer)} if completion.logprobs else {})
 
 
-def readable(logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def readable(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The log-probability of each token, and of the most probable ones in its place, with their texts."""
 
     def token(token_id: int, logprob: float) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Many texts at once: a prompt waits for a row, and a row whose text has ended takes the next prompt.
 
-So no row stands still until the longest text ends, but the last ones.
+The last rows move into those that are free, so that steps leave out what has no text.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from miniawq.engine.cached_text import CachedText, common_length
 from miniawq.engine.completion import Completion, StopStrings
 from miniawq.engine.fitting import check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK
-from miniawq.engine.rows import RowsStep, clear, prefill, share
+from miniawq.engine.rows import RowsStep, clear, move, prefill, share
 from miniawq.engine.sampling import (
     NOT_A_NUMBER,
     History,
@@ -30,7 +29,8 @@ from miniawq.engine.sampling import (
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.text.tokenizer import Tokenizer
 
-# Prompts stop all rows while they run, so they wait until one row in so many is free.
+# Prompts stop all rows while they run. On a GPU one takes nearly as long as several, so they wait until one row in so
+# many is free.
 ROWS_FOR_ONE_FREE = 8
 
 
@@ -48,7 +48,6 @@ class Ending(NamedTuple):
     number: int
     completion: Completion | None
     error: MiniawqError | None = None
-    logprobs: list[TokenLogprobs] | None = None
 
 
 class RowText:
@@ -93,6 +92,12 @@ class Chooser:
             for kept, new in zip(self.history, History.of_prompt(tokens_BL, self.vocab_size), strict=True):
                 kept[row] = new[0]
 
+    def move(self, row: int, into: int) -> None:
+        """Let the text of a row go on in another one."""
+        self.generators[into], self.generators[row] = self.generators[row], self.generators[into]
+        for part_BV in self.history or ():
+            part_BV[into] = part_BV[row]
+
     def choose(self, logits_BV: Tensor, first: int) -> list[int]:
         """The next ids of neighbouring rows from `first` on."""
         rows = slice(first, first + len(logits_BV))
@@ -106,8 +111,8 @@ class Chooser:
 class Batch:
     """Iterate to get the endings in the order in which they come. `tokens` counts what has been written.
 
-    `stop_ids` and `stop` end every text. `step` has the rows, and room for each text. With `logprobs` the endings have
-    the log-probabilities of their tokens, and of so many of the best in each place.
+    `stop_ids` and `stop` end every text. `step` has the rows, and room for each text. With `logprobs` the texts
+    have the log-probabilities of their tokens, and of so many of the best in each place.
     """
 
     def __init__(
@@ -127,6 +132,7 @@ class Batch:
         count, vocab_size = step.cache.keys_NBMJE.shape[1], step.model.config.vocab_size
         self.chooser = Chooser(sampling or Sampling(), count, vocab_size, step.model.device)
         self.rows: list[RowText | None] = [None] * count
+        self.rows_for_one_free = ROWS_FOR_ONE_FREE if step.model.device.type == "cuda" else count
         self.shared = CachedText()
         self.tokens = 0
 
@@ -140,7 +146,9 @@ class Batch:
                 yield Ending(number, None, error)
         self._share([list(self.requests[number].prompt_ids) for number in waiting])
         while waiting or any(self.rows):
-            yield from self._begin_some(waiting)
+            self._close_ranks()
+            if self.rows.count(None) * self.rows_for_one_free >= len(self.rows):
+                yield from self._begin_some(waiting)
             yield from self._go_on()
 
     def _check(self, request: Request) -> None:
@@ -160,17 +168,12 @@ class Batch:
 
     @torch.inference_mode()
     def _begin_some(self, waiting: deque[int]) -> list[Ending]:
-        """Give free rows to waiting prompts, and run these."""
-        free = [place for place, row in enumerate(self.rows) if row is None]
+        """Give free rows to waiting prompts, and run these, until no prompt waits or all rows go on."""
         endings: list[Ending] = []
-        if len(free) * ROWS_FOR_ONE_FREE < len(self.rows):
-            return endings
-        for _, run in groupby(enumerate(free), key=lambda pair: pair[1] - pair[0]):
-            neighbours = [place for _, place in run]
-            while neighbours and waiting:
-                numbers = self._fitting_together(waiting, len(neighbours))
-                endings += self._begin(neighbours[0], numbers)
-                del neighbours[: len(numbers)]
+        while waiting and None in self.rows:
+            first = self.rows.index(None)
+            endings += self._begin(first, self._fitting_together(waiting, len(self.rows) - first))
+            self._close_ranks()
         return endings
 
     def _fitting_together(self, waiting: deque[int], most: int) -> list[int]:
@@ -195,13 +198,23 @@ class Batch:
         return self._take(first, logits_BV)
 
     @torch.inference_mode()
+    def _close_ranks(self) -> None:
+        """Let the last texts take the places that are free before them."""
+        for place in range(len(self.rows) - self.rows.count(None)):
+            if self.rows[place] is None:
+                last = max(number for number, row in enumerate(self.rows) if row is not None)
+                self.rows[place], self.rows[last] = self.rows[last], None
+                move(self.step, last, place)
+                self.chooser.move(last, place)
+
+    @torch.inference_mode()
     def _go_on(self) -> list[Ending]:
         """One more id for every text."""
-        if not any(self.rows):
+        texts = [row for row in self.rows if row is not None]
+        if not texts:
             return []
-        ids = [row.ids[-1] if row else 0 for row in self.rows]
-        lengths = [row.length if row else self.shared.kept for row in self.rows]
-        return self._take(0, self.step.next_logits(torch.tensor(ids, device=self.step.model.device), lengths))
+        ids_B = torch.tensor([row.ids[-1] for row in texts], device=self.step.model.device)
+        return self._take(0, self.step.next_logits(ids_B, [row.length for row in texts]))
 
     def _take(self, first: int, logits_BV: Tensor) -> list[Ending]:
         """Give the rows from `first` on the ids that follow; what ends with them."""
@@ -210,8 +223,7 @@ class Batch:
         told = [] if self.logprobs is None else logprobs_of(logits_BV, ids, self.logprobs)
         for place, token_id in enumerate(ids, first):
             row = self.rows[place]
-            if row is None:
-                continue
+            assert row is not None
             if token_id == NOT_A_NUMBER:
                 clear(self.step, place, self.shared.kept)
                 error = not_a_number(self.step.model, logits_BV.dtype)
@@ -221,8 +233,7 @@ class Batch:
             self.tokens += 1
             row.logprobs += told[place - first : place - first + 1]
             if row.take(token_id, self.stop_ids):
-                logprobs = None if self.logprobs is None else row.logprobs
-                endings.append(Ending(row.number, self._completed(row), None, logprobs))
+                endings.append(Ending(row.number, self._completed(row)))
                 self.rows[place] = None
         return endings
 
@@ -235,5 +246,6 @@ class Batch:
             stop_ids=self.stop_ids,
             stop=self.stop,
             cached=self.shared,
+            logprobs=row.logprobs,
             clock=iter(row.times).__next__,
         )

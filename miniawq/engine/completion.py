@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import closing
+from typing import Any, NamedTuple
 
 from miniawq.engine.cached_text import CachedText
+from miniawq.engine.sampling import TokenLogprobs
 from miniawq.text.tokenizer import Tokenizer
 
 Clock = Callable[[], float]
@@ -45,10 +47,23 @@ def overlap(text: str, stop: str) -> int:
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
-class Completion:
-    """One text being generated. Iterate to get it in pieces; everything else is true of the part that has come.
+class Piece(NamedTuple):
+    """Text that has come, the ids since the piece before it, and their log-probabilities if they were asked for.
 
-    `finish_reason` is None until it ends, then "stop" (an end id, or a stop string: see `stop_reason`) or "length".
+    Only the last piece has a finish reason. It may have no text (an end id has none), and no ids.
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+
+
+class Completion:
+    """One text being generated. Iterate over it for the text as it comes, or over `pieces` to know more; either once.
+
+    All else is true of the part that has come. `finish_reason` is None until the text ends, then "stop" (an end id, or
+    a stop string: see `stop_reason`) or "length". `logprobs` are those of the ids, if they were asked for.
     """
 
     def __init__(
@@ -60,47 +75,54 @@ class Completion:
         stop_ids: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
         cached: CachedText | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
         clock: Clock = time.perf_counter,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.ids: list[int] = []
         self.text = ""
+        self.logprobs = logprobs
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self._tokenizer, self._new_ids, self._clock = tokenizer, new_ids, clock
         self._stop_ids, self._stop, self._cached = stop_ids, stop, cached
         self._started = 0.0
         self._times: list[float] = []
+        self._told = 0  # ids
 
     def __iter__(self) -> Iterator[str]:
-        try:
-            yield from self._pieces()
-        finally:
-            # What computes the ids holds a cache: it ends with this iterator, at its end or where it is closed.
-            if isinstance(self._new_ids, Generator):
-                self._new_ids.close()
+        with closing(self.pieces()) as pieces:
+            yield from (piece.text for piece in pieces if piece.text)
 
-    def _pieces(self) -> Iterator[str]:
+    def pieces(self) -> Generator[Piece, None, None]:
+        """The text as it comes, with all that is known of it. Close it where the rest is not wanted."""
         stream, stops = self._tokenizer.stream(self.prompt_ids), StopStrings(self._stop)
         self._started = self._clock()
-        for token_id in self._new_ids:
-            self._times.append(self._clock())
-            self.ids.append(token_id)
-            if token_id in self._stop_ids:
-                self.stop_reason = token_id
-                break
-            yield from self._show(stops.push(stream.push(token_id)))
-            if stops.found is not None:
-                break
-        yield from self._show(stops.push(stream.finish()))
-        yield from self._show(stops.finish())
+        try:
+            for token_id in self._new_ids:
+                self._times.append(self._clock())
+                self.ids.append(token_id)
+                if token_id in self._stop_ids:
+                    self.stop_reason = token_id
+                    break
+                if text := stops.push(stream.push(token_id)):
+                    yield self._piece(text)
+                if stops.found is not None:
+                    break
+        finally:
+            # What computes the ids holds a cache: it ends with the text, or where this is closed.
+            if isinstance(self._new_ids, Generator):
+                self._new_ids.close()
+        text = stops.push(stream.finish()) + stops.finish()
         self.stop_reason = stops.found if stops.found is not None else self.stop_reason
         self.finish_reason = "length" if self.stop_reason is None else "stop"
+        yield self._piece(text)
 
-    def _show(self, piece: str) -> Iterator[str]:
-        if piece:
-            self.text += piece
-            yield piece
+    def _piece(self, text: str) -> Piece:
+        self.text += text
+        first, self._told = self._told, len(self.ids)
+        new = slice(first, self._told)
+        return Piece(text, self.ids[new], list(self.logprobs[new]), self.finish_reason)
 
     @property
     def first_token_seconds(self) -> float:

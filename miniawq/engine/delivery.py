@@ -26,6 +26,19 @@ def delivered(step: Step, ids_B: Tensor, count: int) -> Iterator[list[int]]:
             ids_B = step.step(ids_B) if left else ids_B
 
 
+def observed(
+    step: Step, ids_B: Tensor, count: int, logits_BV: Tensor, watch: Callable[[Tensor, list[int]], None]
+) -> Iterator[list[int]]:
+    """As `delivered`, but `watch` sees the ids, and the logits that they were chosen from, before there are others."""
+    for left in reversed(range(count)):
+        ids = ids_B.tolist()
+        watch(logits_BV, ids)
+        yield ids
+        if left:
+            ids_B = step.step(ids_B)
+            logits_BV = step.logits_BV
+
+
 def on_their_way(ids_B: Tensor) -> Callable[[], list[int]]:
     """Begin to copy ids to the host. The result waits for this copy, and for nothing that is launched after it."""
     if not ids_B.is_cuda:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from miniawq.compiled import are_here, first_line, kept
 from miniawq.engine.attend import first_seen, mask_of
@@ -34,7 +35,7 @@ class RowsStep(Protocol):
     cache: KVCache
 
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Append one id to each row, after so many positions of it; logits_BV of what follows."""
+        """Append one id to each of the first rows, after so many positions of it; logits_BV of what follows."""
 
 
 class PlainRows:
@@ -64,7 +65,8 @@ class RowEnds(KVCache):
     """A cache as `model.Attention` takes it, whose new position is another one in each row."""
 
     def __init__(self, cache: KVCache, position_B: Tensor, end: int) -> None:
-        self.keys_NBMJE, self.values_NBMJE = cache.keys_NBMJE, cache.values_NBMJE
+        rows = some_rows(cache, 0, len(position_B))
+        self.keys_NBMJE, self.values_NBMJE = rows.keys_NBMJE, rows.values_NBMJE
         self.row_B, self.position_B, self.end = torch.arange(len(position_B), device=position_B.device), position_B, end
 
     def append(self, layer: int, k_BJLE: Tensor, v_BJLE: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,9 +82,11 @@ class CompiledRows(DecodeStep):
     """The compiled step with a position for each row. It is compiled for a number of rows, and for any lengths."""
 
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        self.position_B.copy_(torch.tensor(lengths))
-        self._compute(ids_B, max(lengths))
-        return self.logits_BV
+        # The others are computed nevertheless, after what all texts have: a beginning that they share stays.
+        left_out = (0, len(self.ids_B) - len(ids_B))
+        self.position_B.copy_(pad(torch.tensor(lengths), left_out, value=min(lengths)))
+        self._compute(pad(ids_B, left_out), max(lengths))
+        return self.logits_BV[: len(ids_B)]
 
     @property
     def ends_together(self) -> bool:
@@ -139,6 +143,12 @@ def clear(step: RowsStep, row: int, past: int) -> None:
     """Make finite again what a row holds after `past` positions."""
     for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
         kept_NBMJE[:, row, past:] = 0
+
+
+def move(step: RowsStep, row: int, into: int) -> None:
+    """Let what a row holds go on in another one."""
+    for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
+        kept_NBMJE[:, into] = kept_NBMJE[:, row]
 
 
 def some_rows(cache: KVCache, first: int, count: int) -> KVCache:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 NOT_A_NUMBER = -1
 SEEDS = 1 << 64
 
+OLDEST = 1 << 24  # float32 counts every token up to here, and then stands still
 TINY, HUGE = math.nextafter(0, 1), sys.float_info.max
 RANGES = {
     "temperature": ("a number, 0 or more", 0, HUGE),
@@ -34,7 +35,9 @@ RANGES = {
     "repetition_penalty": ("a number above 0, from 1e-6 to 1e6", 1e-6, 1e6),
     "presence_penalty": ("a number from -1e30 to 1e30", -1e30, 1e30),
     "frequency_penalty": ("a number from -1e30 to 1e30", -1e30, 1e30),
+    "repeat_last_n": ("a whole number from -1 to 2**24", -1, OLDEST),
 }
+WHOLE = {"top_k", "repeat_last_n"}
 # Keys of generation_config.json that are read elsewhere, or choose no token; and what turns other ones off.
 OTHER_KEYS = set(
     """do_sample bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version _from_model_config
@@ -48,8 +51,8 @@ class Sampling:
     """How the next token is chosen. The defaults choose the most probable one.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalties of 1, 0 and 0 are off. `repetition_penalty`
-    (Keskar et al., arXiv 1909.05858) counts the prompt; presence and frequency penalties (OpenAI's definitions) count
-    what was generated. Raises InvalidInput out of range.
+    (Keskar et al., arXiv 1909.05858) counts the last `repeat_last_n` tokens of prompt and answer (-1: all of them);
+    presence and frequency penalties (OpenAI's definitions) count what was generated. Raises InvalidInput out of range.
     """
 
     temperature: float = 0.0
@@ -59,14 +62,15 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repeat_last_n: int = -1
 
     def __post_init__(self) -> None:
         for name, (allowed, lowest, highest) in RANGES.items():
             value = getattr(self, name)
-            is_number = isinstance(value, int if name == "top_k" else int | float) and not isinstance(value, bool)
+            is_number = isinstance(value, int if name in WHOLE else int | float) and not isinstance(value, bool)
             if not is_number or not lowest <= value <= highest:
                 raise InvalidInput(f"{name} = {value!r} makes no sense", f"it must be {allowed}")
-            if name != "top_k":
+            if name not in WHOLE:
                 object.__setattr__(self, name, float(value))  # torch takes no integer beyond 64 bits
 
     @property
@@ -127,37 +131,47 @@ def not_a_number(model: nn.Module, dtype: torch.dtype) -> MiniawqError:
 
 
 class History(NamedTuple):
-    """Which tokens each row has had: prompt_BV bool, and counts_BV float32 of those generated."""
+    """The tokens that each row has had, in float32. ages_BV: how many tokens ago each was last there, in prompt or
+    answer; 1 for the latest, and infinity for those that never were. counts_BV: how often each was generated.
+    """
 
-    prompt_BV: Tensor
+    ages_BV: Tensor
     counts_BV: Tensor
 
     @classmethod
     def of_prompt(cls, tokens_BL: Tensor, vocab_size: int, padding_B: Tensor | None = None) -> "History":
         """Begin with a prompt, not counting the `padding_B` positions at the start of each row."""
-        position_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-        real_BL = torch.ones_like(tokens_BL) if padding_B is None else (position_L >= padding_B[:, None]).long()
-        counts_BV = torch.zeros(len(tokens_BL), vocab_size, device=tokens_BL.device)
-        prompt_BV = counts_BV.scatter_add(1, tokens_BL, real_BL.float()) > 0
-        return cls(prompt_BV, counts_BV)
+        length, device = tokens_BL.shape[1], tokens_BL.device
+        ages_BL = torch.arange(length, 0, -1, device=device).expand(tokens_BL.shape).float()
+        if padding_B is not None:
+            ages_BL = ages_BL.masked_fill(ages_BL > length - padding_B[:, None], torch.inf)
+        counts_BV = torch.zeros(len(tokens_BL), vocab_size, device=device)
+        ages_BV = torch.full_like(counts_BV, torch.inf).scatter_reduce(1, tokens_BL, ages_BL, "amin")
+        return cls(ages_BV, counts_BV)
 
     def add(self, ids_B: Tensor) -> None:
         """Count one generated token in each row, in place."""
+        self.ages_BV.add_(1).scatter_(1, ids_B[:, None], 1.0)
         self.counts_BV.scatter_add_(1, ids_B[:, None], torch.ones_like(ids_B[:, None], dtype=torch.float32))
 
     def extend(self, ids_L: Tensor) -> None:
         """Count several generated tokens of the only row, in place."""
-        self.counts_BV[0].scatter_add_(0, ids_L, torch.ones_like(ids_L, dtype=torch.float32))
+        for token_id in ids_L:
+            self.add(token_id[None])
 
     def after_each(self, ids_L: Tensor) -> "History":
         """That of the only row after each of several more tokens, one row each."""
-        new_LV = torch.zeros_like(self.counts_BV).expand(len(ids_L), -1).scatter(1, ids_L[:, None], 1.0)
-        return History(self.prompt_BV.expand(len(ids_L), -1), self.counts_BV + new_LV.cumsum(0))
+        rows = History(*(part_BV.repeat(len(ids_L), 1) for part_BV in self))
+        for place, token_id in enumerate(ids_L):
+            later = History(*(part_LV[place:] for part_LV in rows))
+            later.add(token_id.expand(len(later.counts_BV)))
+        return rows
 
 
 def penalize(logits_BV: Tensor, sampling: Sampling, history: History) -> Tensor:
     """Lower the logits of tokens that have been there."""
-    repeated_BV = history.prompt_BV | (history.counts_BV > 0)
+    oldest = OLDEST if sampling.repeat_last_n < 0 else sampling.repeat_last_n
+    repeated_BV = history.ages_BV <= oldest
     factor = sampling.repetition_penalty
     weakened_BV = torch.where(logits_BV < 0, logits_BV * factor, logits_BV / factor)
     logits_BV = torch.where(repeated_BV, weakened_BV, logits_BV)
@@ -223,6 +237,17 @@ def logprobs_of(logits_BV: Tensor, ids: Sequence[int], count: int) -> list[Token
     best_BK, ids_BK = logprobs_BV.topk(min(count, logits_BV.shape[-1]))
     rows = zip(ids, chosen_B.tolist(), ids_BK.tolist(), best_BK.tolist(), strict=True)
     return [TokenLogprobs((chosen, logprob), list(zip(*best, strict=True))) for chosen, logprob, *best in rows]
+
+
+class NotedLogprobs(list[TokenLogprobs]):
+    """Those of the ids of one text as they are chosen, with so many of the best: what `generate` takes as `watch`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __call__(self, logits_BV: Tensor, ids: Sequence[int]) -> None:
+        self += logprobs_of(logits_BV, ids, self.most)
 
 
 def sample(

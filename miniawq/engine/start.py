@@ -32,6 +32,7 @@ class Step(Protocol):
     cache: KVCache
     history: History | None
     generator: torch.Generator
+    logits_BV: Tensor  # from which the last step has chosen
 
     @property
     def returns_early(self) -> bool: ...
@@ -52,6 +53,7 @@ class PlainStep:
         self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
         self.generator = torch.Generator(model.device)
+        self.logits_BV = torch.empty(0)
 
     @property
     def returns_early(self) -> bool:
@@ -70,8 +72,8 @@ class PlainStep:
         if self.history is not None:
             self.history.add(ids_B)
         with threads(self.threads):
-            logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
-        return sample(logits_BV, self.sampling, self.history, self.generator)
+            self.logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
+        return sample(self.logits_BV, self.sampling, self.history, self.generator)
 
     def verify(self, ids: Sequence[int]) -> Tensor:
         """What is chosen after each of these neighbouring ids of one text, ids_L. The length stays as it was."""
@@ -139,7 +141,9 @@ class EagerStart(PlainStep):
                 self.wait()
         # A CUDA graph is recorded in the first step, and meanwhile no other thread may use the device.
         if self.compiled.is_ready and not self.is_compiling:
-            return self.compiled.step(ids_B)
+            ids_B = self.compiled.step(ids_B)
+            self.logits_BV = self.compiled.logits_BV
+            return ids_B
         self.ahead += 1
         return super().step(ids_B)
 

@@ -59,7 +59,7 @@ class DecodeStep:
         self.by_blocks = compiles and self.device.type == "cuda" and self.config.head_dim >= SMALLEST_HEAD
         self.functions = UNCOMPILED
         self.is_ready = False
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the logits that it writes
         self.build_seconds = 0.0
         self._make_room(batch, max_seq_len)
         if not compiles:
@@ -198,7 +198,7 @@ class DecodeStep:
         if not self.is_ready:
             self.compile()
         if self.device.type == "cuda":
-            graph = self._graph(self._end_of_reading(last))
+            graph, self.logits_BV = self._graph(self._end_of_reading(last))
             self.ids_B.copy_(ids_B)
             graph.replay()
         else:
@@ -255,13 +255,13 @@ class DecodeStep:
         padding_B = self.cache.padding_B
         return {window: attention_mask(end - 1, 1, window, padding_B, self.device) for window in first}
 
-    def _graph(self, end: int) -> torch.cuda.CUDAGraph:
+    def _graph(self, end: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The recorded token that reads up to `end`. Recording it leaves history and random numbers as they were."""
         if end in self.graphs:
             return self.graphs[end]
         started = time.perf_counter()
         random_state = self.generator.get_state()
-        counts_BV = None if self.history is None else self.history.counts_BV.clone()
+        before = [part_BV.clone() for part_BV in self.history or ()]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -273,8 +273,8 @@ class DecodeStep:
         with torch.cuda.graph(graph):
             self._token(end)
         self.generator.set_state(random_state)
-        if self.history is not None and counts_BV is not None:
-            self.history.counts_BV.copy_(counts_BV)
-        self.graphs[end] = graph
+        for part_BV, before_BV in zip(self.history or (), before, strict=True):
+            part_BV.copy_(before_BV)
+        self.graphs[end] = graph, self.logits_BV
         self.build_seconds += time.perf_counter() - started
-        return graph
+        return self.graphs[end]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from miniawq.checkpoint.hub import parse_json
-from miniawq.errors import MiniawqError, NotFound, UnsupportedCheckpoint
+from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint
 from miniawq.text import chat
 from miniawq.text.library import HeldTokenizer
 
 log = logging.getLogger(__name__)
 
 MAX_ID = 1 << 31
+ID_DIGITS = 9
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 OTHER_TOKENIZERS = {
     "tekken.json": "a Tekken file of Mistral",
@@ -28,13 +29,13 @@ OTHER_TOKENIZERS = {
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory.
+    """The tokenizer of a checkpoint directory, with its chat template or the one that is given.
 
     `bos_id` is None for models without a BOS; `eos_ids` are all ids that end a text. Raises NotFound if there is no
     tokenizer, UnsupportedCheckpoint if it is damaged or of a kind that is not read here.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, chat_template: str | None = None) -> None:
         directory = Path(directory)
         self._tokenizer = _read_tokenizer(directory)
         added = self._tokenizer.raw.get_added_tokens_decoder()
@@ -45,7 +46,8 @@ class Tokenizer:
         )
         tokenizer_config = read_object(directory / "special_tokens_map.json") | tokenizer_config
         self.special_tokens = _special_tokens(tokenizer_config)
-        self._templates = chat.read_templates(directory, tokenizer_config)
+        of_checkpoint = {} if chat_template else chat.read_templates(directory, tokenizer_config)
+        self._templates = {"default": chat_template} if chat_template else of_checkpoint
         stated = {"generation_config.json": generation_config, "config.json": config}
         self.bos_id = self._find_bos(tokenizer_config, stated)
         ends = [token_id for file in stated for token_id in _stated_ids(file, stated[file], "eos_token_id")]
@@ -67,6 +69,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary, which padded models can sample, have no text."""
         return self._tokenizer.decode(ids, skip_special_tokens)
+
+    def id_of(self, token: str) -> int:
+        """The id of one token: a number is an id, else it is its name in the vocabulary, or its text. InvalidInput if
+        there is no such token.
+        """
+        if token.isdecimal() and len(token) <= ID_DIGITS:
+            if self._tokenizer.raw.id_to_token(int(token)) is None:
+                raise InvalidInput(f"there is no token with the id {token}", "it is beyond the vocabulary")
+            return int(token)
+        named = self._id(token)
+        ids = self.encode(token, add_special_tokens=False) if named is None else [named]
+        if len(ids) != 1 or (named is None and self.decode(ids, False) != token):
+            pieces = ", ".join(repr(self._tokenizer.raw.id_to_token(token_id)) for token_id in ids) or "nothing"
+            raise InvalidInput(f"{token!r} is no single token", f"the tokenizer makes {pieces} of it", "give its id")
+        return ids[0]
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> "TextStream":
         """A TextStream of the ids that follow `prompt_ids`."""

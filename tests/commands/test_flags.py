@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import threading
-from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from miniawq.commands import prompts
 from miniawq.commands.flags import build_parser
 from miniawq.commands.telling import write_pieces
 from miniawq.engine.batch import Batch
+from miniawq.engine.completion import Piece
 from miniawq.engine.sampling import Sampling
 from miniawq.generate import load
 from miniawq.generate import main as generate
@@ -207,17 +207,16 @@ def test_json_lines_come_piece_by_piece(capsys, fairytales):
     assert end["finish_reason"] == "length"
 
 
-def test_ids_without_a_text_are_told_too(capsys):
+@pytest.mark.parametrize(("last", "told"), [([0], [{"text": "", "tokens": [0]}]), ([], [])])
+def test_ids_without_a_text_are_told_too(capsys, last, told):
     class Ended:
-        ids: ClassVar = [5, 6, 2]
+        def pieces(self):
+            yield Piece("word", [5, 6, 2], [], None)
+            yield Piece("", last, [], "stop")
 
-        def __iter__(self):
-            yield "word"
-            self.ids = [5, 6, 2, 0]
-
-    write_pieces(Ended())
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert told == [{"text": "word", "tokens": [5, 6, 2]}, {"text": "", "tokens": [0]}]
+    write_pieces(Ended(), None)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [{"text": "word", "tokens": [5, 6, 2]}, *told]
 
 
 def test_samples_are_those_of_their_seeds_and_in_their_order(capsys, monkeypatch, chat_model):
@@ -251,6 +250,9 @@ def test_log_probabilities_are_those_of_the_model(capsys, chat_model):
         assert [top["token"] for top in place["top"]] == ids.tolist()
         assert [top["logprob"] for top in place["top"]] == pytest.approx(best.tolist(), abs=1e-4)
         assert place["text"] == tokenizer.decode([place["token"]], False)
+    *pieces, end = run(capsys, *flags, "--logprobs", 3, "--output-format", "jsonl")[1].splitlines()
+    assert [place for piece in pieces for place in json.loads(piece)["logprobs"]] == record["logprobs"]
+    assert "logprobs" not in json.loads(end)
 
 
 @pytest.mark.parametrize(("flags", "message"), [

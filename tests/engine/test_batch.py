@@ -142,6 +142,7 @@ def compare_with_each_alone(loaded, requests, make, count, **options):
     Sampling(temperature=0.9, top_p=0.9),
     Sampling(temperature=1.2, top_k=40, repetition_penalty=1.3),
     Sampling(presence_penalty=2.0, frequency_penalty=0.5),
+    Sampling(repetition_penalty=1.5, repeat_last_n=3),
 ])  # fmt: skip
 def test_what_is_drawn_depends_on_the_seed_of_the_text_alone(sampling, tiny):
     model, tokenizer = tiny
@@ -208,6 +209,21 @@ def test_a_row_whose_text_has_ended_takes_the_next_prompt(tiny):
     assert len(calls) == 39
 
 
+@pytest.mark.parametrize("make", KINDS)
+def test_when_nothing_waits_steps_have_the_rows_that_go_on(make, tiny):
+    """The last rows move into those that are free, with their random numbers and their history."""
+    model, tokenizer = tiny
+    sampling = Sampling(temperature=1.2, repetition_penalty=1.3)
+    step, calls = make(model, 4, 64), []
+    next_logits = step.next_logits
+    step.next_logits = lambda ids_B, lengths: calls.append(len(lengths)) or next_logits(ids_B, lengths)
+    requests = [Request(tokenizer.encode("Once upon"), tokens, seed) for seed, tokens in enumerate((3, 12, 5, 9, 7))]
+    options = {"sampling": sampling, "stop_ids": frozenset()}
+    found = {ending.number: outcome(ending.completion) for ending in Batch(tokenizer, step, requests, **options)}
+    assert found == {number: alone(tiny, request, **options) for number, request in enumerate(requests)}
+    assert calls == [4] * 4 + [3] * 4 + [1] * 3
+
+
 def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
     """The first and the third of four end together, and two prompts take their places."""
     _, tokenizer = tiny
@@ -216,8 +232,8 @@ def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
     compare_with_each_alone(tiny, requests, PlainRows, 4, stop_ids=frozenset())
 
 
-def test_prompts_wait_until_it_pays_to_run_them(tiny):
-    """Of 16 rows two must be free, unless there is nothing else to do; a row that waits keeps its beginning."""
+def test_a_prompt_begins_as_soon_as_a_row_is_free(tiny):
+    """A row that is free keeps the beginning that all share."""
     model, tokenizer = tiny
     step, ids = PlainRows(model, 16, 64), tokenizer.encode("Once upon")
     begun = []
@@ -230,13 +246,36 @@ def test_prompts_wait_until_it_pays_to_run_them(tiny):
     lengths = [*range(2, 18), 3, 3, 3]
     requests, options = [Request(ids, length) for length in lengths], {"stop_ids": frozenset()}
     endings = list(Spied(tokenizer, step, requests, **options))
-    assert begun == [16, 2, 1]
+    assert begun == [16, 1, 1, 1]
     longest = alone(tiny, Request(ids, max(lengths)), **options)[0]
     for ending in endings:
         assert outcome(ending.completion)[0] == longest[: lengths[ending.number]]
     begun_NBMJE = step.cache.keys_NBMJE[:, :, : endings[0].completion.cached_tokens]
     assert begun_NBMJE.shape[2] > 0
     assert torch.equal(begun_NBMJE, begun_NBMJE[:, :1].expand_as(begun_NBMJE))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_prompts_may_wait_for_each_other(make, tiny):
+    """As on a GPU. Rows that are free meanwhile are left out, and keep the beginning that all share."""
+    model, tokenizer = tiny
+    begun, options = [], {"sampling": Sampling(temperature=1.2), "stop_ids": frozenset()}
+
+    class Spied(Batch):
+        def _begin(self, first, numbers):
+            begun.append(len(numbers))
+            return super()._begin(first, numbers)
+
+    requests = [
+        Request(tokenizer.encode(f"Once upon a time {word}", add_special_tokens=False), tokens, seed)
+        for seed, (word, tokens) in enumerate(zip("abcdefghi", (3, 12, 5, 9, 7, 4, 8, 6, 5), strict=True))
+    ]
+    batch = Spied(tokenizer, make(model, 4, 64), requests, **options)
+    batch.rows_for_one_free = 2
+    found = {ending.number: outcome(ending.completion) for ending in batch}
+    assert found == {number: alone(tiny, request, **options) for number, request in enumerate(requests)}
+    assert begun == [4, 2, 2, 1]
+    assert batch.shared.kept > 3
 
 
 def test_a_row_that_is_not_a_number_fails_and_leaves_the_others_alone(tiny):

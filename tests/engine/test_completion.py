@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+import threading
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from miniawq.generate import complete, generate, load
 from miniawq.model import KVCache, Llama
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints, tiny_tokenizers
+from tests.helpers.early_steps import EarlyStep
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +292,50 @@ def test_complete_is_generate_as_text(model, tokenizer, device):
     assert tokenizer.decode(prompt_ids + ids).endswith(text)
 
 
+@pytest.mark.parametrize("make", [None, DecodeStep, EarlyStep])
+@pytest.mark.parametrize("stop", [(), ["<|im"]])
+def test_pieces_are_the_text_with_ids_logprobs_and_the_reason(model, tokenizer, device, make, stop):
+    """Of a text whose bytes are often no character: a piece has several ids then."""
+    prompt_ids = tokenizer.encode("Once upon")
+    decoder = make and make(model, 1, 64, compiles=False)
+    options = {"max_tokens": 20, "stop_ids": frozenset(), "decoder": decoder}
+    text = "".join(complete(model, tokenizer, prompt_ids, **options))
+    stop = [text[9:12]] if stop else []
+    completion = complete(model, tokenizer, prompt_ids, stop=stop, logprobs=2, **options)
+    *pieces, last = completion.pieces()
+    assert "".join(piece.text for piece in pieces) + last.text == (text[: text.index(stop[0])] if stop else text)
+    assert [piece.finish_reason for piece in pieces] == [None] * len(pieces)
+    assert last.finish_reason == ("stop" if stop else "length")
+    assert all(piece.text and piece.ids for piece in pieces)
+    ids = [token_id for piece in [*pieces, last] for token_id in piece.ids]
+    assert ids == completion.ids
+    told = [place for piece in [*pieces, last] for place in piece.logprobs]
+    assert [place.chosen[0] for place in told] == ids
+    logprobs_LV = model(torch.tensor([[*prompt_ids, *ids]], device=device))[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+    best_LK, ids_LK = logprobs_LV.topk(2)
+    found = [[logprob for _, logprob in place.best] for place in told]
+    torch.testing.assert_close(torch.tensor(found), best_LK.cpu(), atol=1e-4, rtol=1e-4)
+    assert [[token_id for token_id, _ in place.best] for place in told] == ids_LK.tolist()
+
+
+def test_a_text_is_taken_by_another_thread_and_left_there(model, tokenizer):
+    """What has been begun here is closed there, and its cache is free."""
+    completion = complete(model, tokenizer, tokenizer.encode("Once upon"), max_tokens=20, stop_ids=frozenset())
+    expected, taken = "".join(completion), []
+    left = complete(model, tokenizer, tokenizer.encode("Once upon"), max_tokens=20, stop_ids=frozenset())
+
+    def take():
+        with closing(left.pieces()) as pieces:
+            taken.extend(next(pieces) for _ in range(3))
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    assert len(taken) == 3
+    assert expected.startswith("".join(piece.text for piece in taken))
+    assert left._new_ids.gi_frame is None
+
+
 def test_bytes_read_count_shared_weights_once_and_looked_up_rows_not_at_all():
     config = tiny_checkpoints.config_of(num_hidden_layers=1)
     untied = tiny_checkpoints.dense_model(config)
@@ -308,8 +355,9 @@ def test_bytes_read_count_packed_weights(tmp_path, dtype, device):
     assert bytes_per_token(model) == needed.weights - model.model.embed_tokens.weight.nbytes
 
 
+@pytest.mark.parametrize("take", [iter, Completion.pieces])
 @pytest.mark.parametrize("ends", ["closed", "at its end", "at a stop string"])
-def test_a_text_that_has_ended_keeps_no_cache(ends, monkeypatch):
+def test_a_text_that_has_ended_keeps_no_cache(ends, take, monkeypatch):
     model, tokenizer = load(device="cpu")
     caches, make = [], generate_module.PlainStep
 
@@ -321,7 +369,7 @@ def test_a_text_that_has_ended_keeps_no_cache(ends, monkeypatch):
     monkeypatch.setattr(generate_module, "PlainStep", made)
     stop = [" king"] if ends == "at a stop string" else []
     completion = complete(model, tokenizer, tokenizer.encode("Once upon a time"), max_tokens=8, stop=stop)
-    pieces = iter(completion)
+    pieces = take(completion)
     next(pieces)
     assert caches[0]() is not None
     pieces.close() if ends == "closed" else list(pieces)

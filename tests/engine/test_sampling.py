@@ -56,16 +56,22 @@ def test_candidates_have_the_probabilities_of_the_definition(logits, sampling):
     prompt=st.lists(st.integers(0, 1), max_size=4),
     generated=st.lists(st.integers(0, 1), max_size=4),
     penalties=st.tuples(*[st.sampled_from([0.0, 0.5, 2.0])] * 2, st.sampled_from([0.8, 1.0, 1.3])),
+    last=st.integers(-1, 9),
 )
-def test_penalties_follow_the_definition(logits, prompt, generated, penalties):
+def test_penalties_follow_the_definition(logits, prompt, generated, penalties, last):
     presence, frequency, repetition = penalties
-    sampling = Sampling(presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition)
+    sampling = Sampling(
+        presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition, repeat_last_n=last
+    )
+    repeatable = (prompt + generated)[-last:] if last else []
+    if last == -1:
+        repeatable = prompt + generated
     history = History.of_prompt(torch.tensor([prompt], dtype=torch.int64), len(logits))
     for token in generated:
         history.add(torch.tensor([token]))
     expected = []
     for token, logit in enumerate(logits):
-        if token in prompt + generated:
+        if token in repeatable:
             logit = logit * repetition if logit < 0 else logit / repetition
         expected.append(logit - presence * (token in generated) - frequency * generated.count(token))
     torch.testing.assert_close(penalize(torch.tensor([logits]), sampling, history)[0], torch.tensor(expected))
@@ -73,7 +79,8 @@ def test_penalties_follow_the_definition(logits, prompt, generated, penalties):
 
 def test_padding_is_not_history():
     history = History.of_prompt(torch.tensor([[0, 0, 3], [1, 2, 3]]), 5, padding_B=torch.tensor([2, 0]))
-    assert history.prompt_BV.tolist() == [[False, False, False, True, False], [False, True, True, True, False]]
+    never = math.inf
+    assert history.ages_BV.tolist() == [[never, never, never, 1, never], [never, 3, 2, 1, never]]
 
 
 def test_draw_follows_the_probabilities(device):
@@ -139,6 +146,8 @@ def test_half_precision_logits_are_widened_before_they_are_divided():
         ({"repetition_penalty": 0}, "repetition_penalty = 0"),
         ({"presence_penalty": math.nan}, "presence_penalty = nan"),
         ({"frequency_penalty": math.inf}, "frequency_penalty = inf"),
+        ({"repeat_last_n": -2}, r"repeat_last_n = -2 makes no sense\n  it must be a whole number from -1"),
+        ({"repeat_last_n": 0.5}, r"repeat_last_n = 0\.5"),
     ],
 )
 def test_senseless_settings_are_refused(setting, message):

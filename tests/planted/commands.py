@@ -23,7 +23,7 @@ FAULTS = [
     Fault("commands/prompts.py", r"return stat\.S_ISFIFO\(mode\) or", "return", FLAGS),
     Fault("commands/prompts.py", r"\+ \(arguments\.prefill_response or \"\"\)", "", THOUGHTS),
     Fault("commands/prompts.py", r'"enable_thinking": arguments\.think', '"enable_thinking": True', THOUGHTS),
-    Fault("commands/telling.py", r"if completion\.ids\[told:\]:", "if False:", FLAGS),
+    Fault("commands/telling.py", r"if piece\.ids or piece\.text:", "if piece.text:", FLAGS),
     Fault("commands/together.py", r"1 << \(self\.rows\.bit_length\(\) - 1\)", "self.rows", MANY),
     Fault("commands/samples.py", r"waiting\.pop\(told, None\)", "waiting.pop(ending.number, None)", FLAGS),
     Fault("commands/talking.py", r"limit // 2 and", "limit and", "test_generate"),

@@ -7,8 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from miniawq.errors import InvalidInput, NotFound, UnsupportedCheckpoint
 from miniawq.text.tokenizer import Tokenizer
@@ -109,6 +111,25 @@ def test_special_and_unknown_ids_have_no_text():
     assert tokenizer.decode([*king, *ends, 10**6]) == "king"
     assert tokenizer.decode([*king, *ends], skip_special_tokens=False) == "king<|im_end|>"
     assert "".join(streamed(tokenizer, [], [*ends, *king, 10**6, *ends])) == "king"
+
+
+@pytest.mark.parametrize(("kind", "named", "text"), [("byte_level", "Ġa", " a"), ("byte_fallback", "▁had", "▁had")])
+def test_a_token_is_known_by_its_id_its_name_and_its_text(kind, named, text):
+    tokenizer = make(kind)
+    token_id = tokenizer.id_of(named)
+    assert tokenizer.id_of(str(token_id)) == tokenizer.id_of(text) == token_id
+    assert tokenizer.encode("<|im_end|>", False) == [tokenizer.id_of("<|im_end|>")]
+    for unknown in ("a king", "", "999999", "9" * 5000):
+        with pytest.raises(InvalidInput, match=r"is no single token|there is no token with the id 999999"):
+            tokenizer.id_of(unknown)
+
+
+def test_what_stands_for_unknown_words_is_no_token_of_theirs(tmp_path):
+    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "king": 1}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(tiny_tokenizers.write(tmp_path, words.to_str()))
+    assert tokenizer.id_of("king") == 1
+    with pytest.raises(InvalidInput, match="'queen' is no single token"):
+        tokenizer.id_of("queen")
 
 
 def test_bos_is_put_once(tmp_path):
