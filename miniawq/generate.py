@@ -38,6 +38,7 @@ from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered, observed
 from miniawq.engine.fitting import check_decoder, check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK, against_plan, require_memory
+from miniawq.engine.rows import clear
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, NotedLogprobs, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.speculation import Lookup, speculated
 from miniawq.engine.start import Decoders, PlainStep, Step, threads_for
@@ -128,6 +129,8 @@ def generate(
         cached.add(ids)
         if NOT_A_NUMBER in ids:
             cached.forget()
+            for row in range(len(decoder.cache.keys_NBMJE[0])):
+                clear(decoder, row, 0)
             raise not_a_number(model, logits_BV.dtype)
         yield [token_id if is_on else None for token_id, is_on in zip(ids, running, strict=True)]
         running = [is_on and token_id not in stop_ids for token_id, is_on in zip(ids, running, strict=True)]
@@ -172,10 +175,8 @@ def _run(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
     checkpoint = open_checkpoint(arguments.model, **hub_options(arguments)).with_kv_cache(KV_DTYPES[arguments.kv_dtype])
     # Whatever can be refused is refused before the weights are read.
-    device, tokenizer = (
-        pick_device(arguments.device),
-        Tokenizer(checkpoint.directory, prompts.given_template(arguments)),
-    )
+    device = pick_device(arguments.device)
+    tokenizer = Tokenizer(checkpoint.directory, prompts.given_template(arguments))
     stated = read_object(checkpoint.directory / "generation_config.json")
     sampling = Sampling.choose(stated, **sampling_flags(arguments))
     prompts.check_template(arguments, tokenizer)

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from miniawq.compiled import are_here, first_line, kept
 from miniawq.engine.attend import first_seen, mask_of
 from miniawq.engine.memory import PREFILL_CHUNK
-from miniawq.engine.start import ready_for_steps
+from miniawq.engine.start import Step, ready_for_steps
 from miniawq.engine.step import DecodeStep
 from miniawq.hardware import threads
 from miniawq.model import KVCache, Llama, narrowed
@@ -139,8 +139,8 @@ def share(step: RowsStep, ids: Sequence[int]) -> None:
             kept_NBMJE[:, 1:, : len(ids)] = kept_NBMJE[:, :1, : len(ids)]
 
 
-def clear(step: RowsStep, row: int, past: int) -> None:
-    """Make finite again what a row holds after `past` positions."""
+def clear(step: RowsStep | Step, row: int, past: int) -> None:
+    """Make finite again what a row holds after `past` positions: 0 times NaN is no number."""
     for kept_NBMJE in (step.cache.keys_NBMJE, step.cache.values_NBMJE):
         kept_NBMJE[:, row, past:] = 0
 

@@ -181,7 +181,7 @@ def test_logits_that_are_not_numbers_are_an_error(model, dtype, reason):
     for layer in (broken.model.layers[0].mlp.up_proj, broken.model.layers[0].mlp.gate_proj):
         layer.weight.fill_(torch.finfo(dtype).max)
     with pytest.raises(MiniawqError, match=rf"not a number\n.*{reason}"):
-        continued(broken, tokens(5, "cpu"), 4)
+        continued(broken, tokens(5, model.device), 4)
 
 
 @pytest.mark.parametrize("padding", [[5, 0], [9, 0], [-1, 0], [0], [0, 0, 0], [0.5, 0.0], [[0, 0]]])
@@ -192,7 +192,7 @@ def test_padding_that_leaves_no_prompt_is_refused(model, padding):
 
 def test_seeds_of_64_bits_give_their_own_texts(model):
     sampling, seeds = Sampling(temperature=2.0), [7, 7 + 2**32, 7 + 2**33, 7 + 2**63, 2**64 - 1]
-    texts = [continued(model, tokens(5), 12, sampling=sampling, seed=seed) for seed in seeds]
+    texts = [continued(model, tokens(5, model.device), 12, sampling=sampling, seed=seed) for seed in seeds]
     assert len({str(text) for text in texts}) == len(seeds)
     assert fold_seed(2**32 - 1) == 2**32 - 1
     for seed in (-1, 2**64):

@@ -7,6 +7,7 @@ FAULTS = [
     Fault("generate.py", r"max\(1, prefill_chunk // batch\)", "prefill_chunk", COMPLETION),
     Fault("generate.py", r"is_on and token_id not in stop_ids", "token_id not in stop_ids", COMPLETION),
     Fault("generate.py", r"if NOT_A_NUMBER in ids:", "if False:", COMPLETION),
+    Fault("generate.py", r"clear\(decoder, row, 0\)", "pass", "engine/test_cached_text"),
     Fault(
         "commands/context.py",
         r"longest if arguments\.max_seq_len is None else arguments\.max_seq_len",
