@@ -11,12 +11,15 @@ T = TypeVar("T")
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items in the same order, each made in a second thread while the caller uses the one before."""
-    source = iter(items)
-    with ThreadPoolExecutor(1) as thread:
+    source, thread = iter(items), ThreadPoolExecutor(1)
+    try:
         coming: Future[list[T]] = thread.submit(_next, source)
         while found := coming.result():
             coming = thread.submit(_next, source)
             yield found[0]
+    finally:
+        # The garbage collector may end this while another thread begins, and to wait for ours would then never end.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _next(source: Iterator[T]) -> list[T]:

@@ -33,6 +33,7 @@ FAULTS = [
     ),
     Fault("quantize/memory.py", r'("one block": block),', r"\1 // 2,", COSTS),
     Fault("checkpoint/background.py", r"if kind is None:", "if False:", COSTS),
+    Fault("checkpoint/background.py", r"shutdown\(wait=False, cancel_futures=True\)", "shutdown()", COSTS),
     Fault("quantize/verify.py", r"not error <= 1 \+ ROUNDING", "False", JOB),
     Fault("quantize/memory.py", r'"the next block": stored', '"the next block": 0', JOB),
     Fault("quantize/job.py", r"^    with locked\(destination\):", "    if True:", JOB),

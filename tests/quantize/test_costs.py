@@ -1,5 +1,7 @@
 """What quantizing costs beside arithmetic: memory as planned, and no question to the device inside a search."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,26 @@ def test_items_come_ahead_in_order_and_errors_where_they_belong() -> None:
     assert next(items) == 1
     with pytest.raises(ValueError, match="second"):
         next(items)
+
+
+def test_leaving_does_not_wait_for_the_item_that_is_coming() -> None:
+    """The garbage collector may close it where a thread begins, which holds a lock that waiting needs."""
+    begins, is_closed, ends = threading.Event(), threading.Event(), threading.Event()
+    was_closed: list[bool] = []
+
+    def slow() -> Iterator[int]:
+        yield 1
+        begins.set()
+        was_closed.append(is_closed.wait(5))
+        ends.set()
+
+    items = ahead(slow())
+    assert next(items) == 1
+    assert begins.wait(5)
+    items.close()  # type: ignore[attr-defined]
+    is_closed.set()
+    assert ends.wait(5)
+    assert was_closed == [True]
 
 
 def test_what_runs_behind_is_done_in_order_and_its_errors_are_told() -> None:
