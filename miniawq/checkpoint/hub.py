@@ -23,6 +23,7 @@ from miniawq.errors import MiniawqError, NotFound, UnsupportedCheckpoint, UsageE
 
 log = logging.getLogger(__name__)
 
+NEVER_TRUSTED = "has no effect: miniawq never executes repository code"
 DEMO = Path(__file__).parents[1] / "demo" / "fairytales-awq"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 LFS_POINTER = b"version https://git-lfs"
@@ -203,14 +204,13 @@ def add_hub_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="Hub access token (default: HF_TOKEN, or that of `hf auth login`)")
     parser.add_argument("--cache-dir", help="where downloads are kept (default: HF_HOME)")
     parser.add_argument("--local-files-only", "--offline", action="store_true", help="never use the network")
-    never = "has no effect: miniawq never executes repository code"
-    parser.add_argument("--trust-remote-code", action="store_true", help=never)
+    parser.add_argument("--trust-remote-code", action="store_true", help=NEVER_TRUSTED)
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of those flags, as `locate` and `open_checkpoint` take them."""
     if arguments.trust_remote_code:
-        log.info("--trust-remote-code has no effect: miniawq never executes repository code")
+        log.info("--trust-remote-code %s", NEVER_TRUSTED)
     names = ("revision", "token", "cache_dir", "local_files_only")
     return {name: getattr(arguments, name) for name in names}
 

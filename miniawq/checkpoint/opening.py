@@ -121,6 +121,8 @@ class Checkpoint:
 
     def with_kv_cache(self, dtype: torch.dtype | None) -> "Checkpoint":
         """The checkpoint whose model keeps keys and values in this dtype; None is that of its activations."""
+        if dtype == self.model_config.kv_cache_dtype:
+            return self
         model_config = replace(self.model_config, kv_cache_dtype=dtype)
         skeleton = build_skeleton(model_config, self.tensors, self.quantized)
         return replace(self, model_config=model_config, skeleton=skeleton)
