@@ -116,7 +116,7 @@ def generate(
     decoder.begin(tokens_BL, padding_B, fold_seed(seed))
     decoder.cache.length = cached.begin(tokens_BL, length)
     for chunk_BL in reading(tokens_BL[:, decoder.cache.length :].split(max(1, prefill_chunk // batch), dim=1)):
-        logits_BV = model.last_logits(chunk_BL, decoder.cache)
+        logits_BV = model.logits(decoder.read(chunk_BL, decoder.cache)[:, -1])
     ids_B = sample(logits_BV, sampling, decoder.history, decoder.generator)
     running = [True] * batch
     if watch is not None:

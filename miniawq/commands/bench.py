@@ -81,7 +81,7 @@ def time_text(model: Llama, step: Step, rows: int, context: int, new_tokens: int
     step.begin(tokens_BL)
     started = time.perf_counter()
     for chunk_BL in tokens_BL.split(max(1, PREFILL_CHUNK // rows), dim=1):
-        logits_BV = model.last_logits(chunk_BL, step.cache)
+        logits_BV = model.logits(step.read(chunk_BL, step.cache)[:, -1])
     ids_B = logits_BV.argmax(-1)
     ids_B.tolist()
     begun = time.perf_counter()

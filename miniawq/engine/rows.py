@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from miniawq.compiled import are_here, first_line, kept
 from miniawq.engine.attend import first_seen, mask_of
 from miniawq.engine.memory import PREFILL_CHUNK
-from miniawq.engine.start import Step, ready_for_steps
+from miniawq.engine.start import Read, Step, ready_for_steps
 from miniawq.engine.step import DecodeStep
 from miniawq.hardware import threads
 from miniawq.model import KVCache, Llama, narrowed
@@ -34,6 +34,9 @@ class RowsStep(Protocol):
     model: Llama
     cache: KVCache
 
+    @property
+    def read(self) -> Read: ...
+
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
         """Append one id to each of the first rows, after so many positions of it; logits_BV of what follows."""
 
@@ -43,6 +46,7 @@ class PlainRows:
 
     def __init__(self, model: Llama, rows: int, max_seq_len: int) -> None:
         self.model, self.threads = model, ready_for_steps(model)
+        self.read: Read = model.model
         self.cache = KVCache(model.config, rows, max_seq_len, device=model.device, dtype=model.dtype)
 
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -126,7 +130,7 @@ def prefill(step: RowsStep, first: int, prompts: Sequence[Sequence[int]], past: 
     cache = some_rows(step.cache, first, len(prompts))
     cache.length = past
     for chunk_BL in tokens_BL.split(PREFILL_CHUNK, dim=1):
-        h_BLD = model.model(chunk_BL, cache)
+        h_BLD = step.read(chunk_BL, cache)
     last_B = torch.tensor([(len(ids) - 1) % PREFILL_CHUNK for ids in prompts], device=model.device)
     return model.logits(h_BLD[torch.arange(len(prompts), device=model.device), last_B])
 

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,11 +22,16 @@ from miniawq.model import KVCache, Llama
 
 log = logging.getLogger(__name__)
 
+Read = Callable[[Tensor, KVCache], Tensor]
+
 SMALL_MODEL_BYTES = 32 << 20  # 10 ms at the bandwidth of one core
 
 
 class Step(Protocol):
-    """What computes one more token for every row: `PlainStep`, `EagerStart`, `DecodeStep`."""
+    """What computes one more token for every row: `PlainStep`, `EagerStart`, `DecodeStep`.
+
+    `read` takes a piece of the prompts and gives hidden_BLD after the final norm.
+    """
 
     sampling: Sampling
     cache: KVCache
@@ -39,6 +44,9 @@ class Step(Protocol):
 
     def begin(self, tokens_BL: Tensor, padding_B: Tensor | None = None, seed: int | None = None) -> None: ...
 
+    @property
+    def read(self) -> Read: ...
+
     def step(self, ids_B: Tensor) -> Tensor: ...
 
     def verify(self, ids: Sequence[int]) -> Tensor: ...
@@ -49,6 +57,7 @@ class PlainStep:
 
     def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
+        self.read: Read = model.model
         self.threads = ready_for_steps(model)
         self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
@@ -117,6 +126,7 @@ class EagerStart(PlainStep):
     def __init__(self, model: Llama, compiled: DecodeStep, streams: bool = True) -> None:
         self.model, self.compiled, self.sampling, self.streams = model, compiled, compiled.sampling, streams
         self.cache, self.history, self.generator = compiled.cache, compiled.history, compiled.generator
+        self.read = compiled.read
         self.ahead, self.is_warm, self.threads = 0, False, None
         # Compiled code is for a number of threads, and a new thread would begin with the default one.
         self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
@@ -177,9 +187,6 @@ class EagerStart(PlainStep):
         try:
             with torch.inference_mode(), kept(self.compiled.described()) as directory:
                 self.compiled.compile(directory)
-                if self.compiled.device.type == "cuda":
-                    # The prompts of later texts go through a compiled function too.
-                    self.model(self.compiled.ids_B[:, None])
         except Exception as error:
             log.warning("the decode step cannot be compiled, and stays slow: %s", first_line(error))
             log.debug("this is why", exc_info=True)

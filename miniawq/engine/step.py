@@ -15,6 +15,7 @@ from torch import Tensor
 from miniawq.compiled import check, identity
 from miniawq.engine.attend import SMALLEST_HEAD, mask_of
 from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache
+from miniawq.engine.reader import PromptReader
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.weights import Accepts, Layer, LayerWeights, Weights
 from miniawq.errors import InvalidInput, MiniawqError
@@ -33,7 +34,7 @@ class DecodeStep:
     """`step(ids_B) -> ids_B` feeds one token to every row and chooses the next, all on the device.
 
     It owns what a recorded step must own: the cache, the history, the random numbers. A text starts with `begin`; its
-    prompt goes through the model itself, into `cache`; the first `step` compiles, unless `compile` has been called.
+    prompt is read (`read`) into `cache`; the first `step` compiles, unless `compile` has been called.
     With `compiles` False the same functions run as they are. With `texts` 1 all rows are neighbouring tokens of one
     text.
     """
@@ -50,6 +51,7 @@ class DecodeStep:
     ) -> None:
         self.texts = texts or batch
         self.model, self.config, self.sampling = model, model.config, sampling or Sampling()
+        self.read = PromptReader(model)
         self.device, self.dtype = model.device, model.dtype
         # What is made in inference mode could not be used outside.
         with torch.inference_mode(False), torch.no_grad():
@@ -121,6 +123,8 @@ class DecodeStep:
         spare._compare_with_model()
         self.layers, self.head = spare.layers, spare.head
         self.functions, self.is_ready = spare.functions, True
+        if self.device.type == "cuda":
+            self.read.compile()
         self.build_seconds += time.perf_counter() - started
 
     def _compiled_functions(self, directory: Path | None) -> Functions:

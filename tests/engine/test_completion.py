@@ -21,7 +21,7 @@ from miniawq.engine.sampling import Sampling, fold_seed
 from miniawq.engine.step import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint
 from miniawq.generate import complete, generate, load
-from miniawq.model import KVCache, Llama
+from miniawq.model import Decoder, KVCache
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers import tiny_checkpoints, tiny_tokenizers
 from tests.helpers.early_steps import EarlyStep
@@ -65,8 +65,8 @@ def test_the_prompt_may_run_in_pieces(model, device, chunk):
 
 @pytest.mark.parametrize(("rows", "pieces"), [(1, [6, 1]), (2, [3, 3, 1]), (5, [1] * 7), (9, [1] * 7)])
 def test_a_piece_is_so_many_tokens_of_all_rows_together(model, device, monkeypatch, rows, pieces):
-    seen, last_logits = [], Llama.last_logits
-    monkeypatch.setattr(Llama, "last_logits", lambda *given: seen.append(given[1].shape) or last_logits(*given))
+    seen, forward = [], Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda *given: seen.append(given[1].shape) or forward(*given))
     continued(model, tokens(7, device, rows), 1, prefill_chunk=6)
     assert seen == [(rows, length) for length in pieces]
 
