@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from miniawq.compiled import WORKSHOP, any_length, compile_with_forms, own_copy
 from miniawq.engine.layer import added
@@ -155,10 +156,13 @@ def prove(model: Llama) -> str:
 
 def read(model: Llama, between: Between, tokens_BL: Tensor, cache: KVCache) -> Tensor:
     """What `model.model(tokens_BL, cache)` computes."""
-    new = tokens_BL.shape[1]
-    given = model.model.positions(cache.length, new, cache.max_seq_len, cache.padding_B)
-    hidden_BLD = through(model, between, tokens_BL, *given, cache)
-    cache.length += new
+    new, padding_B = tokens_BL.shape[1], cache.padding_B
+    end = cache.length + new
+    ropes, masks = model.model.positions(cache.length, new, cache.max_seq_len, padding_B)
+    if padding_B is None:
+        masks = {window: None if (window or end) >= end else mask for window, mask in masks.items()}
+    hidden_BLD = through(model, between, tokens_BL, ropes, masks, cache)
+    cache.length = end
     return hidden_BLD
 
 
@@ -173,10 +177,10 @@ def through(model: Llama, between: Between, tokens_BL: Tensor, ropes: Ropes, mas
     for block, next_norm, kind, window in zip(blocks, following, config.layer_ropes, config.layer_windows, strict=True):
         attn, mlp = block.self_attn, block.named(names.mlp)
         q_BHLE, k_BJLE, v_BJLE = (
-            y.unflatten(0, rows).transpose(1, 2) for y in heads_of(between, attn, x_TD, ropes_T[kind], kind)
+            y.unflatten(0, rows).transpose(1, 2) for y in heads_of(between, attn, x_TD, ropes_T[kind])
         )
         seen = cache.append(attn.layer, k_BJLE, v_BJLE)
-        y_BHLE = attention(q_BHLE, *seen, masks[window], config.attention_multiplier)
+        y_BHLE = attended(q_BHLE, *seen, masks[window], config.attention_multiplier)
         y_TD = attn.o_proj(y_BHLE.transpose(1, 2).flatten(2).flatten(0, 1))
         after, before_mlp = block.named(names.after_attention), block.named(names.before_mlp)
         h_TD, x_TD = between.add(config, h_TD, y_TD, gain_of(after), gain_of(before_mlp))
@@ -186,24 +190,30 @@ def through(model: Llama, between: Between, tokens_BL: Tensor, ropes: Ropes, mas
     return x_TD.unflatten(0, rows)
 
 
+def attended(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """As `model.attention`, and with no mask also after earlier positions: the library knows which are seen."""
+    if mask is not None or q_BHLE.shape[2] == k_BJME.shape[2]:
+        return attention(q_BHLE, k_BJME, v_BJME, mask, scale)
+    seen = causal_lower_right(q_BHLE.shape[2], k_BJME.shape[2])
+    return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, attn_mask=seen, scale=scale, enable_gqa=True)
+
+
 def of_tokens(table: Tensor, rows: torch.Size) -> Tensor:
     """A rotary table [L, E] of all rows, or [B, 1, L, E], as [T, 1, E]."""
     table_BLE = table.squeeze(1) if table.dim() == 4 else table.expand(*rows, -1)
     return table_BLE.reshape(-1, 1, table.shape[-1])
 
 
-def heads_of(
-    between: Between, attn: Attention, x_TD: Tensor, rope_T: Rope, pairs: RopeConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def heads_of(between: Between, attn: Attention, x_TD: Tensor, rope_T: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, the first two normed, if the family does that, and turned."""
     config, names = attn.config, attn.config.names
     projected = outputs_of([getattr(attn, name) for name in names.qkv], x_TD, attn.widths)
     q_THE, k_TJE, v_TJE = (y_TO.unflatten(-1, (-1, config.head_dim)) for y_TO in projected)
     norm_q, norm_k = (getattr(attn, name) for name in (names.q_norm, names.k_norm))
     if config.qk_norm == "turned heads":
-        q_THE, k_TJE = between.turn(pairs, q_THE, k_TJE, rope_T)
+        q_THE, k_TJE = between.turn(config.rope, q_THE, k_TJE, rope_T)
         return norm_q(q_THE), norm_k(k_TJE), v_TJE
-    return (*between.turn(pairs, norm_q(q_THE), norm_k(k_TJE), rope_T), v_TJE)
+    return (*between.turn(config.rope, norm_q(q_THE), norm_k(k_TJE), rope_T), v_TJE)
 
 
 def gain_of(norm: nn.Module) -> Tensor | None:

@@ -29,14 +29,14 @@ def tiny(name, device):
 def test_what_is_read_is_what_the_model_computes(name, is_padded, device):
     """Two pieces of two texts. The bound is that of the decode step."""
     model = tiny(name, device)
-    tokens_BL = torch.randint(model.config.vocab_size, (2, 13), device=device)
+    tokens_BL = torch.randint(model.config.vocab_size, (2, 20), device=device)
     padding_B = torch.tensor([0, 3], device=device) if is_padded else None
     caches = [KVCache(model.config, 2, ROOM, device=device, padding_B=padding_B) for _ in range(2)]
-    for piece_BL in tokens_BL.split(9, dim=1):
+    for piece_BL in tokens_BL.split(11, dim=1):
         found_BLD = read(model, UNCOMPILED, piece_BL, caches[0])
         expected_BLD = model.model(piece_BL, caches[1])
         torch.testing.assert_close(found_BLD, expected_BLD, rtol=0, atol=2e-5 * float(expected_BLD.abs().max()))
-    assert caches[0].length == caches[1].length == 13
+    assert caches[0].length == caches[1].length == 20
     torch.testing.assert_close(caches[0].keys_NBMJE, caches[1].keys_NBMJE)
     torch.testing.assert_close(caches[0].values_NBMJE, caches[1].values_NBMJE)
 
@@ -102,12 +102,13 @@ def test_beginnings_of_any_lengths_are_read_again_and_again(name, kv_dtype, reco
     # Compiled, keys differ by a rounding, and may be kept as neighbouring numbers.
     error = 2e-5 if kv_dtype is None else 1e-2
     # Beyond its length a row holds what an earlier text left.
-    for length in (64, 3, 64, 63, 65, 2, 69, 66, 64):
+    for turn, length in enumerate((64, 3, 64, 63, 65, 2, 69, 66, 64)):
         tokens_BL = torch.randint(model.config.vocab_size, (2, length), device=device)
         cache.length = expected.length = 0
         found_BLD, expected_BLD = read_prompt(tokens_BL, cache), model.model(tokens_BL, expected)
         torch.testing.assert_close(found_BLD, expected_BLD, rtol=0, atol=error * float(expected_BLD.abs().max()))
         assert cache.length == length
+        assert turn or not any(read_prompt.recordings.values())
         next_B = tokens_BL[:, :1]
         found_BLD, expected_BLD = read_prompt(next_B, cache), model.model(next_B, expected)
         torch.testing.assert_close(found_BLD, expected_BLD, rtol=0, atol=error * float(expected_BLD.abs().max()))

@@ -6,6 +6,7 @@ STEP, ARTIFACTS, PLAN = "engine/test_step", "compiled/test_artifacts", "commands
 COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
 DELIVERY, CACHED = "engine/test_delivery", "engine/test_cached_text"
 GUESSES = "engine/test_speculation"
+READER = "engine/test_reader"
 BATCH, MANY = "engine/test_batch", "commands/test_many"
 FAULTS = [
     # Narrow kv caches.
@@ -48,6 +49,32 @@ FAULTS = [
     Fault("engine/rows.py", r"kept_NBMJE\[:, into\] = kept_NBMJE\[:, row\]", "pass", BATCH),
     Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=own\)", r"\1row_K.exponential_()", BATCH),
     Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
+    # Prompts read by compiled and recorded functions.
+    Fault("engine/reader.py", r"cache\.length == 0 and cache\.padding_B is None", "cache.length == 0", READER),
+    Fault("engine/reader.py", r"cache\.length == 0 and (cache\.padding_B is None)", r"\1", READER),
+    Fault("engine/reader.py", r"rows \* filled <= PREFILL_CHUNK", "True", READER),
+    Fault("engine/reader.py", r"and length > 1 and", "and", READER),
+    Fault("engine/reader.py", r"if self\.is_ready and rows \* length >= PREFILL_CHUNK", "if False", READER),
+    Fault("engine/reader.py", r"made\.values_NBMJE\)\):", "made.keys_NBMJE)):", READER),
+    Fault("engine/reader.py", r"kept_NBMJE\[:, :, :length\] = new", "kept_NBMJE[:, :, 1:length] = new", READER),
+    Fault("engine/reader.py", r"cache\.length = length$", "cache.length = filled", READER),
+    Fault("engine/reader.py", r"hidden_BLD\[:, :length\]", "hidden_BLD", READER),
+    Fault("engine/reader.py", r"self\.recordings\.pop\(key, None\)", "self.recordings.get(key)", READER),
+    Fault("engine/reader.py", r"> MOST_RECORDINGS", "> MOST_RECORDINGS + 1", READER),
+    Fault("engine/reader.py", r" and self\._has_room\(rows, filled\)", "", READER),
+    Fault("engine/reader.py", r"if is_met and recording is None", "if recording is None", READER),
+    Fault("engine/reader.py", r"rows, filled, cache\.max_seq_len  #.*$", "filled, rows, cache.max_seq_len", READER),
+    Fault("engine/reader.py", r"ropes_T\[kind\]", "ropes_T[config.rope]", READER),
+    Fault("engine/reader.py", r"masks\[window\], config", "masks[None], config", READER),
+    Fault("engine/reader.py", r"\(window or end\) >= end", "True", READER),
+    Fault("engine/reader.py", r"if padding_B is None:$", "if True:", READER),
+    Fault("engine/reader.py", r"attn_mask=seen", "is_causal=True", READER),
+    Fault("engine/reader.py", r'config\.qk_norm == "turned heads"', "False", READER),
+    Fault("engine/reader.py", r"norm_k\(k_TJE\), rope_T\)", "k_TJE, rope_T)", READER),
+    Fault("engine/reader.py", r"rope_T\[:2\]", "rope_T", READER),
+    Fault("engine/reader.py", r"gain_of\(after\), gain", "gain_of(before_mlp), gain", READER),
+    Fault("engine/reader.py", r"for block in blocks\[1:\]", "for block in blocks[:-1]", READER),
+    Fault("engine/reader.py", r'return "" if is_near else', 'return "" if True else', READER),
     # Guesses.
     Fault("engine/layer.py", r"row_B1 if texts == rows else torch\.zeros_like\(row_B1\)", "row_B1", GUESSES),
     Fault("engine/step.py", r'( == "cuda") or not self\.ends_together', r"\1", GUESSES),
