@@ -44,14 +44,15 @@ class Item(NamedTuple):
 
 
 def chain(draw: random.Random, length: int) -> tuple[str, str]:
-    """Terms of one or two digits, and the value after each: one wrong step spoils the rest. None falls below 0."""
-    asked, values = str(first := draw.randint(20, 99)), [first]
+    """Terms of one or two digits, to be added one after the other: a wrong step spoils the rest. None falls below 0."""
+    asked, steps = str(value := draw.randint(20, 99)), []
     for _ in range(length):
         term = draw.randint(2, 19)
-        sign = 1 if values[-1] < term else draw.choice((1, -1))
-        asked += f" {'+' if sign == 1 else '-'} {term}"
-        values.append(values[-1] + sign * term)
-    return f"Sum: {asked}\nSteps:", " ".join(map(str, values[1:]))
+        step = f"- {term}" if value >= term and draw.random() < 0.5 else f"+ {term}"
+        before, value = value, value + int(step.replace(" ", ""))
+        asked += f" {step}"
+        steps.append(f"{before} {step} = {value}")
+    return f"Sum: {asked}\nSteps:", ", ".join(steps)
 
 
 def copy(draw: random.Random, length: int) -> tuple[str, str]:

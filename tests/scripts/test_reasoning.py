@@ -25,15 +25,18 @@ def test_answers_are_right_and_the_same_each_time() -> None:
 def is_right(task: str, text: str) -> bool:
     (_, given), (_, answer) = (line.split(": ") for line in text.split("\n"))
     if task == "sum":
-        terms = given.replace("+ ", "+").replace("- ", "-").split()
-        values = list(itertools.accumulate(map(int, terms)))
-        return list(map(int, answer.split())) == values[1:] and min(values) >= 0
+        values = list(itertools.accumulate(map(int, given.replace("+ ", "+").replace("- ", "-").split())))
+        steps = [step.split(" = ") for step in answer.split(", ")]
+        assert [int(left.split()[0]) for left, _ in steps] == values[:-1]
+        assert all(eval(left) == int(right) for left, right in steps)
+        return int(steps[-1][1]) == values[-1] and min(values) >= 0
     return answer.split() == given.split()[:: -1 if task == "backwards" else 1]
 
 
 def test_lists_and_chains_have_their_length() -> None:
     for item in reasoning.items_of(1):
-        assert len(item.answer.split()) == item.length
+        words = item.answer.split(", ") if item.task == "sum" else item.answer.split()
+        assert len(words) == item.length
 
 
 @pytest.mark.parametrize(
