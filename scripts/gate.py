@@ -4,7 +4,8 @@
 
 `closed` is the part of the first format's KL(dense || quantized) that is gone, `rest` by what the loss differs beside
 KL: 0 in the mean if the text came from the dense model. The last two columns compare a row with the one above it, token
-by token. With --blocks only the first blocks change, where the time does not do for all.
+by token. Seconds are those of quantizing, of the processor or of the GPU. With --blocks only the first blocks change,
+where the time does not do for all.
 """
 
 import argparse
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--compared-tokens", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=12, help="scored, spread over each text")
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, help="write the scores of all tokens there, for torch.load")
     arguments = parser.parse_args()
     dense, tokenizer, length = open_checkpoint(arguments.model), Tokenizer(arguments.model), arguments.sequence_length
@@ -43,9 +45,12 @@ def main() -> None:
         torch.cat(windows),
         [(name, arguments.group_size) for name in arguments.formats],
         calibration_BL,
+        arguments.device,
         compared_tokens=arguments.compared_tokens,
         blocks=arguments.blocks,
     )
+    print(f"{calibration_BL.numel()} tokens of calibration; {arguments.device}")
+    print(*(f"{entry.name}: {entry.seconds:.1f} s" for entry, _ in entries), sep="\n", flush=True)
     kept, begin = {}, 0
     for text, tokens_BL in zip(arguments.text, windows, strict=True):
         rows = slice(begin, begin := begin + len(tokens_BL))

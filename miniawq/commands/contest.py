@@ -25,6 +25,7 @@ from miniawq.awq import Fold
 from miniawq.checkpoint.blocks import BlockStream
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.commands.scores import Predictor, Scores, score
+from miniawq.hardware import synchronize
 from miniawq.model import DecoderBlock
 from miniawq.quantize.formats import FORMATS, Approximation, gptq_rounding, int4_bits, rtn
 from miniawq.quantize.job import packable_folds
@@ -50,7 +51,7 @@ Change = Callable[[DecoderBlock, int], int]
 
 @dataclass(frozen=True)
 class FormatRow:
-    """A format's row: bits a weight of the layers that it changes, bytes of the whole model, processor seconds."""
+    """A format's row: bits a weight of the layers that it changes, bytes of the whole model, seconds by `clock`."""
 
     name: str
     group_size: int | None
@@ -81,12 +82,12 @@ class Text:
         self.seconds = 0.0
 
     def enter(self, block: DecoderBlock, layer: int) -> None:
-        started = time.process_time()
+        started = clock(self.stream.device)
         self.before_BLD.copy_(self.hidden_BLD)
         with awq.observe(block, self.folds, self.stride, SymmetricStatistics) as statistics:
             advance(self.stream, block, layer, self.hidden_BLD)
         self.statistics = statistics
-        self.seconds += time.process_time() - started
+        self.seconds += clock(self.stream.device) - started
 
 
 class Searched:
@@ -141,6 +142,12 @@ def change_layers(
     return bits
 
 
+def clock(device: torch.device) -> float:
+    """Seconds of the processor, which others share; for a GPU those that have passed when its work is done."""
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
 def advance(stream: BlockStream, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> None:
     """Replace hidden states by the block's outputs."""
     for rows, output_BLD in stream.run(block, layer, hidden_BLD):
@@ -176,10 +183,10 @@ def run_formats(
         if text and changes:
             text.enter(block, layer)
         for entry in entries:
-            ours, started = copy.deepcopy(block), time.process_time()
+            ours, started = copy.deepcopy(block), clock(stream.device)
             if changes:
                 entry.bits += entry.change(ours, layer)
-            entry.seconds += time.process_time() - started
+            entry.seconds += clock(stream.device) - started
             advance(stream, ours, layer, entry.hidden_BLD)
         advance(stream, block, layer, hidden_BLD)
     for entry in entries:
@@ -249,7 +256,7 @@ def size_word(row: FormatRow) -> str:
 def format_table(found: Sequence[FormatRow]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| format | group | bits | MB | perplexity | loss difference | KL | KL at 95 % | same choice | CPU s |",
+        "| format | group | bits | MB | perplexity | loss difference | KL | KL at 95 % | same choice | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:

@@ -76,20 +76,20 @@ def test_a_row_is_that_of_the_file(name, recipe, text, tmp_path, capsys) -> None
 
 
 @pytest.mark.thorough
-def test_formats_do_not_disturb_each_other(tmp_path) -> None:
+def test_formats_do_not_disturb_each_other(tmp_path, device) -> None:
     """Each has its own block, statistics and hidden states. GPTQ's text runs through its own blocks."""
     directory, _ = make_dense(tmp_path)
     checkpoint, tokens_BL = open_checkpoint(directory), torch.arange(36).view(3, 12)
-    asked: list = [("rtn", 64), ("awq", 64), ("awq", 32), ("gptq", 64)]
-    dense, together = contest.run_formats(checkpoint, tokens_BL, asked, tokens_BL)
+    asked: list = [("rtn", 64), ("awq", 64), ("awq", 32), ("neighbours", 64), ("gptq", 64)]
+    dense, together = contest.run_formats(checkpoint, tokens_BL, asked, tokens_BL, device)
     states = [entry.hidden_BLD for entry, _ in together]
-    _, [(alone, _)] = contest.run_formats(checkpoint, tokens_BL, [asked[2]], tokens_BL)
+    _, [(alone, _)] = contest.run_formats(checkpoint, tokens_BL, [asked[2]], tokens_BL, device)
     assert torch.equal(alone.hidden_BLD, states[2])
     for one, other in itertools.combinations([dense.hidden_BLD, *states], 2):
         assert not torch.equal(one, other)
     assert torch.equal(together[-1][0].change.hidden_BLD, states[-1])
-    assert torch.equal(dense.hidden_BLD, evaluate.stream_predictor(checkpoint, tokens_BL, "cpu").hidden_BLD)
-    _, [(first, _)] = contest.run_formats(checkpoint, tokens_BL, asked[:1], blocks=1)
+    assert torch.equal(dense.hidden_BLD, evaluate.stream_predictor(checkpoint, tokens_BL, device).hidden_BLD)
+    _, [(first, _)] = contest.run_formats(checkpoint, tokens_BL, asked[:1], None, device, blocks=1)
     assert not torch.equal(first.hidden_BLD, states[0])
 
 

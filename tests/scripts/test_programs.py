@@ -10,7 +10,7 @@ from tests.scripts import script
 
 PROGRAMS = (
     "bench", "bench_batch", "bench_products", "bench_quantize", "memory_table", "planted_faults", "random_checkpoint",
-    "train_demo", "worked_example", "draw_terminal",
+    "train_demo", "worked_example", "draw_terminal", "gate", "reasoning", "study_quality",
     "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp", "peers/real_model", "peers/serve",
 )  # fmt: skip
 
