@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miniawq.engine.cached_text import CachedText, common_length
-from miniawq.engine.completion import Completion, StopStrings
+from miniawq.engine.completion import Completion, StopStrings, Written
 from miniawq.engine.fitting import check_prompt
 from miniawq.engine.memory import PREFILL_CHUNK
 from miniawq.engine.rows import RowsStep, clear, move, prefill, share
@@ -58,13 +58,15 @@ class RowText:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.times = [time.perf_counter()]  # of its beginning, and of each id
-        self._stream, self._stops = tokenizer.stream(request.prompt_ids), StopStrings(stop)
+        # Only stop strings need the text while it comes, and making it takes as long as a step.
+        self._stream, self._stops = tokenizer.stream(request.prompt_ids) if stop else None, StopStrings(stop)
 
     def take(self, token_id: int, stop_ids: frozenset[int]) -> bool:
         """Note the next id; whether the text ends with it."""
         self.ids.append(token_id)
         self.times.append(time.perf_counter())
-        self._stops.push(self._stream.push(token_id))
+        if self._stream is not None:
+            self._stops.push(self._stream.push(token_id))
         is_full = len(self.ids) == self.request.max_tokens
         return is_full or token_id in stop_ids or self._stops.found is not None
 
@@ -145,11 +147,18 @@ class Batch:
             except MiniawqError as error:
                 yield Ending(number, None, error)
         self._share([list(self.requests[number].prompt_ids) for number in waiting])
+        endings: list[Ending] = []
         while waiting or any(self.rows):
             self._close_ranks()
             if self.rows.count(None) * self.rows_for_one_free >= len(self.rows):
-                yield from self._begin_some(waiting)
-            yield from self._go_on()
+                endings += self._begin_some(waiting)
+            try:
+                logits_BV = self._next_logits()
+            finally:
+                # The caller makes texts of them while a GPU computes; an interrupted step loses none.
+                yield from endings
+            endings = [] if logits_BV is None else self._take(0, logits_BV)
+        yield from endings
 
     def _check(self, request: Request) -> None:
         positions, room = len(request.prompt_ids) + request.max_tokens, self.step.cache.max_seq_len
@@ -208,14 +217,15 @@ class Batch:
                 self.chooser.move(last, place)
 
     @torch.inference_mode()
-    def _go_on(self) -> list[Ending]:
-        """One more id for every text."""
+    def _next_logits(self) -> Tensor | None:
+        """Of all texts, if there are any."""
         texts = [row for row in self.rows if row is not None]
         if not texts:
-            return []
+            return None
         ids_B = torch.tensor([row.ids[-1] for row in texts], device=self.step.model.device)
-        return self._take(0, self.step.next_logits(ids_B, [row.length for row in texts]))
+        return self.step.next_logits(ids_B, [row.length for row in texts])
 
+    @torch.inference_mode()
     def _take(self, first: int, logits_BV: Tensor) -> list[Ending]:
         """Give the rows from `first` on the ids that follow; what ends with them."""
         endings: list[Ending] = []
@@ -237,9 +247,9 @@ class Batch:
                 self.rows[place] = None
         return endings
 
-    def _completed(self, row: RowText) -> Completion:
+    def _completed(self, row: RowText) -> Written:
         """The text of a row that has ended, with the times at which it came."""
-        return Completion(
+        return Written(
             self.tokenizer,
             row.request.prompt_ids,
             row.ids,

@@ -113,10 +113,13 @@ class Completion:
             # What computes the ids holds a cache: it ends with the text, or where this is closed.
             if isinstance(self._new_ids, Generator):
                 self._new_ids.close()
-        text = stops.push(stream.finish()) + stops.finish()
+        yield self._ended(stops.push(stream.finish()) + stops.finish(), stops)
+
+    def _ended(self, text: str, stops: StopStrings) -> Piece:
+        """The last piece."""
         self.stop_reason = stops.found if stops.found is not None else self.stop_reason
         self.finish_reason = "length" if self.stop_reason is None else "stop"
-        yield self._piece(text)
+        return self._piece(text)
 
     def _piece(self, text: str) -> Piece:
         self.text += text
@@ -163,6 +166,24 @@ class Completion:
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
         }
+
+
+class Written(Completion):
+    """A text of which all ids are there, as one piece."""
+
+    def pieces(self) -> Generator[Piece, None, None]:
+        """One."""
+        stream, stops = self._tokenizer.stream(self.prompt_ids), StopStrings(self._stop)
+        self._started = self._clock()
+        for token_id in self._new_ids:
+            self._times.append(self._clock())
+            self.ids.append(token_id)
+        has_end = self.ids[-1] in self._stop_ids
+        stream.hold_back(self.ids[:-1] if has_end else self.ids)
+        text = stops.push(stream.finish()) + stops.finish()
+        if has_end:
+            self.stop_reason = self.ids[-1]
+        yield self._ended(text, stops)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -198,6 +198,10 @@ class TextStream:
         self._shown = self._tokenizer.decode(self._context)
         return text
 
+    def hold_back(self, ids: Sequence[int]) -> None:
+        """Add ids whose text is wanted together with what comes after them: one call of the library instead of many."""
+        self._pending += ids
+
     def finish(self) -> str:
         """The text held back until now. Push nothing after it."""
         return self._text()

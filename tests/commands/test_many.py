@@ -151,20 +151,20 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys, chat_model, file, tmp_p
 
 def test_what_was_written_before_ctrl_c_is_kept(capsys, caplog, monkeypatch, chat_model, file, tmp_path):
     out = tmp_path / "out.jsonl"
-    go_on, count = Batch._go_on, iter(range(4))
+    next_logits, count = Batch._next_logits, iter(range(4))
 
     def interrupted(batch):
         if next(count, None) is None:
             raise KeyboardInterrupt
-        return go_on(batch)
+        return next_logits(batch)
 
-    monkeypatch.setattr(Batch, "_go_on", interrupted)
+    monkeypatch.setattr(Batch, "_next_logits", interrupted)
     flags = [chat_model, "--prompts", file, "-n", 3, "--greedy", "--ignore-eos", "--output", out, "--batch-size", 1]
     with caplog.at_level(logging.INFO, "miniawq"):
         assert run(capsys, *flags)[0] == 130
     assert "2 of 5 are answered; --resume goes on" in caplog.text
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [1, 2]
-    monkeypatch.setattr(Batch, "_go_on", go_on)
+    monkeypatch.setattr(Batch, "_next_logits", next_logits)
     assert run(capsys, *flags, "--resume")[0] == 0
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [1, 2, 4, 5, 6]
 

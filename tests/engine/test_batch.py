@@ -224,6 +224,37 @@ def test_when_nothing_waits_steps_have_the_rows_that_go_on(make, tiny):
     assert calls == [4] * 4 + [3] * 4 + [1] * 3
 
 
+class Noting(PlainRows):
+    """Rows that note when a step begins."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.noted = []
+
+    def next_logits(self, ids_B, lengths):
+        self.noted.append(len(lengths))
+        return super().next_logits(ids_B, lengths)
+
+
+def test_endings_are_told_while_the_next_step_computes(tiny):
+    model, tokenizer = tiny
+    step, ids = Noting(model, 2, 64), tokenizer.encode("Once upon a time")
+    endings = iter(Batch(tokenizer, step, [Request(ids, 3), Request(ids, 6)], stop_ids=frozenset()))
+    assert next(endings).number == 0
+    assert step.noted == [2, 2, 1]
+    assert next(endings).number == 1
+    assert step.noted == [2, 2, 1, 1, 1]
+
+
+def test_no_text_is_made_before_it_is_asked_for(tiny, monkeypatch):
+    model, tokenizer = tiny
+    requests = some_requests(tokenizer, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tokenizer), "stream", None)
+        endings = list(Batch(tokenizer, PlainRows(model, 2, 128), requests))
+    assert {e.number: outcome(e.completion) for e in endings} == dict(enumerate(alone(tiny, r) for r in requests))
+
+
 def test_rows_that_go_on_between_free_ones_are_left_alone(tiny):
     """The first and the third of four end together, and two prompts take their places."""
     _, tokenizer = tiny

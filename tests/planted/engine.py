@@ -49,6 +49,16 @@ FAULTS = [
     Fault("engine/rows.py", r"kept_NBMJE\[:, into\] = kept_NBMJE\[:, row\]", "pass", BATCH),
     Fault("engine/sampling.py", r"^( +)row_K\.exponential_\(generator=own\)", r"\1row_K.exponential_()", BATCH),
     Fault("engine/memory.py", r"\.total <= free$", ".total < free", MANY),
+    Fault("engine/batch.py", r"tokenizer\.stream\(request\.prompt_ids\) if stop else None", "None", BATCH),
+    Fault(
+        "engine/batch.py",
+        r"^( +)try:\n +(logits_BV = self\._next_logits\(\))\n +finally:",
+        r"\1\2\n\1if True:",
+        MANY,
+    ),
+    Fault("engine/batch.py", r"endings \+= self\._begin_some", "endings = self._begin_some", BATCH),
+    Fault("engine/completion.py", r"self\.ids\[:-1\] if has_end else self\.ids", "self.ids", BATCH),
+    Fault("engine/completion.py", r"^( +)if has_end:$", r"\1if False:", BATCH),
     # Prompts read by compiled and recorded functions.
     Fault("engine/reader.py", r"cache\.length == 0 and cache\.padding_B is None", "cache.length == 0", READER),
     Fault("engine/reader.py", r"cache\.length == 0 and (cache\.padding_B is None)", r"\1", READER),

@@ -61,6 +61,10 @@ def test_stream_of_any_ids_joins_to_their_decoding(kind, data):
     split = data.draw(st.integers(0, len(ids)))
     joined = "".join(streamed(tokenizer, ids[:split], ids[split:]))
     assert joined == behind(tokenizer.decode(ids[:split]), tokenizer.decode(ids))
+    stream, held = tokenizer.stream(ids[:split]), data.draw(st.integers(split, len(ids)))
+    pushed = [stream.push(token_id) for token_id in ids[split:held]]
+    stream.hold_back(ids[held:])
+    assert "".join(pushed) + stream.finish() == joined
 
 
 @pytest.mark.parametrize("kind", KINDS)
