@@ -71,6 +71,8 @@ def make_step(model: Llama, rows: int, positions: int, compiles: bool | None) ->
     step = DecodeStep(model, rows, positions)
     with kept(step.described()) as directory:
         step.compile(directory)
+    if model.device.type == "cuda":
+        step.read.compile()
     return step
 
 

@@ -69,7 +69,8 @@ class Recording(NamedTuple):
 class PromptReader:
     """`read(tokens_BL, cache)`: hidden_BLD after the final norm, good until the next call; the cache moves on.
 
-    Until `compile` has shown that the compiled functions are right, the model reads by itself.
+    Until `compile` has shown that the compiled functions are right, the model reads by itself. It takes seconds, so it
+    is for steps that read many prompts.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -78,11 +79,13 @@ class PromptReader:
         self.memory: Any = None  # of all recordings: only one is replayed at a time
         self.kept_U = torch.empty(0)  # the keys and values of any recording
 
+    @torch.inference_mode()
     def compile(self) -> None:
         """Read by compiled functions from now on, if they are right."""
         key = "prompts", self.model.device, self.model.dtype, self.model.config
         self.is_ready = WORKSHOP.accepts(key, lambda *_: prove(self.model))
 
+    @torch.inference_mode()
     def __call__(self, tokens_BL: Tensor, cache: KVCache) -> Tensor:
         rows, length = tokens_BL.shape
         filled = -(-length // POSITIONS_TOGETHER) * POSITIONS_TOGETHER

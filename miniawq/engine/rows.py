@@ -103,6 +103,8 @@ class CompiledRows(DecodeStep):
         log.info("%s for %d rows", "loading the compiled step" if is_warm else "compiling, this once,", len(self.ids_B))
         with torch.inference_mode(), kept(self.described()) as directory:
             self.compile(directory)
+            if self.device.type == "cuda":
+                self.read.compile()
 
 
 def compiled_rows(model: Llama, rows: int, max_seq_len: int) -> RowsStep:

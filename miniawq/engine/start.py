@@ -187,6 +187,9 @@ class EagerStart(PlainStep):
         try:
             with torch.inference_mode(), kept(self.compiled.described()) as directory:
                 self.compiled.compile(directory)
+                if self.compiled.device.type == "cuda":
+                    # The prompts of later texts go through a compiled function too.
+                    self.model(self.compiled.ids_B[:, None])
         except Exception as error:
             log.warning("the decode step cannot be compiled, and stays slow: %s", first_line(error))
             log.debug("this is why", exc_info=True)

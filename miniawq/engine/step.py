@@ -123,8 +123,6 @@ class DecodeStep:
         spare._compare_with_model()
         self.layers, self.head = spare.layers, spare.head
         self.functions, self.is_ready = spare.functions, True
-        if self.device.type == "cuda":
-            self.read.compile()
         self.build_seconds += time.perf_counter() - started
 
     def _compiled_functions(self, directory: Path | None) -> Functions:
