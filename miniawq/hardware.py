@@ -38,6 +38,12 @@ def device_memory(device: torch.device | str) -> DeviceMemory:
     return DeviceMemory("cpu", memory.total, memory.available)
 
 
+def devices() -> list[torch.device]:
+    """All that `pick_device` can give: the first is its choice where none is asked for."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [*(torch.device("cuda", number) for number in gpus), torch.device("cpu")]
+
+
 def roomiest(nbytes: int, device: torch.device) -> torch.device:
     """Where to keep `nbytes`: on the device if half of its free memory holds them, else on the host."""
     return device if 2 * nbytes <= device_memory(device).free else torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 
 from miniawq import hardware
 from miniawq.errors import UsageError
-from miniawq.hardware import device_memory, peak_memory, pick_device, resident_memory, roomiest
+from miniawq.hardware import device_memory, devices, peak_memory, pick_device, resident_memory, roomiest
 from tests.helpers import ROOT
 
 
@@ -44,8 +44,11 @@ def test_what_takes_more_than_half_of_a_gpu_stays_on_the_host(free, kept, monkey
 def test_the_best_device_is_picked(monkeypatch):
     assert pick_device(None).type == "cpu"
     assert pick_device("cpu") == torch.device("cpu")
+    assert devices() == [torch.device("cpu")]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device(None).type == "cuda"
+    assert [*map(str, devices())] == ["cuda:0", "cuda:1", "cpu"]
 
 
 @pytest.mark.parametrize("name", ["", "warp", "cuda:99", "cpu:", "meta", "privateuseone"])

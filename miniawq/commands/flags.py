@@ -11,6 +11,7 @@ from miniawq.checkpoint.loading import DTYPES, add_kv_dtype_flag
 from miniawq.commands import prompts
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
+from miniawq.hardware import device_memory, devices, size
 
 DEFAULT_MAX_TOKENS, MOST_LOGPROBS = 512, 1000
 ESSENTIAL = """
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     detail.add_argument("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
     add = parser.add_argument_group("loading").add_argument
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
+    add("--list-devices", nargs=0, action=_ListDevices, help="show what --device can be here, and its memory")
     kinds, auto = ["auto", *DTYPES], "of activations (config.json's; float32 on a CPU)"
     add("--dtype", choices=kinds, default="auto", metavar="DTYPE", help=auto)
     add_kv_dtype_flag(add)
@@ -85,6 +87,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add_hub_flags(parser)
     return parser
+
+
+class _ListDevices(argparse.Action):
+    """Says what devices there are, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for memory in map(device_memory, devices()):
+            print(f"{memory.name}: {size(memory.free)} of {size(memory.total)} are free")
+        parser.exit()
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

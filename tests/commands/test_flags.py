@@ -23,6 +23,7 @@ from miniawq.engine.completion import Piece
 from miniawq.engine.sampling import Sampling
 from miniawq.generate import load
 from miniawq.generate import main as generate
+from miniawq.hardware import DeviceMemory
 from tests.helpers import ROOT
 from tests.helpers.chat_models import make_chat_model
 
@@ -111,6 +112,16 @@ def test_a_flag_that_is_like_no_other_is_just_unknown(capsys):
 def test_a_mistyped_verb_is_told_which_one_is_meant(capsys, verb):
     assert main([verb[:-1] + "x"]) == 2
     assert f"did you mean {verb!r}?" in capsys.readouterr().err
+
+
+def test_devices_are_listed(capsys, monkeypatch):
+    memory = {"cpu": ("cpu", 8 << 30, 6 << 30), "cuda": ("cuda:1 (NVIDIA H200)", 140 << 30, 139 << 30)}
+    monkeypatch.setattr("miniawq.commands.flags.devices", lambda: [torch.device("cuda", 1), torch.device("cpu")])
+    monkeypatch.setattr("miniawq.commands.flags.device_memory", lambda device: DeviceMemory(*memory[device.type]))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["generate", "no-such-model", "--list-devices"])
+    told = ["cuda:1 (NVIDIA H200): 139.00 GiB of 140.00 GiB are free", "cpu: 6.00 GiB of 8.00 GiB are free"]
+    assert capsys.readouterr().out.splitlines() == told
 
 
 def test_keys_of_generation_config_that_are_not_known_are_told(caplog):
