@@ -66,19 +66,31 @@ def auto_round_light(model: str, out: str, ids: list[list[int]], group_size: int
 
 
 def gptqmodel(model: str, out: str, ids: list[list[int]], group_size: int) -> None:
-    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = QuantizeConfig(bits=4, group_size=group_size, sym=False)
-    loaded = GPTQModel.load(model, settings, device="cpu")
+    loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=group_size, sym=False), device="cpu")
     loaded.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids], batch_size=1)
     loaded.save(f"{out}-gptq")
-    packed = GPTQModel.load(f"{out}-gptq", device="cpu", backend="torch")
+    write_dense(Path(f"{out}-gptq"), model, out)
+
+
+def write_dense(packed: Path, model: str, out: str) -> None:
+    """What a file in AutoGPTQ's format (zeros are stored less one) stands for, in float32."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tensors = load_file(packed / "model.safetensors")
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for name, module in packed.model.named_modules():
-        if hasattr(module, "dequantize_weight"):
-            dense.get_submodule(name).weight.data = module.dequantize_weight().t().float().contiguous()
+    shifts = torch.arange(0, 32, 4)
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        words_WO, zeros_GW, scales_GO, group_I = (
+            tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        codes_IO = (words_WO[:, None] >> shifts[:, None] & 15).flatten(0, 1)
+        zeros_GO = (zeros_GW[..., None] >> shifts & 15).flatten(1) + 1
+        weight_IO = (codes_IO - zeros_GO[group_I]) * scales_GO.float()[group_I]
+        dense.get_submodule(name).weight.data = weight_IO.t().contiguous()
     dense.save_pretrained(out)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
 
