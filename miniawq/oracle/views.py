@@ -93,8 +93,7 @@ def views_of_words(target: Subject, setting: Setting) -> None:
 def layer_views(*arguments: str) -> Callable[[Limits], Factors]:
     """A function from limits to the factors of a layer of which one argument lies in another way."""
     return lambda limits: {
-        "argument": arguments,
-        "view": VIEWS,
+        "lies": tuple((argument, view) for view in VIEWS for argument in arguments),
         "square": (False, True),
         "group size": sizes_taken(limits),
     }
@@ -102,7 +101,7 @@ def layer_views(*arguments: str) -> Callable[[Limits], Factors]:
 
 def layer_in(setting: Setting, limits: Limits) -> PackedCase:
     """A layer in which the argument is square, where that can be."""
-    step, size, argument = limits.multiple_of_n, setting["group size"], setting["argument"]
+    step, size, argument = limits.multiple_of_n, setting["group size"], setting["lies"][0]
     groups, n = 3, 2 * step
     if setting["square"]:
         groups = {"qzeros": step // 8, "scales": step}.get(argument, 1)
@@ -115,7 +114,7 @@ def layer_in(setting: Setting, limits: Limits) -> PackedCase:
 def words_in(setting: Setting, limits: Limits) -> list[Tensor]:
     """qweight, qzeros and scales, one of them lying as the setting says."""
     names, parts = ("qweight", "qzeros", "scales"), layer_in(setting, limits).packed[:3]
-    lies = {setting["argument"]: setting["view"]}
+    lies = dict([setting["lies"]])
     return [lying(part, lies.get(name, "contiguous")) for name, part in zip(names, parts, strict=True)]
 
 
@@ -149,9 +148,9 @@ def products(limits: Limits) -> Factors:
 @rule("L3.views", "matmul", over=products)
 def views_of_factors(target: Subject, setting: Setting) -> None:
     """Each argument of a product at every small offset, in rows of every pitch, expanded, and square."""
-    words, size, lies = words_in(setting, target.limits), setting["group size"], {setting["argument"]: setting["view"]}
+    words, size, lies = words_in(setting, target.limits), setting["group size"], dict([setting["lies"]])
     (k, _), n = words[0].shape, words[2].shape[1]
-    rows = k if setting["square"] and setting["argument"] == "x" and k <= target.limits.max_rows else setting["rows"]
+    rows = k if setting["square"] and "x" in lies and k <= target.limits.max_rows else setting["rows"]
     x = exact_activations(Random(126), rows, k, size, getattr(torch, setting["dtype"]))
     bias = bias_of("contiguous", n, x.dtype)
     assert bias is not None
@@ -161,20 +160,19 @@ def views_of_factors(target: Subject, setting: Setting) -> None:
 
 def searches(limits: Limits) -> Factors:
     """How the arguments of a search lie, and what is square: the weight, the activations, or the bounds."""
-    return {"argument": ("weight", "x"), "view": FEW, "square": ("nothing", "weight", "x", "bounds")}
+    lies = tuple((argument, view) for view in FEW for argument in ("weight", "x"))
+    return {"lies": lies, "square": ("nothing", "weight", "x", "bounds")}
 
 
 def search_in(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, int]:
-    """A search with loud channels and large weights on silent ones."""
+    """A search with loud channels."""
     step, size, square = limits.multiple_of_n, sizes_taken(limits)[0], setting["square"]
     k = inputs_of({"group size": size, "groups": step if square == "bounds" else 2}, limits)
     random, n = seed_of(setting), rounded_up(k, step) if square == "weight" else step
     weight = random_weight(random.randrange(1 << 16), n, k) / 16
     x = cases.normal(random, k if square == "x" else 12, k) / 4
     x[:, random.sample(range(k), 2)] *= 32
-    silent = random.randrange(k)
-    weight[:, silent], x[:, silent] = 2.0 * weight.abs().amax(), 0
-    lies = {setting["argument"]: setting["view"]}
+    lies = dict([setting["lies"]])
     return lying(weight, lies.get("weight", "contiguous")), lying(x, lies.get("x", "contiguous")), size
 
 
@@ -187,4 +185,7 @@ def views_of_scale_searches(target: Subject, setting: Setting) -> None:
 @rule("L5.clip.views", "search_clip", flags=("HalfArithmetic",), over=searches)
 def views_of_clip_searches(target: Subject, setting: Setting) -> None:
     """Weight and activations at every small offset, in rows of every pitch, and square, are searched like any other."""
-    target.judge(expect_clip_searched, *search_in(setting, target.limits))
+    weight, x, group_size = search_in(setting, target.limits)
+    silent = seed_of(setting).randrange(x.shape[1])  # a large weight there is to be clipped
+    weight[:, silent], x[:, silent] = 2.0 * weight.abs().amax(), 0
+    target.judge(expect_clip_searched, weight, x, group_size)
