@@ -179,8 +179,6 @@ def words_of(codes_RC: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def unpack(words_RW: Tensor, order: tuple[int, ...] = AWQ_ORDER) -> Tensor:
     """int32 words [R, W] as uint8 codes [R, 8 W]: the inverse of `pack`, on every bit pattern."""
-    if words_RW.is_floating_point():
-        raise InvalidInput("words are integers of 32 bits", str(words_RW.dtype))
     # One word is contiguous whatever its stride, but only with stride 1 can it be viewed as bytes: hence a copy.
     bytes_RW4 = words_RW.clone(memory_format=torch.contiguous_format).view(torch.uint8).unflatten(-1, (-1, 4))
     codes_RW8 = torch.empty(*words_RW.shape, CODES_PER_WORD, dtype=torch.uint8, device=words_RW.device)

@@ -101,7 +101,7 @@ def large_outputs(target: Subject) -> None:
 
 
 @rule("L5.scales.wide-range", "search_scales")
-def wide_range(target: Subject) -> None:
+def factors_beyond_float16(target: Subject) -> None:
     """Activations from 1e-4 to 1e9 under weights as small as they are large: factors that float16 has not are kept."""
     k, n, group_size = smallest(target.limits, 1)
     size = torch.logspace(-4, 9, k)

@@ -171,7 +171,7 @@ HEADERS = [
 ]  # fmt: skip
 
 
-def wide_range() -> Model:
+def beyond_float16() -> Model:
     """bfloat16 scales of 2**-40 and 2**30 times the usual, bfloat16 and float32 tensors beyond float16."""
     made = model(compressed, compressed_block(), scale_dtype=torch.bfloat16)
     for i, name in enumerate(made.layers):
@@ -184,7 +184,7 @@ def wide_range() -> Model:
     return made
 
 
-WIDE = valid("wide-range", "scales, norms and embeddings that float16 does not hold keep their values", wide_range)
+WIDE = valid("wide-range", "scales, norms and embeddings that float16 does not hold keep their values", beyond_float16)
 
 
 @rule("L4.refuses.each-tensor-long", "load_checkpoint")

@@ -36,23 +36,18 @@ def expect_refused(target: Subject, function: str, arguments: tuple[object, ...]
         raise Broken(f"an exception because of {why}", "a result, with no error")
 
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FINER = {torch.float32: 3 * 2.0**-13, torch.float64: 3 * 2.0**-13, torch.bfloat16: 0.0}  # bits that float16 lacks
 
 
 @rule("L1.wrong-dtypes", "dequantize", flags=("NoTypeCheck",))
 def wrong_dtypes_of_words(target: Subject) -> None:
-    """Words of 64 bits or as floats, and scales of other dtypes, are refused or decoded rightly."""
+    """Words of 64 bits or as floats, and scales of other float dtypes, are refused or decoded rightly."""
     qweight, qzeros, scales, group_size = random_layer(45, *smallest(target.limits, 2, 2), cases.exact_scales).packed
-    qweight, qzeros = qweight & 0xFFFFFF, qzeros & 0xFFFFFF  # words that float32 holds
-    for dtype in (torch.int64, torch.float64, torch.float32):
+    for dtype in (torch.int64, torch.float64):
         for words in ((qweight.to(dtype), qzeros), (qweight, qzeros.to(dtype))):
             expect_right_words(target, "dequantize", (*words, scales, group_size), qweight, qzeros)
     for dtype, finer in FINER.items():
         target.judge(expect_refused_or_decoded, qweight, qzeros, scales.to(dtype) * (1 + finer), group_size)
-    for dtype in INTEGERS:
-        whole = (torch.arange(scales.numel()) % 3 + 1).to(dtype).view(scales.shape)
-        target.judge(expect_refused_or_decoded, qweight, qzeros, whole, group_size)
 
 
 def expect_right_words(
@@ -70,20 +65,42 @@ def expect_right_words(
 
 @rule("L3.wrong-dtypes", "matmul", flags=("NoTypeCheck",))
 def wrong_dtypes_of_factors(target: Subject) -> None:
-    """Words of 64 bits or as floats, and scales or a bias of another dtype are refused or read rightly."""
-    qweight, qzeros, scales, group_size = random_layer(46, *smallest(target.limits, 2, 2), cases.exact_scales).packed
-    qweight, qzeros = qweight & 0xFFFFFF, qzeros & 0xFFFFFF
-    layer = PackedCase(truth.unpack(qweight), truth.unpack(qzeros), scales, group_size)
+    """Words of 64 bits or as floats, and a bias of another float dtype are refused or read rightly."""
+    layer = random_layer(46, *smallest(target.limits, 2, 2), cases.exact_scales)
+    qweight, qzeros, scales, group_size = layer.packed
     dtype = dtypes_taken(target)[0]
     x = cases.exact_rows(seed_of({}), 2, len(qweight), dtype)
-    for other in (torch.int64, torch.float64, torch.float32):
+    for other in (torch.int64, torch.float64):
         for words in ((qweight.to(other), qzeros), (qweight, qzeros.to(other))):
             expect_right_words(target, "matmul", (x, *words, scales, group_size), qweight, qzeros)
-    for other in INTEGERS:
-        ones = torch.ones_like(scales, dtype=other)
-        expect_right_words(target, "matmul", (x, qweight, qzeros, ones, group_size), qweight, qzeros)
-    for other in (torch.float64, torch.float32, torch.float16, torch.bfloat16, *INTEGERS):
-        bias = torch.full((scales.shape[1],), 0.5 if other.is_floating_point else 3, dtype=other)
+    for other in {torch.float64, torch.float32, torch.float16} - {dtype}:
+        bias = torch.full((scales.shape[1],), 0.5, dtype=other)
+        got = target.unless_refused("matmul", x, *layer.packed, bias)
+        if got is not None:
+            expect_equal(got.to(torch.float64), product(x, layer, bias), "y")
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@rule("L1.integer-scales", "dequantize", flags=("NoTypeCheck",))
+def integer_scales(target: Subject) -> None:
+    """Scales of integers are refused or are the numbers that they are: not the bits of float16, and no sign is lost."""
+    qweight, qzeros, scales, group_size = random_layer(50, *smallest(target.limits, 2, 2), cases.exact_scales).packed
+    for dtype in INTEGERS:
+        whole = (torch.arange(scales.numel()) % 3 + 1).to(dtype).view(scales.shape)
+        target.judge(expect_refused_or_decoded, qweight, qzeros, whole, group_size)
+
+
+@rule("L3.integer-scales", "matmul", flags=("NoTypeCheck",))
+def integer_scales_and_biases(target: Subject) -> None:
+    """Scales and biases of integers are refused or are the numbers that they are, in a product too."""
+    layer = random_layer(51, *smallest(target.limits, 2, 2), cases.exact_scales)
+    qweight, qzeros, scales, group_size = layer.packed
+    x = cases.exact_rows(Random(51), 2, len(qweight), dtypes_taken(target)[0])
+    for dtype in INTEGERS:
+        whole, bias = torch.ones_like(scales, dtype=dtype), torch.full((scales.shape[1],), 3, dtype=dtype)
+        expect_right_words(target, "matmul", (x, qweight, qzeros, whole, group_size), qweight, qzeros)
         got = target.unless_refused("matmul", x, *layer.packed, bias)
         if got is not None:
             expect_equal(got.to(torch.float64), product(x, layer, bias), "y")
@@ -117,7 +134,7 @@ def integer_inputs(target: Subject) -> None:
     """An x of integers is refused or multiplied rightly: the result is not a whole number, nor are the weights."""
     layer = random_layer(49, *smallest(target.limits, 2, 2), cases.exact_scales)
     bits = cases.codes(Random(49), 3, len(layer.codes)) & 1
-    for dtype in INTEGERS:
+    for dtype in (torch.int8, torch.int32, torch.int64):
         got = target.unless_refused("matmul", bits.to(dtype), *layer.packed)
         if got is not None:
             expect_equal(got.to(torch.float64), product(bits, layer), "y")

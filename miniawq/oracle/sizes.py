@@ -34,7 +34,7 @@ WORDS = (*range(1, 37), 40, 44, 48, 52, 56, 60)
 GROUPS = (*range(1, 19), 24, 31, 40, 48, 63, 65)
 
 
-def tables(target: Subject) -> Iterator[Tensor]:
+def tables_of_sizes(target: Subject) -> Iterator[Tensor]:
     """Codes of every number of rows, none included, and of every number of words."""
     step = target.limits.multiple_of_n
     codes = cases.codes(Random(120), ROWS[-1], WORDS[-1] * step)
@@ -47,7 +47,7 @@ def tables(target: Subject) -> Iterator[Tensor]:
 @rule("L0.pack.every-size", "pack")
 def every_table(target: Subject) -> None:
     """Every number of rows up to 66 and of words up to 36 is packed like the definition; no rows may be refused."""
-    for codes in tables(target):
+    for codes in tables_of_sizes(target):
         if len(codes) or target.unless_refused("pack", codes) is not None:
             target.judge(expect_packed, codes)
 
@@ -55,13 +55,13 @@ def every_table(target: Subject) -> None:
 @rule("L0.unpack.every-size", "unpack")
 def every_table_of_words(target: Subject) -> None:
     """Every number of rows up to 66 and of words up to 36 is unpacked like the definition; no rows may be refused."""
-    for codes in tables(target):
+    for codes in tables_of_sizes(target):
         words = truth.pack(codes)
         if len(words) or target.unless_refused("unpack", words) is not None:
             target.judge(expect_unpacked, words)
 
 
-def layers(target: Subject) -> Iterator[PackedCase]:
+def layers_of_sizes(target: Subject) -> Iterator[PackedCase]:
     """Layers of every number of outputs in words, and of every number of groups, the group sizes in turn."""
     step, sizes = target.limits.multiple_of_n, sizes_taken(target.limits)
     for words in WORDS:
@@ -77,23 +77,23 @@ def layers(target: Subject) -> Iterator[PackedCase]:
 @rule("L1.every-size", "dequantize")
 def every_layer(target: Subject) -> None:
     """Every number of outputs up to 36 words, and of groups up to 18, decodes like the definition."""
-    for layer in layers(target):
+    for layer in layers_of_sizes(target):
         target.judge(expect_decoded, *layer.packed)
 
 
 @rule("L2.every-size", "quantize", flags=("HalfArithmetic",))
 def every_weight(target: Subject) -> None:
     """Every number of outputs up to 36 words, and of groups up to 18, keeps the bound."""
-    for layer in layers(target):
+    for layer in layers_of_sizes(target):
         k, n = layer.codes.shape
         target.judge(expect_bound, random_weight(k + n, n, k), layer.group_size)
 
 
 @rule("L3.every-size", "matmul")
-def every_product(target: Subject) -> None:
+def products_of_sizes(target: Subject) -> None:
     """Every number of rows up to 66, outputs up to 36 words, and groups up to 18, with a bias and without."""
     dtypes, most = dtypes_taken(target), target.limits.max_rows
-    for i, layer in enumerate(layers(target)):
+    for i, layer in enumerate(layers_of_sizes(target)):
         k, n = layer.codes.shape
         rows, dtype = min((1, 2, 17)[i % 3], most), dtypes[i // 3 % len(dtypes)]
         x = exact_activations(Random(i), rows, k, layer.group_size, dtype)
@@ -111,7 +111,7 @@ def every_product(target: Subject) -> None:
 INPUTS, OUTPUTS = 3840, 4480  # 30 and 35 tiles of 128: more than 2**24 weights
 
 
-def whole_layer(target: Subject) -> PackedCase:
+def real_layer(target: Subject) -> PackedCase:
     """A layer of that size in the smallest groups, if the target takes so large a one."""
     size, n = sizes_taken(target.limits)[0], rounded_up(OUTPUTS, target.limits.multiple_of_n)
     k = inputs_of({"group size": size, "groups": -(-INPUTS // (40 if size == -1 else size))}, target.limits)
@@ -123,13 +123,13 @@ def whole_layer(target: Subject) -> PackedCase:
 @rule("L0.pack.whole-layer", "pack")
 def whole_codes(target: Subject) -> None:
     """More than 2**24 codes of a layer as large as those of real models are packed whole."""
-    target.judge(expect_packed, whole_layer(target).codes)
+    target.judge(expect_packed, real_layer(target).codes)
 
 
 @rule("L0.unpack.whole-layer", "unpack")
 def whole_words(target: Subject) -> None:
     """More than 2**24 codes of a layer as large as those of real models are unpacked whole."""
-    target.judge(expect_unpacked, truth.pack(whole_layer(target).codes))
+    target.judge(expect_unpacked, truth.pack(real_layer(target).codes))
 
 
 def decoded(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -155,13 +155,13 @@ def expect_product_whole(target: Subject, x: Tensor, *rest: Any) -> None:
 @rule("L1.whole-layer", "dequantize")
 def whole_weight(target: Subject) -> None:
     """Many outputs, inputs and groups at once, more than 2**24 weights, decode like the definition."""
-    target.judge(expect_decoded_whole, *whole_layer(target).packed)
+    target.judge(expect_decoded_whole, *real_layer(target).packed)
 
 
 @rule("L3.whole-layer", "matmul")
 def whole_product(target: Subject) -> None:
     """Many outputs, inputs and groups at once, more than 2**24 weights, with one row and a bias."""
-    layer, dtype = whole_layer(target), dtypes_taken(target)[0]
+    layer, dtype = real_layer(target), dtypes_taken(target)[0]
     k, n = layer.codes.shape
     x = exact_activations(Random(124), 1, k, layer.group_size, dtype)
     target.judge(expect_product_whole, x, *layer.packed, bias_of("contiguous", n, dtype))

@@ -139,13 +139,13 @@ def views_of_weights(target: Subject, setting: Setting) -> None:
     target.judge(expect_bound, weight, setting["group size"])
 
 
-def products(limits: Limits) -> Factors:
+def product_views(limits: Limits) -> Factors:
     """Factors of a product of which one argument lies in another way."""
     rows = tuple(rows for rows in (3, 1, 33) if rows <= limits.max_rows)
     return {"rows": rows, "dtype": limits.dtypes, **layer_views("x", "qweight", "qzeros", "scales", "bias")(limits)}
 
 
-@rule("L3.views", "matmul", over=products)
+@rule("L3.views", "matmul", over=product_views)
 def views_of_factors(target: Subject, setting: Setting) -> None:
     """Each argument of a product at every small offset, in rows of every pitch, expanded, and square."""
     words, size, lies = words_in(setting, target.limits), setting["group size"], dict([setting["lies"]])
@@ -158,7 +158,7 @@ def views_of_factors(target: Subject, setting: Setting) -> None:
     target.judge(expect_product, x, *words, size, bias)
 
 
-def searches(limits: Limits) -> Factors:
+def search_views(limits: Limits) -> Factors:
     """How the arguments of a search lie, and what is square: the weight, the activations, or the bounds."""
     lies = tuple((argument, view) for view in FEW for argument in ("weight", "x"))
     return {"lies": lies, "square": ("nothing", "weight", "x", "bounds")}
@@ -176,13 +176,13 @@ def search_in(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, int]:
     return lying(weight, lies.get("weight", "contiguous")), lying(x, lies.get("x", "contiguous")), size
 
 
-@rule("L5.scales.views", "search_scales", flags=("HalfArithmetic",), over=searches)
+@rule("L5.scales.views", "search_scales", flags=("HalfArithmetic",), over=search_views)
 def views_of_scale_searches(target: Subject, setting: Setting) -> None:
     """Weight and activations at every small offset, in rows of every pitch, and square, are searched like any other."""
     target.judge(expect_searched, *search_in(setting, target.limits))
 
 
-@rule("L5.clip.views", "search_clip", flags=("HalfArithmetic",), over=searches)
+@rule("L5.clip.views", "search_clip", flags=("HalfArithmetic",), over=search_views)
 def views_of_clip_searches(target: Subject, setting: Setting) -> None:
     """Weight and activations at every small offset, in rows of every pitch, and square, are searched like any other."""
     weight, x, group_size = search_in(setting, target.limits)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import miniawq.oracle.loader as loader
@@ -20,6 +21,7 @@ from miniawq.oracle.planted.blind_fourth_products import (
     given,
     halves_of_splits,
     last_group_late,
+    part,
     result,
     rows_from_a_multiple_of_eight,
     rows_in,
@@ -72,6 +74,10 @@ def one_before_in_22(y: Tensor, x: Tensor, **_: Any) -> Tensor:
     return y
 
 
+def half_bits(t: Tensor) -> Tensor:
+    return t.view(torch.float16)
+
+
 def square_as_dense(t: Tensor) -> Tensor:
     return as_if_dense(t) if t.shape[0] == t.shape[1] and t.stride(0) == 1 else t
 
@@ -102,6 +108,10 @@ FOURTH = [
         "dequantize": changed("qzeros", even_columns_doubled, lambda w, z, s, g: s.shape[1] > 1024 and len(s) > 9)}),
     Fault("scales expanded over the outputs are read on", "L1.views", {
         "dequantize": changed("scales", as_if_dense, lambda w, z, s, g: s.stride(1) == 0)}),
+    Fault("scales of int16 are taken for bits", "L1.integer-scales", {
+        "dequantize": changed("scales", half_bits, lambda w, z, s, g: s.dtype == torch.int16)}),
+    Fault("a bias of int16 is taken for bits", "L3.integer-scales", {
+        "matmul": part("bias", half_bits, lambda bias, **_: bias.dtype == torch.int16)}),
     Fault("14 groups: the codes of the last are zero", "L2.every-size", {
         "quantize": after("quantize", last_of_14_groups)}),
     Fault("a transposed square is read as if dense", "L2.views", {
