@@ -38,8 +38,10 @@ def dequantize_words(
     """
     group_size = qweight_IW.shape[0] if group_size == -1 else group_size
     codes_IO, zeros_GO = unpack(qweight_IW), unpack(qzeros_GW)
-    if not zeros_GO.shape == scales_GO.shape == (codes_IO.shape[0] // group_size, codes_IO.shape[1]):
-        shapes = f"qweight {list(qweight_IW.shape)}, qzeros {list(qzeros_GW.shape)}, scales {list(scales_GO.shape)}"
+    fits = zeros_GO.shape == scales_GO.shape == (codes_IO.shape[0] // group_size, codes_IO.shape[1])
+    if not fits or not scales_GO.is_floating_point():
+        scales = f"scales {scales_GO.dtype} {list(scales_GO.shape)}"
+        shapes = f"qweight {list(qweight_IW.shape)}, qzeros {list(qzeros_GW.shape)}, {scales}"
         raise InvalidInput(f"these tensors are no weight in groups of {group_size}", shapes)
     # code - zero has a sign and 4 bits: its product with a scale of at most 19 bits is exact in float32.
     steps_GSO = codes_IO.float().unflatten(0, (-1, group_size)) - zeros_GO.float().unsqueeze(1)

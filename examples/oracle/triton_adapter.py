@@ -4,12 +4,15 @@ python -m miniawq.oracle examples.oracle.triton_adapter --device cuda
 TRITON_INTERPRET=1 python -m miniawq.oracle examples.oracle.triton_adapter
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 
 name, version = "Triton example", triton.__version__
 group_sizes = (-1, 32, 64, 128)
+max_weights = 1 << (20 if "TRITON_INTERPRET" in os.environ else 40)  # the interpreter takes minutes for more
 
 ROWS, COLUMNS, INPUTS = 16, 64, 32
 

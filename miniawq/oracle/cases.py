@@ -106,6 +106,15 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous()
 
 
+def special(value: float | str, dtype: torch.dtype) -> Tensor:
+    """A value that is not finite; "another NaN" and "a negative NaN" have bits that no arithmetic of a CPU makes."""
+    if not isinstance(value, str):
+        return torch.tensor(value, dtype=dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    bits = torch.tensor(float("nan"), dtype=dtype).view(integer)
+    return (bits ^ 1 if value == "another NaN" else bits | -(2 ** (8 * dtype.itemsize - 1))).view(dtype)
+
+
 def groups_of(k: int, group_size: int) -> int:
     """How many groups k input features make."""
     return 1 if group_size == -1 else k // group_size

@@ -62,6 +62,7 @@ class Limits:
     multiple_of_n: int = 8
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
     max_rows: int = 1 << 30
+    max_weights: int = 1 << 40
 
     @classmethod
     def of(cls, target: Any) -> "Limits":

@@ -124,10 +124,11 @@ def compressed_block(**weights: Any) -> dict[str, Any]:
     }
 
 
-def linear_shape(name: str, hidden: int, inner: int, head: int) -> tuple[int, int]:
-    """K and N of a linear layer: two query heads, one key and value head."""
+def linear_shape(name: str, hidden: int, inner: int, head: int, key_heads: int) -> tuple[int, int]:
+    """K and N of a linear layer: two query heads, one or two of keys and values."""
     last = name.rsplit(".", 1)[1]
-    outputs = {"q_proj": 2 * head, "k_proj": head, "v_proj": head, "gate_proj": inner, "up_proj": inner}
+    outputs = {"q_proj": 2 * head, "gate_proj": inner, "up_proj": inner}
+    outputs |= {"k_proj": key_heads * head, "v_proj": key_heads * head}
     return {"o_proj": 2 * head, "down_proj": inner}.get(last, hidden), outputs.get(last, hidden)
 
 
@@ -142,6 +143,7 @@ def model(
     symmetric: bool = False,
     layers: int = 1,
     inner: int | None = None,
+    key_heads: int = 1,
 ) -> Model:
     """A Llama whose linear layers, but for those named in `dense`, are packed by `encode`."""
     random, inner = Random(hidden + group_size), inner or hidden
@@ -153,7 +155,7 @@ def model(
     tensors["lm_head.weight"] = cases.normal(random, VOCABULARY, hidden).half()
     expected, packed = dict(tensors), {}
     for seed, name in enumerate(f"model.layers.{i}.{name}" for i in range(layers) for name in PROJECTIONS):
-        layer = cases.random_layer(seed, *linear_shape(name, hidden, inner, head), group_size)
+        layer = cases.random_layer(seed, *linear_shape(name, hidden, inner, head, key_heads), group_size)
         if symmetric:
             layer.zeros.fill_(8)
         if scale_dtype != torch.float16:
@@ -172,7 +174,7 @@ def model(
         "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": key_heads,
         "head_dim": head,
         "vocab_size": VOCABULARY,
         "rms_norm_eps": 1e-5,

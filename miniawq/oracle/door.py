@@ -14,8 +14,10 @@ from torch import Tensor
 import miniawq.oracle.adversarial as adversarial
 import miniawq.oracle.checkpoints as checkpoints
 import miniawq.oracle.combinations as combinations
+import miniawq.oracle.crowds as crowds
 import miniawq.oracle.deep_checkpoints as deep_checkpoints
 import miniawq.oracle.dequantization as dequantization
+import miniawq.oracle.dialects as dialects
 import miniawq.oracle.dtypes as dtypes
 import miniawq.oracle.edges as edges
 import miniawq.oracle.multiplication as multiplication
@@ -25,8 +27,11 @@ import miniawq.oracle.refusals as refusals
 import miniawq.oracle.rounding as rounding
 import miniawq.oracle.search as search
 import miniawq.oracle.searches as searches
+import miniawq.oracle.sizes as sizes
 import miniawq.oracle.state as state
 import miniawq.oracle.storage as storage
+import miniawq.oracle.sums as sums
+import miniawq.oracle.views as views
 from miniawq.errors import UsageError
 from miniawq.oracle.check import PROFILES, Check, Profile, Result, run_check
 from miniawq.oracle.contract import FUNCTIONS, Limits
@@ -46,6 +51,7 @@ CHECKS: list[Check] = sorted(
         *(check for module in (storage, dequantization, rounding, multiplication) for check in checks_in(module)),
         *checkpoints.CHECKS,
         *deep_checkpoints.CHECKS,
+        *dialects.CHECKS,
         *checks_in(search),
         *checks_in(combinations),
         *checks_in(adversarial),
@@ -56,6 +62,10 @@ CHECKS: list[Check] = sorted(
         *checks_in(dtypes),
         *checks_in(edges),
         *paths.CHECKS,
+        *checks_in(sizes),
+        *checks_in(views),
+        *checks_in(sums),
+        *checks_in(crowds),
     ],
     key=lambda check: check.level,
 )

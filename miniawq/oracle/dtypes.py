@@ -80,6 +80,32 @@ def wrong_dtypes_of_factors(target: Subject) -> None:
             expect_equal(got.to(torch.float64), product(x, layer, bias), "y")
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@rule("L1.integer-scales", "dequantize", flags=("NoTypeCheck",))
+def integer_scales(target: Subject) -> None:
+    """Scales of integers are refused or are the numbers that they are: not the bits of float16, and no sign is lost."""
+    qweight, qzeros, scales, group_size = random_layer(50, *smallest(target.limits, 2, 2), cases.exact_scales).packed
+    for dtype in INTEGERS:
+        whole = (torch.arange(scales.numel()) % 3 + 1).to(dtype).view(scales.shape)
+        target.judge(expect_refused_or_decoded, qweight, qzeros, whole, group_size)
+
+
+@rule("L3.integer-scales", "matmul", flags=("NoTypeCheck",))
+def integer_scales_and_biases(target: Subject) -> None:
+    """Scales and biases of integers are refused or are the numbers that they are, in a product too."""
+    layer = random_layer(51, *smallest(target.limits, 2, 2), cases.exact_scales)
+    qweight, qzeros, scales, group_size = layer.packed
+    x = cases.exact_rows(Random(51), 2, len(qweight), dtypes_taken(target)[0])
+    for dtype in INTEGERS:
+        whole, bias = torch.ones_like(scales, dtype=dtype), torch.full((scales.shape[1],), 3, dtype=dtype)
+        expect_right_words(target, "matmul", (x, qweight, qzeros, whole, group_size), qweight, qzeros)
+        got = target.unless_refused("matmul", x, *layer.packed, bias)
+        if got is not None:
+            expect_equal(got.to(torch.float64), product(x, layer, bias), "y")
+
+
 @rule("L2.wrong-dtypes", "quantize", flags=("NoTypeCheck",))
 def wrong_dtypes_of_weights(target: Subject) -> None:
     """A weight of integers is refused or rounded rightly."""

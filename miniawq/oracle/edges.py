@@ -25,7 +25,7 @@ from miniawq.oracle.ranges import expect_contained
 from miniawq.oracle.refused import expect_no_result, expect_refused_factors, expect_refused_words
 from miniawq.oracle.rounding import expect_bound, expect_same_codes
 from miniawq.oracle.search import expect_help, expect_same_search, problem
-from miniawq.oracle.searches import expect_clip_gain
+from miniawq.oracle.searches import expect_clip_searched
 from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Subject
 
@@ -260,4 +260,4 @@ def square_problem(target: Subject, seed: int) -> tuple[Tensor, Tensor, int]:
 @rule("L5.clip.square", "search_clip", flags=("HalfArithmetic",))
 def square_clip(target: Subject) -> None:
     """As many inputs as outputs: half of the gain there is to have."""
-    target.judge(expect_clip_gain, *square_problem(target, 88))
+    target.judge(expect_clip_searched, *square_problem(target, 88))

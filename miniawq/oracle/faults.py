@@ -2,7 +2,7 @@
 survives that no list argues for.
 
 Sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; `blind`,
-`second-blind` and `third-blind`, written after the checks were frozen.
+`second-blind`, `third-blind` and `fourth-blind`, written after the checks were frozen.
 """
 
 import argparse
@@ -23,6 +23,10 @@ from miniawq.oracle.contract import LEVELS
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
 from miniawq.oracle.planted.blind import BLIND
+from miniawq.oracle.planted.blind_fourth import BLIND_FOURTH
+from miniawq.oracle.planted.blind_fourth_products import BLIND_FOURTH_PRODUCTS
+from miniawq.oracle.planted.blind_fourth_readers import BLIND_FOURTH_READERS
+from miniawq.oracle.planted.blind_fourth_searches import BLIND_FOURTH_SEARCHES
 from miniawq.oracle.planted.blind_products import BLIND_PRODUCTS
 from miniawq.oracle.planted.blind_readers import BLIND_READERS
 from miniawq.oracle.planted.blind_second import BLIND_SECOND
@@ -32,6 +36,7 @@ from miniawq.oracle.planted.blind_third_products import BLIND_THIRD_PRODUCTS
 from miniawq.oracle.planted.blind_third_readers import BLIND_THIRD_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.edges import EDGES
+from miniawq.oracle.planted.fourth import FOURTH
 from miniawq.oracle.planted.paths import PATHS
 from miniawq.oracle.planted.second import SECOND
 from miniawq.oracle.planted.survivors import ARGUED
@@ -47,6 +52,7 @@ FAULTS: list[Fault] = [
     *SECOND,
     *EDGES,
     *PATHS,
+    *FOURTH,
 ]
 
 UNSHRUNK = Profile(shrink=False)
@@ -63,6 +69,7 @@ SETS: dict[str, list[Any]] = {
     "blind": [*BLIND, *BLIND_PRODUCTS, *BLIND_READERS],
     "second-blind": [*BLIND_SECOND, *BLIND_SECOND_READERS],
     "third-blind": [*BLIND_THIRD, *BLIND_THIRD_PRODUCTS, *BLIND_THIRD_READERS],
+    "fourth-blind": [*BLIND_FOURTH, *BLIND_FOURTH_PRODUCTS, *BLIND_FOURTH_READERS, *BLIND_FOURTH_SEARCHES],
 }
 
 

@@ -27,8 +27,8 @@ from miniawq.oracle.covering import Factors, Setting
 from miniawq.oracle.edges import long_layers
 from miniawq.oracle.multiplication import dtypes_taken
 from miniawq.oracle.rounding import expect_bound
-from miniawq.oracle.search import TOKENS, expect_clip_no_worse, expect_help, expect_no_worse, problem
-from miniawq.oracle.searches import expect_clip_gain, expect_gain, search_problem
+from miniawq.oracle.search import TOKENS, expect_help, problem
+from miniawq.oracle.searches import expect_clip_searched, expect_searched, search_problem
 from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Broken, Subject, memory, same_bits
 
@@ -272,8 +272,7 @@ def extreme_activations_to_clip(target: Subject) -> None:
     """Activations of 1e-6, 1e3 and 1e6 are clipped for like any other: no loss is too small or too large to compare."""
     weight, x, group_size = silent_outlier(target, 116)
     for size in (1e-6, 1e3, 1e6):
-        for judgement in (expect_clip_no_worse, expect_clip_gain):
-            target.judge(judgement, weight, x * size, group_size)
+        target.judge(expect_clip_searched, weight, x * size, group_size)
 
 
 def tiles(limits: Limits) -> Factors:
@@ -291,15 +290,13 @@ def tiled_problem(setting: Setting, limits: Limits) -> tuple[Tensor, Tensor, int
 @rule("L5.scales.whole-tiles", "search_scales", flags=("HalfArithmetic",), over=tiles)
 def tiled_scale_searches(target: Subject, setting: Setting) -> None:
     """Four and eight groups are rounded in groups of their own size, though they fill whole tiles of 128."""
-    for judgement in (expect_no_worse, expect_gain):
-        target.judge(judgement, *tiled_problem(setting, target.limits))
+    target.judge(expect_searched, *tiled_problem(setting, target.limits))
 
 
 @rule("L5.clip.whole-tiles", "search_clip", flags=("HalfArithmetic",), over=tiles)
 def tiled_clip_searches(target: Subject, setting: Setting) -> None:
     """Four and eight groups are rounded in groups of their own size, though they fill whole tiles of 128."""
-    for judgement in (expect_clip_no_worse, expect_clip_gain):
-        target.judge(judgement, *tiled_problem(setting, target.limits))
+    target.judge(expect_clip_searched, *tiled_problem(setting, target.limits))
 
 
 CHECKS: list[Check] = [

@@ -186,7 +186,7 @@ def overflowing_results(target: Subject) -> None:
 def special_values(limits: Limits) -> Factors:
     """Where a value that is not finite stands."""
     return {
-        "value": (NAN, INFINITY, -INFINITY),
+        "value": (NAN, INFINITY, -INFINITY, "another NaN", "a negative NaN"),
         "rows": tuple(rows for rows in (4, 1, 65, 129) if rows <= limits.max_rows) or (1,),
         "row": (0.0, 0.5, 1.0),
         "input": (0.0, 0.5, 1.0, 0.77),
@@ -216,7 +216,7 @@ def special_inputs(target: Subject, setting: Setting) -> None:
     rows, dtype = setting["rows"], getattr(torch, setting["dtype"])
     x = exact_activations(seed_of(setting), rows, k, layer.group_size, dtype)
     row, column = place(setting["row"], rows), place(setting["input"], k)
-    x[row, column] = setting["value"]
+    x[row, column] = cases.special(setting["value"], dtype)
     bias = (torch.arange(n) % 5 / 8).to(dtype) if setting["bias"] else None
     target.judge(expect_contained, x.reshape(FORMS[setting["form"]](rows, k)), *layer.packed, bias)
 
@@ -249,13 +249,17 @@ def special_biases(target: Subject) -> None:
 
 @rule("L3.special-scales", "matmul")
 def special_scales_of_factors(target: Subject) -> None:
-    """A scale that is NaN or infinite is refused, or leaves no finite number in its column and no trace in others."""
+    """A scale that is NaN or infinite is refused, or leaves no finite number in its column and no trace in others.
+
+    Nor does it where a row of x is all zeros.
+    """
     for dtype in dtypes_taken(target):
         for value in (NAN, INFINITY):
             for group, column in ((0, 0), (1, -1)):
                 layer = cases.random_layer(36, *smallest(target.limits, 2, 2), cases.exact_scales)
                 layer.scales[min(group, len(layer.scales) - 1), column] = value
                 x = exact_activations(Random(36), 3, layer.codes.shape[0], layer.group_size, dtype)
+                x[1] = 0
                 target.judge(expect_column_lost, x, *layer.packed)
 
 
@@ -270,4 +274,4 @@ def expect_column_lost(
     lost = ~scales.isfinite().all(0)
     clean = torch.where(lost, 1, scales)
     expected = product(x, unpacked(qweight, qzeros, clean, group_size)).to(x.dtype)
-    expect_equal(torch.where(lost & ~got.isfinite(), 0, got), torch.where(lost, 0, expected), "y")
+    expect_equal(torch.where(lost & ~got.isfinite(), NAN, got), torch.where(lost, NAN, expected), "y")

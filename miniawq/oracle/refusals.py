@@ -153,7 +153,7 @@ def refuses_wrong_lengths(target: Subject, setting: Setting) -> None:
 def broken_weights(limits: Limits) -> Factors:
     """A weight that is not finite, somewhere."""
     return {
-        "value": (nan, inf, -inf),
+        "value": (nan, inf, -inf, "another NaN", "a negative NaN"),
         "place": PLACES,
         "dtype": ("float32", "float16", "bfloat16", "float64"),
         "outputs": tuple(limits.multiple_of_n * m for m in (1, 3, 33)),
@@ -168,7 +168,7 @@ def refuses_nan_anywhere(target: Subject, setting: Setting) -> None:
     """One weight that is NaN or infinite, anywhere, in any dtype and any view, is a ValueError."""
     weight = random_weight(42, setting["outputs"], inputs_of(setting, target.limits))
     weight = weight.to(getattr(torch, setting["dtype"]))
-    weight.view(-1)[place(setting["place"], weight.numel())] = setting["value"]
+    weight.view(-1)[place(setting["place"], weight.numel())] = cases.special(setting["value"], weight.dtype)
     why = f"a weight that is {setting['value']}"
     target.judge(expect_refused_weight, laid_out(weight, setting["layout"]), setting["group size"], why)
 

@@ -21,7 +21,7 @@ import miniawq.oracle.truth as truth
 from miniawq.oracle.cases import groups_of, random_weight, smallest
 from miniawq.oracle.check import rule
 from miniawq.oracle.contract import Limits
-from miniawq.oracle.subject import Broken, Subject, expect_equal, expect_within
+from miniawq.oracle.subject import Broken, Subject, expect_equal, expect_tensor, expect_within
 
 SUMMING = 1e-3  # relative; what float32 sums of losses may cost (above)
 NOTHING = 1e-9  # of the output's own size: what counts as no loss where plain rounding has none
@@ -103,8 +103,8 @@ def rounded(rounding: Rounding, weight: Tensor, group_size: int) -> Tensor:
 
 
 def factors_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
-    """The target's factors, positive and finite."""
-    factors = target.tensor("search_scales", (weight, x, group_size), torch.float32, (weight.shape[1],))
+    """The target's factors, positive and finite, from arguments that stay as they are."""
+    factors = expect_tensor(target.pure("search_scales", weight, x, group_size), torch.float32, (weight.shape[1],))
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise Broken("factors positive and finite", f"factors from {float(factors.min())} to {float(factors.max())}")
     return factors
@@ -118,7 +118,13 @@ def loss_with(weight: Tensor, x: Tensor, factors: Tensor, group_size: int, round
 
 def expect_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int, share: float = 1 + SUMMING) -> None:
     """The loss with the target's factors is at most `share` of the loss of plain rounding."""
-    factors = factors_of(target, weight, x, group_size)
+    hold_to_no_loss(target, factors_of(target, weight, x, group_size), weight, x, group_size, share)
+
+
+def hold_to_no_loss(
+    target: Subject, factors: Tensor, weight: Tensor, x: Tensor, group_size: int, share: float = 1 + SUMMING
+) -> None:
+    """As `expect_no_worse`, of factors that are there."""
 
     def judge(rounding: Rounding) -> Broken | None:
         plain = loss_with(weight, x, torch.ones(weight.shape[1]), group_size, rounding)
@@ -216,10 +222,10 @@ def expect_any_order(target: Subject, weight: Tensor, x: Tensor, group_size: int
 
 
 def bounds_of(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> Tensor:
-    """The target's clipping bounds: not negative, and not above the largest weight of their group."""
+    """The target's clipping bounds: not negative, and not above the largest weight of their group; nothing changed."""
     n, k = weight.shape
     groups = groups_of(k, group_size)
-    bounds = target.tensor("search_clip", (weight, x, group_size), torch.float32, (n, groups))
+    bounds = expect_tensor(target.pure("search_clip", weight, x, group_size), torch.float32, (n, groups))
     largest = weight.to(torch.float32).reshape(n, groups, -1).abs().amax(-1)
     wrong = ~((bounds >= 0) & (bounds <= largest * (1 + 2.0**-20)))
     if bool(wrong.any()):
@@ -250,7 +256,11 @@ def clip_losses(weight: Tensor, x: Tensor, bounds: Tensor | None, group_size: in
 
 def expect_clip_no_worse(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
     """No output channel and group has a larger loss with the target's bounds."""
-    bounds = bounds_of(target, weight, x, group_size)
+    hold_to_no_clip_loss(target, bounds_of(target, weight, x, group_size), weight, x, group_size)
+
+
+def hold_to_no_clip_loss(target: Subject, bounds: Tensor, weight: Tensor, x: Tensor, group_size: int) -> None:
+    """As `expect_clip_no_worse`, of bounds that are there."""
     whole = truth.group_losses(weight, torch.zeros_like(weight), x, group_size)
 
     def judge(rounding: Rounding) -> Broken | None:

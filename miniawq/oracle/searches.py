@@ -28,9 +28,9 @@ from miniawq.oracle.search import (
     Rounding,
     bounds_of,
     clip_losses,
-    expect_clip_no_worse,
-    expect_no_worse,
     factors_of,
+    hold_to_no_clip_loss,
+    hold_to_no_loss,
     loss_with,
     under_one,
 )
@@ -119,9 +119,10 @@ def clip_problem(setting: Setting, limits: Limits) -> Problem:
     return weight, x, group_size
 
 
-def expect_gain(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
-    """Half of what the reference gains, where it gains a fifth."""
+def expect_searched(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
+    """Never worse than plain rounding, and half of what the reference gains, where it gains a fifth."""
     factors = factors_of(target, weight, x, group_size)
+    hold_to_no_loss(target, factors, weight, x, group_size)
     reference = truth.search_scales(weight, x, group_size)
 
     def judge(rounding: Rounding) -> Broken | None:
@@ -140,9 +141,10 @@ def too_little(plain: float, best: float, found: float) -> Broken | None:
     return Broken(told, f"a loss of {found:.6g}")
 
 
-def expect_clip_gain(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
-    """Half of what the reference gains by clipping, where it gains a fifth."""
+def expect_clip_searched(target: Subject, weight: Tensor, x: Tensor, group_size: int) -> None:
+    """No group worse than plain rounding, and half of what the reference gains by clipping, where it gains a fifth."""
     bounds = bounds_of(target, weight, x, group_size)
+    hold_to_no_clip_loss(target, bounds, weight, x, group_size)
     reference = truth.search_clip(weight, x, group_size)
 
     def judge(rounding: Rounding) -> Broken | None:
@@ -154,11 +156,6 @@ def expect_clip_gain(target: Subject, weight: Tensor, x: Tensor, group_size: int
     under_one(target, judge)
 
 
-def expect_untouched(target: Subject, function: str, weight: Tensor, x: Tensor, group_size: int) -> None:
-    """The weight and the activations stay as they were."""
-    target.pure(function, weight, x, group_size)
-
-
 @rule("L5.scales.combinations", "search_scales", flags=("HalfArithmetic",),
       over=searches(KINDS), allowed=few_losses)  # fmt: skip
 def scale_searches(target: Subject, setting: Setting) -> None:
@@ -166,10 +163,7 @@ def scale_searches(target: Subject, setting: Setting) -> None:
 
     What there is to gain lies in a few outputs, tokens or channels.
     """
-    found = search_problem(setting, target.limits)
-    expect_untouched(target, "search_scales", *found)
-    for judgement in (expect_no_worse, expect_gain):
-        target.judge(judgement, *found)
+    target.judge(expect_searched, *search_problem(setting, target.limits))
 
 
 @rule("L5.clip.combinations", "search_clip", flags=("HalfArithmetic",),
@@ -179,10 +173,7 @@ def clip_searches(target: Subject, setting: Setting) -> None:
 
     A large weight on a silent channel is to be clipped, one on a loud channel is not.
     """
-    found = clip_problem(setting, target.limits)
-    expect_untouched(target, "search_clip", *found)
-    for judgement in (expect_clip_no_worse, expect_clip_gain):
-        target.judge(judgement, *found)
+    target.judge(expect_clip_searched, *clip_problem(setting, target.limits))
 
 
 def corners(kinds: tuple[str, ...]) -> Callable[[Limits], Factors]:
@@ -204,15 +195,13 @@ def corners(kinds: tuple[str, ...]) -> Callable[[Limits], Factors]:
 @rule("L5.scales.corners", "search_scales", flags=("HalfArithmetic",), over=corners(KINDS))
 def scale_corners(target: Subject, setting: Setting) -> None:
     """The same with more outputs, tokens and channels than a tile together, for all that there may be to gain."""
-    for judgement in (expect_no_worse, expect_gain):
-        target.judge(judgement, *search_problem(setting, target.limits))
+    target.judge(expect_searched, *search_problem(setting, target.limits))
 
 
 @rule("L5.clip.corners", "search_clip", flags=("HalfArithmetic",), over=corners(CLIP_KINDS))
 def clip_corners(target: Subject, setting: Setting) -> None:
     """The same with more outputs, tokens and channels than a tile together, for all that there may be to gain."""
-    for judgement in (expect_clip_no_worse, expect_clip_gain):
-        target.judge(judgement, *clip_problem(setting, target.limits))
+    target.judge(expect_clip_searched, *clip_problem(setting, target.limits))
 
 
 def orders(limits: Limits) -> Factors:

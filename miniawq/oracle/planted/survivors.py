@@ -32,5 +32,6 @@ ARGUED: dict[str, str] = {
     "quantize, multiplied by the float32 reciprocal": "a float32 quotient may cost 32 * 2**-24 scales (`adversarial`)",
     "matmul, zeros times the sum of x: infinity gives NaN": "the contract allows it: no output of such a row is finite",
     "load_checkpoint, zero_point not looked at": "the second definition does not look at it either: zeros are stored",
+    "load_checkpoint, quant_config.json is believed before config.json": "two configs that disagree may be refused",
     "search_scales, square weights transposed": "the candidates come from x: the best of them is nearly the same",
 }
