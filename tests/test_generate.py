@@ -31,12 +31,12 @@ FLAGS = """
 --batch-size --cache-dir --chat --chat-template --chat-template-config --chat-template-kwargs --compile
 --context-shift --ctx-size --debug --device --dtype --escape --extra-eos-token --file --frequency-penalty --greedy
 --help --help-all --ignore-chat-template --ignore-eos --interactive --json --kv-cache-dtype --kv-dtype
---local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages --min-p --model
---n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think --num-samples --offline
---output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet --raw --repeat-last-n
---repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed --show-prompt --speculate --stats
---stop --system --system-prompt --temp --temperature --think --token --top-k --top-p --trust-remote-code --verbose
---version -c -e -f -h -i -m -n -o -p -q -r -v
+--list-devices --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages
+--min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think
+--num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet
+--raw --repeat-last-n --repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed
+--show-prompt --speculate --stats --stop --system --system-prompt --temp --temperature --think --token --top-k
+--top-p --trust-remote-code --verbose --version -c -e -f -h -i -m -n -o -p -q -r -v
 """
 
 

@@ -10,11 +10,11 @@ Shapes, beside the book's: T all tokens of a piece, B x L; U numbers.
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from miniawq.compiled import WORKSHOP, any_length, compile_with_forms, own_copy
@@ -197,7 +197,8 @@ def attended(q_BHLE: Tensor, k_BJME: Tensor, v_BJME: Tensor, mask: Tensor | None
     """As `model.attention`, and with no mask also after earlier positions: the library knows which are seen."""
     if mask is not None or q_BHLE.shape[2] == k_BJME.shape[2]:
         return attention(q_BHLE, k_BJME, v_BJME, mask, scale)
-    seen = causal_lower_right(q_BHLE.shape[2], k_BJME.shape[2])
+    # Importing it settles where Inductor keeps what it compiles, and takes a second.
+    seen = import_module("torch.nn.attention.bias").causal_lower_right(q_BHLE.shape[2], k_BJME.shape[2])
     return scaled_dot_product_attention(q_BHLE, k_BJME, v_BJME, attn_mask=seen, scale=scale, enable_gqa=True)
 
 

@@ -114,9 +114,9 @@ class Target(Protocol):
     def load_checkpoint(self, directory: Path) -> Mapping[str, Tensor]:
         """Every tensor of the model under its Hugging Face name, quantized linears as dense weights [N, K].
 
-        Dense tensors as they are stored, quantized ones as `dequantize` gives them, transposed. A key of config.json that
-        is null is an absent one. Raises (anything) on what it would otherwise read wrongly; the message names the file,
-        the tensor or the key at fault.
+        Dense tensors as they are stored, quantized ones as `dequantize` gives them, transposed. A key of config.json
+        that is null is an absent one. Raises (anything) on what it would otherwise read wrongly; the message names the
+        file, the tensor or the key at fault.
         """
 
     def search_scales(self, weight: Tensor, x: Tensor, group_size: int) -> Tensor:

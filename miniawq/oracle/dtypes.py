@@ -103,7 +103,7 @@ def integer_scales_and_biases(target: Subject) -> None:
         expect_right_words(target, "matmul", (x, qweight, qzeros, whole, group_size), qweight, qzeros)
         got = target.unless_refused("matmul", x, *layer.packed, bias)
         if got is not None:
-            expect_equal(got.to(torch.float64), product(x, layer, bias), "y")
+            expect_equal(got.to(torch.float64), product(x, layer, bias).to(x.dtype).to(torch.float64), "y")
 
 
 @rule("L2.wrong-dtypes", "quantize", flags=("NoTypeCheck",))

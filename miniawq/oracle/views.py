@@ -145,7 +145,12 @@ def product_views(limits: Limits) -> Factors:
     return {"rows": rows, "dtype": limits.dtypes, **layer_views("x", "qweight", "qzeros", "scales", "bias")(limits)}
 
 
-@rule("L3.views", "matmul", over=product_views)
+def exact_views(setting: Setting) -> bool:
+    """Whether sums stay exact in half precision: not where every input of a row is the same number."""
+    return bool(setting["lies"] != ("x", "one column for all"))
+
+
+@rule("L3.views", "matmul", over=product_views, allowed=exact_views)
 def views_of_factors(target: Subject, setting: Setting) -> None:
     """Each argument of a product at every small offset, in rows of every pitch, expanded, and square."""
     words, size, lies = words_in(setting, target.limits), setting["group size"], dict([setting["lies"]])

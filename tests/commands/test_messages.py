@@ -173,7 +173,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     def pressed(_: Batch) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Batch, "_go_on", pressed)
+    monkeypatch.setattr(Batch, "_next_logits", pressed)
 
 
 @pytest.mark.parametrize(("code", "prepare", "flags", "words"), [
