@@ -100,10 +100,7 @@ class Completion:
         self._started = self._clock()
         try:
             for token_id in self._new_ids:
-                self._times.append(self._clock())
-                self.ids.append(token_id)
-                if token_id in self._stop_ids:
-                    self.stop_reason = token_id
+                if self._is_end(token_id):
                     break
                 if text := stops.push(stream.push(token_id)):
                     yield self._piece(text)
@@ -114,6 +111,14 @@ class Completion:
             if isinstance(self._new_ids, Generator):
                 self._new_ids.close()
         yield self._ended(stops.push(stream.finish()) + stops.finish(), stops)
+
+    def _is_end(self, token_id: int) -> bool:
+        """Note an id that has come; whether it ends the text."""
+        self._times.append(self._clock())
+        self.ids.append(token_id)
+        if token_id in self._stop_ids:
+            self.stop_reason = token_id
+        return self.stop_reason is not None
 
     def _ended(self, text: str, stops: StopStrings) -> Piece:
         """The last piece."""
@@ -175,15 +180,8 @@ class Written(Completion):
         """One."""
         stream, stops = self._tokenizer.stream(self.prompt_ids), StopStrings(self._stop)
         self._started = self._clock()
-        for token_id in self._new_ids:
-            self._times.append(self._clock())
-            self.ids.append(token_id)
-        has_end = self.ids[-1] in self._stop_ids
-        stream.hold_back(self.ids[:-1] if has_end else self.ids)
-        text = stops.push(stream.finish()) + stops.finish()
-        if has_end:
-            self.stop_reason = self.ids[-1]
-        yield self._ended(text, stops)
+        stream.hold_back([token_id for token_id in self._new_ids if not self._is_end(token_id)])
+        yield self._ended(stops.push(stream.finish()) + stops.finish(), stops)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -37,8 +37,8 @@ from miniawq.model import (
     outputs_of,
 )
 
-# How far hidden states may be from the model's, relative to their norm: what is wrong is off by about 1.
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+# How far what is compiled may be from the model, relative to its norm: a wrong form is off by about 1.
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2, torch.float8_e4m3fn: 0.3}
 # Numbers of 16 bits are rounded wherever the model rounds them.
 ROUNDS_LIKE_THE_MODEL = {"emulate_precision_casts": True}
 POSITIONS_TOGETHER = 64  # a recording has a multiple of so many
@@ -145,6 +145,11 @@ class PromptReader:
         return Recording(graph, tokens_BL, hidden_BLD, cache, positions)
 
 
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference in parts of that of what is expected, in float32."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
 def prove(model: Llama) -> str:
     """Why the compiled functions are not to be used: two pieces of two texts come out otherwise. Empty if not."""
     tokens_BL = torch.arange(8, device=model.device).view(2, 4) % model.config.vocab_size
@@ -152,7 +157,7 @@ def prove(model: Llama) -> str:
     for piece_BL in tokens_BL.split(2, dim=1):
         found_BLD = read(model, compiled_between(model.config), piece_BL, caches[0])
         expected_BLD = model.model(piece_BL, caches[1])
-    difference = float((found_BLD.float() - expected_BLD.float()).norm() / expected_BLD.float().norm())
+    difference = relative_difference(found_BLD, expected_BLD)
     is_near = difference <= LARGEST_DIFFERENCE[model.dtype]
     return "" if is_near else f"hidden states differ by {difference:.3g} of their norm"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from miniawq.compiled import check, identity
 from miniawq.engine.attend import SMALLEST_HEAD, mask_of
 from miniawq.engine.layer import UNCOMPILED, Functions, compiled_function, parts_of_cache
-from miniawq.engine.reader import PromptReader
+from miniawq.engine.reader import LARGEST_DIFFERENCE, PromptReader, relative_difference
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.weights import Accepts, Layer, LayerWeights, Weights
 from miniawq.errors import InvalidInput, MiniawqError
@@ -26,8 +26,6 @@ WARM_UP_CALLS = 2
 SPARE_ROOM = 32  # positions of the text that is computed to compile
 SMALLEST_BUCKET = 256  # positions that a recorded token with a mask reads at least
 GREEDY = Sampling()
-# How far logits of the compiled step may be from the model's, relative to their norm: a wrong form is off by about 1.
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2, torch.float8_e4m3fn: 0.3}
 
 
 class DecodeStep:
@@ -140,8 +138,8 @@ class DecodeStep:
         )
 
     def _compare_with_model(self) -> None:
-        expected_BV = self.model(torch.zeros_like(self.ids_B)[:, None])[:, -1].float()
-        difference = float((self.logits_BV.float() - expected_BV).norm() / expected_BV.norm())
+        expected_BV = self.model(torch.zeros_like(self.ids_B)[:, None])[:, -1]
+        difference = relative_difference(self.logits_BV, expected_BV)
         # The model has no cache here, so rounded keys and values are part of the difference.
         if difference > max(LARGEST_DIFFERENCE[dtype] for dtype in (self.dtype, self.cache.keys_NBMJE.dtype)):
             why = f"its logits differ by {difference:.3g} of their norm from those of the model"

@@ -57,8 +57,8 @@ FAULTS = [
         MANY,
     ),
     Fault("engine/batch.py", r"endings \+= self\._begin_some", "endings = self._begin_some", BATCH),
-    Fault("engine/completion.py", r"self\.ids\[:-1\] if has_end else self\.ids", "self.ids", BATCH),
-    Fault("engine/completion.py", r"^( +)if has_end:$", r"\1if False:", BATCH),
+    Fault("engine/completion.py", r"if not self\._is_end\(token_id\)", "if self._is_end(token_id) or True", BATCH),
+    Fault("engine/completion.py", r"self\.stop_reason = token_id$", "pass", COMPLETION),
     # Prompts read by compiled and recorded functions.
     Fault("engine/reader.py", r"cache\.length == 0 and cache\.padding_B is None", "cache.length == 0", READER),
     Fault("engine/reader.py", r"cache\.length == 0 and (cache\.padding_B is None)", r"\1", READER),
