@@ -13,6 +13,7 @@
     inductor.py    where private torch is touched: block sizes, lowerings of our operations, kernels
     compiler.py    functions that are compiled, and kept in a file for the next process
     artifacts.py   the directories in which they are kept
+    recorded.py    functions of many small operations, launched on a GPU all at once
     products.py    which form multiplies which weight
     proof.py       every form shows once in a process that it is right, or is left out
 
@@ -60,6 +61,7 @@ from miniawq.compiled.products import (
     prepare_normed,
 )
 from miniawq.compiled.proof import check
+from miniawq.compiled.recorded import Recorded
 from miniawq.compiled.tables import Table
 from miniawq.compiled.workshop import WORKSHOP, first_line
 
@@ -74,6 +76,7 @@ __all__ = [
     "Prepacked",
     "Prepared",
     "Product",
+    "Recorded",
     "Table",
     "any_length",
     "are_here",

@@ -18,18 +18,22 @@ Shapes: weights lie with inputs first, so that a column of the layer is a row in
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miniawq.awq import Statistics
-from miniawq.packing import TOP_CODE, Quantized
+from miniawq.compiled import WORKSHOP, Recorded, any_length, compile_with_forms, own_copy
+from miniawq.packing import Quantized
+from miniawq.quantize.descent import COLUMNS_TOGETHER, Choice, chosen_errors, refitted, settled
 from miniawq.quantize.ranges import shrunk
 from miniawq.quantize.streams import Aim
 
 SWEEPS = 5  # that move scales too, before the last one; more gain little (docs/log/neighbours.md)
 DOUBT = 1.5  # how fast trust falls with inputs for each token (docs/log/neighbours.md)
-LARGEST_MOVE = 1.25  # of a scale in one sweep, either way
 
 
 def neighbouring_codes(weight_OI: Tensor, nearest: Quantized, statistics: Statistics) -> Quantized:
@@ -43,16 +47,17 @@ def neighbouring_codes(weight_OI: Tensor, nearest: Quantized, statistics: Statis
     size = nearest.group_size
     steps_IO = nearest.codes_OI.t() - zeros_GO.repeat_interleave(size, 0)
     error_IO = steps_IO * scales_GO.float().repeat_interleave(size, 0) - weight_IO
+    settle, refit = visits(weight_IO.device)
     for sweep in range(SWEEPS + 1):
         for group, scale_O in enumerate(scales_GO):
             here = slice(group * size, (group + 1) * size)
-            before_SO, moments_SS = error_IO[here].clone(), moments_II[here, here]
+            weight_SO, before_SO, moments_SS = weight_IO[here], error_IO[here], moments_II[here, here]
             pull_SO = torch.addmm(pull_IO[here], moments_II[here], error_IO)
-            lower_SO, upper_SO = errors_beside(weight_IO[here], scale_O, zeros_GO[group])
-            descend(error_IO[here], pull_SO.clone(), moments_SS, lower_SO, upper_SO)
+            error_SO = settle(before_SO, pull_SO, moments_SS, weight_SO, scale_O, zeros_GO[group])
             if sweep < SWEEPS:
-                pull_SO.addmm_(moments_SS, error_IO[here] - before_SO)
-                refit(error_IO[here], weight_IO[here], scale_O, pull_SO, moments_SS)
+                pull_SO.addmm_(moments_SS, error_SO - before_SO)
+                error_SO, scales_GO[group] = refit(error_SO, pull_SO, moments_SS, weight_SO, scale_O)
+            error_IO[here] = error_SO
     scale_IO = scales_GO.float().repeat_interleave(size, 0)
     codes_IO = ((error_IO + weight_IO) / scale_IO).round_() + zeros_GO.repeat_interleave(size, 0)
     return Quantized(codes_IO.t().to(torch.uint8).contiguous(), scales_GO.t().contiguous(), nearest.zeros_OG)
@@ -63,35 +68,30 @@ def trust(inputs: int, tokens: int) -> float:
     return 1 / (1 + DOUBT * math.sqrt(inputs / max(1, tokens)))
 
 
-def errors_beside(weight_SO: Tensor, scale_O: Tensor, zero_O: Tensor) -> tuple[Tensor, Tensor]:
-    """The errors of the two codes beside each weight, in float32; beyond the last code there is one, twice."""
-    # A quotient in float32 next to a whole number could be rounded onto it, and the code above be beside it no more.
-    steps_SO = (weight_SO.double() / scale_O.double()).floor_().float()
-    lower_SO = steps_SO.clamp(-zero_O, TOP_CODE - zero_O)
-    upper_SO = (steps_SO + 1).clamp(-zero_O, TOP_CODE - zero_O)
-    return lower_SO.mul_(scale_O).sub_(weight_SO), upper_SO.mul_(scale_O).sub_(weight_SO)
+@lru_cache
+def visits(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """What `settled` and `refitted` are on a device: on a GPU each is launched at once, and columns are compiled."""
+    if device.type == "cpu":
+        return partial(settled, chosen_errors), refitted
+    return Recorded(partial(settled, compiled_choice(device))), Recorded(refitted)
 
 
-def descend(error_SO: Tensor, pull_SO: Tensor, moments_SS: Tensor, lower_SO: Tensor, upper_SO: Tensor) -> None:
-    """Choose the better of two errors for one column after the other, in place. `pull_SO` is used up."""
-    middle_SO = (lower_SO + upper_SO) / 2
-    # A column that nothing enters pulls nowhere: its code stays.
-    reach_S = moments_SS.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
-    for column in range(len(error_SO)):
-        lowest_O = error_SO[column] - pull_SO[column] * reach_S[column]
-        chosen_O = torch.where(lowest_O > middle_SO[column], upper_SO[column], lower_SO[column])
-        pull_SO[column + 1 :].addr_(moments_SS[column + 1 :, column], chosen_O - error_SO[column])
-        error_SO[column] = chosen_O
+def compiled_choice(device: torch.device) -> Choice:
+    """`chosen_errors` as one kernel, if that is right."""
+    compiled = compile_with_forms(own_copy(chosen_errors), (), of_any_width)
+    is_right = WORKSHOP.accepts(("learned codes", device), lambda *_: prove_choice(compiled, device))
+    return compiled if is_right else chosen_errors
 
 
-def refit(error_SO: Tensor, weight_SO: Tensor, scale_O: Tensor, pull_SO: Tensor, moments_SS: Tensor) -> None:
-    """Move the scales of a group, in place, to where its codes lose least."""
-    before_O = scale_O.float()
-    steps_SO = ((error_SO + weight_SO) / before_O).round_()
-    slope_O = (steps_SO * pull_SO).sum(0)
-    curvature_O = (steps_SO * (moments_SS @ steps_SO)).sum(0)
-    asked_O = before_O - slope_O / curvature_O
-    moved_O = asked_O.clamp(before_O / LARGEST_MOVE, before_O * LARGEST_MOVE).to(scale_O.dtype)
-    # Where all codes are zeros nothing asks for a scale: NaN.
-    scale_O.copy_(moved_O.where((moved_O > 0) & moved_O.isfinite(), scale_O))
-    error_SO.copy_(steps_SO.mul_(scale_O).sub_(weight_SO))
+def of_any_width(*arguments: Tensor) -> tuple[Any, ...]:
+    """The arguments of `chosen_errors`, with the outputs of a layer marked."""
+    return tuple(x if index == 2 else any_length(x, 1) for index, x in enumerate(arguments))
+
+
+def prove_choice(compiled: Choice, device: torch.device) -> str:
+    """Why a compiled choice is not to be used: it chooses otherwise, and not only where both are nearly equal."""
+    inputs_TC, error_CO = torch.randn(2, 64, COLUMNS_TOGETHER, generator=torch.Generator().manual_seed(0)).to(device)
+    error_CO, moments_CC = error_CO.t().contiguous(), inputs_TC.t() @ inputs_TC
+    arguments = error_CO, moments_CC @ error_CO, moments_CC, error_CO - 1, error_CO + 1
+    others = int((compiled(*arguments) != chosen_errors(*arguments)).sum())
+    return f"{others} of {error_CO.numel()} choices differ" if others > error_CO.numel() // 100 else ""

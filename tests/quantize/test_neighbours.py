@@ -1,5 +1,6 @@
 """Learned codes: no step raises the loss, codes stay beside their weights, and a resumed run sees the same text."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from miniawq.errors import MiniawqError
 from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import job as job_file
 from miniawq.quantize import report
+from miniawq.quantize.descent import chosen_errors, descended, errors_beside
 from miniawq.quantize.factors import decisive
 from miniawq.quantize.grids import GRIDS
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
-from miniawq.quantize.neighbours import descend, errors_beside, neighbouring_codes, trust
+from miniawq.quantize.neighbours import neighbouring_codes, trust
 from miniawq.quantize.ranges import shrunk
 from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, Recipe
 from miniawq.quantize.streams import Aim, Streams
@@ -63,7 +65,7 @@ def test_no_choice_raises_the_loss_and_the_last_is_the_best(seed: int, size: int
     error_SO = dequantize(quantized, torch.float32).t() - weight_SO
     for _ in range(3):
         before_O = losses(error_SO)
-        descend(error_SO, pull_SO + moments_SS @ error_SO, moments_SS, lower_SO, upper_SO)
+        error_SO = descended(chosen_errors, error_SO, pull_SO + moments_SS @ error_SO, moments_SS, lower_SO, upper_SO)
         slack_O = 1e-5 * (before_O.abs() + (pull_SO.double() * (upper_SO - lower_SO)).abs().sum(0))
         assert (losses(error_SO) <= before_O + slack_O).all()
     for one_SO in (lower_SO, upper_SO):
@@ -135,6 +137,23 @@ def test_learned_codes_gain_where_nearest_ones_do_not() -> None:
         for one in (replace(DEFAULT, group_size=32), replace(NEIGHBOURS, group_size=32))
     ]
     assert layers[1].loss < 0.9 * layers[0].loss
+
+
+def test_a_device_finds_codes_that_lose_no_more(device: torch.device) -> None:
+    for outputs in (64, 40, 64):  # a GPU records a shape when it meets it again
+        weight_OI, x_TI = layer_and_inputs(outputs, outputs, inputs=128, tokens=2000)
+        aim = aim_of(x_TI, 0.3 * x_TI @ torch.randn(128, outputs))
+        nearest = Rounding(32).codes(weight_OI, Rounding(32).ranges(weight_OI))
+        here = copy.deepcopy(aim)
+        for name in ("moments_II", "magnitude_I", "pull_OI", "missed_O"):
+            setattr(here, name, getattr(here, name).to(device))
+        found = neighbouring_codes(weight_OI.to(device), Quantized(*(part.to(device) for part in nearest)), here)
+        found = Quantized(*(part.cpu() for part in found))
+        expected = neighbouring_codes(weight_OI, nearest, aim)
+        losses = [float(aim.losses(dequantize(one, torch.float32) - weight_OI).sum()) for one in (found, expected)]
+        assert losses[0] <= 1.001 * losses[1]
+        assert (found.codes_OI != expected.codes_OI).float().mean() < 0.02
+        assert error_over_bound(weight_OI, found, reach=1.0) <= 1 + ROUNDING
 
 
 def test_a_row_that_loses_by_its_codes_gets_plain_ones() -> None:
