@@ -18,9 +18,7 @@ Shapes: weights lie with inputs first, so that a column of the layer is a row in
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ from torch import Tensor
 from miniawq.awq import Statistics
 from miniawq.compiled import WORKSHOP, Recorded, any_length, compile_with_forms, own_copy
 from miniawq.packing import Quantized
-from miniawq.quantize.descent import COLUMNS_TOGETHER, Choice, chosen_errors, refitted, settled
+from miniawq.quantize.descent import Steps, Visit, resettled, settled
 from miniawq.quantize.ranges import shrunk
 from miniawq.quantize.streams import Aim
 
@@ -47,17 +45,14 @@ def neighbouring_codes(weight_OI: Tensor, nearest: Quantized, statistics: Statis
     size = nearest.group_size
     steps_IO = nearest.codes_OI.t() - zeros_GO.repeat_interleave(size, 0)
     error_IO = steps_IO * scales_GO.float().repeat_interleave(size, 0) - weight_IO
-    settle, refit = visits(weight_IO.device)
+    settle, resettle = visits(weight_IO.device, size, scales_GO.dtype)
     for sweep in range(SWEEPS + 1):
+        visit = resettle if sweep < SWEEPS else settle
         for group, scale_O in enumerate(scales_GO):
             here = slice(group * size, (group + 1) * size)
-            weight_SO, before_SO, moments_SS = weight_IO[here], error_IO[here], moments_II[here, here]
             pull_SO = torch.addmm(pull_IO[here], moments_II[here], error_IO)
-            error_SO = settle(before_SO, pull_SO, moments_SS, weight_SO, scale_O, zeros_GO[group])
-            if sweep < SWEEPS:
-                pull_SO.addmm_(moments_SS, error_SO - before_SO)
-                error_SO, scales_GO[group] = refit(error_SO, pull_SO, moments_SS, weight_SO, scale_O)
-            error_IO[here] = error_SO
+            group_is = error_IO[here], pull_SO, weight_IO[here], scale_O, zeros_GO[group]
+            error_IO[here], scales_GO[group] = visit(moments_II[here, here], *group_is)
     scale_IO = scales_GO.float().repeat_interleave(size, 0)
     codes_IO = ((error_IO + weight_IO) / scale_IO).round_() + zeros_GO.repeat_interleave(size, 0)
     return Quantized(codes_IO.t().to(torch.uint8).contiguous(), scales_GO.t().contiguous(), nearest.zeros_OG)
@@ -69,29 +64,41 @@ def trust(inputs: int, tokens: int) -> float:
 
 
 @lru_cache
-def visits(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """What `settled` and `refitted` are on a device: on a GPU each is launched at once, and columns are compiled."""
+def visits(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Visit, Visit]:
+    """`settled` and `resettled` for groups of a size and scales of a dtype.
+
+    On a GPU what lies between the products is compiled, and all of a visit is launched at once.
+    """
     if device.type == "cpu":
-        return partial(settled, chosen_errors), refitted
-    return Recorded(partial(settled, compiled_choice(device))), Recorded(refitted)
+        return partial(settled, Steps()), partial(resettled, Steps())
+    steps = compiled_steps()
+    if not WORKSHOP.accepts(("learned codes", device, size, dtype), lambda *_: prove_steps(steps, device, size, dtype)):
+        steps = Steps()
+    return Recorded(partial(settled, steps)), Recorded(partial(resettled, steps))
 
 
-def compiled_choice(device: torch.device) -> Choice:
-    """`chosen_errors` as one kernel, if that is right."""
-    compiled = compile_with_forms(own_copy(chosen_errors), (), of_any_width)
-    is_right = WORKSHOP.accepts(("learned codes", device), lambda *_: prove_choice(compiled, device))
-    return compiled if is_right else chosen_errors
+def compiled_steps() -> Steps:
+    """For layers of any width."""
+    without_outputs = (0, 1, 1)  # so many of their first arguments
+    return Steps(
+        *(
+            compile_with_forms(own_copy(step), (), partial(of_any_width, count), emulate_precision_casts=True)
+            for step, count in zip(Steps(), without_outputs, strict=True)
+        )
+    )
 
 
-def of_any_width(*arguments: Tensor) -> tuple[Any, ...]:
-    """The arguments of `chosen_errors`, with the outputs of a layer marked."""
-    return tuple(x if index == 2 else any_length(x, 1) for index, x in enumerate(arguments))
+def of_any_width(fixed: int, *arguments: Tensor) -> tuple[Tensor, ...]:
+    return *arguments[:fixed], *(any_length(x, x.dim() - 1) for x in arguments[fixed:])
 
 
-def prove_choice(compiled: Choice, device: torch.device) -> str:
-    """Why a compiled choice is not to be used: it chooses otherwise, and not only where both are nearly equal."""
-    inputs_TC, error_CO = torch.randn(2, 64, COLUMNS_TOGETHER, generator=torch.Generator().manual_seed(0)).to(device)
-    error_CO, moments_CC = error_CO.t().contiguous(), inputs_TC.t() @ inputs_TC
-    arguments = error_CO, moments_CC @ error_CO, moments_CC, error_CO - 1, error_CO + 1
-    others = int((compiled(*arguments) != chosen_errors(*arguments)).sum())
-    return f"{others} of {error_CO.numel()} choices differ" if others > error_CO.numel() // 100 else ""
+def prove_steps(steps: Steps, device: torch.device, size: int, dtype: torch.dtype) -> str:
+    """Why compiled steps are not to be used: they lead elsewhere, and not only where two codes are nearly equal."""
+    draw = torch.Generator().manual_seed(0)
+    x_TS, weight_SO = (torch.randn(rows, count, generator=draw) for rows, count in ((2 * size, size), (size, 64)))
+    scale_O, zero_O = (weight_SO.abs().amax(0) / 7).to(dtype), torch.full((64,), 8.0)
+    error_SO, moments_SS = (weight_SO / scale_O).round() * scale_O - weight_SO, x_TS.t() @ x_TS / len(x_TS)
+    group = [x.to(device) for x in (moments_SS, error_SO, moments_SS @ error_SO, weight_SO, scale_O, zero_O)]
+    (found_SO, _), (expected_SO, _) = (resettled(some, *group) for some in (steps, Steps()))
+    others = int(((found_SO - expected_SO).abs() > group[4] / 100).sum())
+    return f"{others} of {found_SO.numel()} codes differ" if others > found_SO.numel() // 50 else ""

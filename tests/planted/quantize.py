@@ -45,7 +45,7 @@ FAULTS = [
     Fault("quantize/report.py", r"if not plain > 0 or not folds:", "if False:", PUBLISHING),
     Fault("quantize/descent.py", r"scale_O\.double\(\)\)\.floor_", "scale_O.double()).round_", NEIGHBOURS),
     Fault("quantize/descent.py", r"lowest_O > middle_CO", "lowest_O < middle_CO", NEIGHBOURS),
-    Fault("quantize/neighbours.py", r"if sweep < SWEEPS:", "if sweep <= SWEEPS:", NEIGHBOURS),
+    Fault("quantize/neighbours.py", r"if sweep < SWEEPS", "if sweep <= SWEEPS", NEIGHBOURS),
     Fault("quantize/descent.py", r"found\[-1\] - error_O", "error_O - found[-1]", NEIGHBOURS),
     Fault("quantize/factors.py", r"found\.chosen\.loss <= DECISIVE", "found.chosen.loss >= DECISIVE", NEIGHBOURS),
     Fault("quantize/streams.py", r" - ours\.residual_TO", "", NEIGHBOURS),

@@ -65,7 +65,7 @@ def test_no_choice_raises_the_loss_and_the_last_is_the_best(seed: int, size: int
     error_SO = dequantize(quantized, torch.float32).t() - weight_SO
     for _ in range(3):
         before_O = losses(error_SO)
-        error_SO = descended(chosen_errors, error_SO, pull_SO + moments_SS @ error_SO, moments_SS, lower_SO, upper_SO)
+        error_SO = descended(chosen_errors, moments_SS, error_SO, pull_SO + moments_SS @ error_SO, lower_SO, upper_SO)
         slack_O = 1e-5 * (before_O.abs() + (pull_SO.double() * (upper_SO - lower_SO)).abs().sum(0))
         assert (losses(error_SO) <= before_O + slack_O).all()
     for one_SO in (lower_SO, upper_SO):
