@@ -134,17 +134,20 @@ def run(
     Errors go to stderr as what, why and what to do; other exceptions are bugs and keep their traceback.
     """
     _open_streams()
+    log = logging.getLogger("miniawq")
+    before = log.level
     try:
         arguments = parser.parse_args(argv)
         level = logging.DEBUG if arguments.debug else logging.INFO
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_CleanFormatter("%(message)s"))
         logging.basicConfig(handlers=[handler])
-        logging.getLogger("miniawq").setLevel(level)
+        log.setLevel(level)
         return _exit_code(main_body, arguments, parser.prog)
     except KeyboardInterrupt:  # while the first one was told
         return INTERRUPTED
     finally:
+        log.setLevel(before)  # for whoever calls this from Python
         # What a full disk or a reader who has left did not take is dropped: Python would complain at exit.
         for stream in (sys.stdout, sys.stderr):
             try:

@@ -21,7 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On another device than the CPU, only what depends on it."""
+    """What compiles comes first: one process then proves the forms for all of it, and none of it is left for the end.
+    On another device than the CPU, only what depends on it.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("compiles") is None)
     if config.getoption("--device") != "cpu":
         config.hook.pytest_deselected(items=[item for item in items if not takes_device(item)])
         items[:] = [item for item in items if takes_device(item)]

@@ -163,7 +163,8 @@ def is_there(span: str) -> bool:
     if first.startswith("--"):
         return f'"{first}"' in SOURCES + (TESTS / "conftest.py").read_text()
     if re.fullmatch(r"[\w./-]+(?:/|\.(?:py|md|json|toml))|\.?\w+/[\w/.]+", first):
-        return any((folder / first).exists() for folder in (ROOT, PACKAGE))
+        made = re.findall(r"^BIN = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return first in made or any((folder / first).exists() for folder in (ROOT, PACKAGE))
     names = re.findall(r"[A-Za-z_]\w+", re.sub(r"\"[^\"]*\"", "", span))
     return all(name in known_names() for name in names)
 

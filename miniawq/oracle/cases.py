@@ -7,6 +7,7 @@ fewer entries that are not the default one, which is what makes a failure small 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 import torch
@@ -78,7 +79,7 @@ class PackedCase:
         """The first arguments of `dequantize` and the last of `matmul`: qweight, qzeros, scales, group_size."""
         return truth.pack(self.codes), truth.pack(self.zeros), self.scales, self.group_size
 
-    @property
+    @cached_property
     def weight(self) -> Tensor:
         """The exact weight [K, N], float64."""
         return truth.real_weight(self.codes, self.zeros, self.scales, self.group_size)

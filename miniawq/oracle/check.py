@@ -8,6 +8,7 @@ needs is drawn or stands in its setting, so a run can be repeated.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
@@ -185,7 +186,14 @@ def cover(check: Check, subject: Subject, profile: Profile) -> None:
 def settings_of(check: Check, factors: Factors, profile: Profile) -> list[Setting]:
     """The check's covering arrays; some more where more examples are asked for."""
     arrays, first = check.arrays * max(1, round(profile.examples / 400)), profile.seed or 0
-    return [setting for seed in range(first, first + arrays) for setting in covering(factors, check.allowed, seed)]
+    known = tuple((name, tuple(levels)) for name, levels in factors.items())
+    return [setting for seed in range(first, first + arrays) for setting in covered(known, check.allowed, seed)]
+
+
+@cache
+def covered(factors: tuple[tuple[str, tuple[Any, ...]], ...], allowed: Allowed, seed: int) -> list[Setting]:
+    """A covering array, made once where one process judges many targets."""
+    return covering(dict(factors), allowed, seed)
 
 
 def search(check: Check, subject: Subject, profile: Profile) -> Callable[[], None]:

@@ -11,14 +11,14 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from miniawq.oracle.check import Check, Profile, run_check
+from miniawq.oracle.check import Profile, run_check
 from miniawq.oracle.contract import LEVELS
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
@@ -79,7 +79,8 @@ def killer_of(place: tuple[str, int]) -> str:
         return FAULTS[place[1]].killer if killed(FAULTS[place[1]]) else ""
     fault = SETS[place[0]][place[1]]
     subject = Subject(fault.target())
-    checks: Iterable[Check] = (check for check in CHECKS if fault.function in check.needs)
+    checks = [check for check in CHECKS if fault.function in check.needs]
+    checks.sort(key=lambda check: check.over is not None)  # covering arrays take longest
     return next((c.id for c in checks if run_check(c, subject, UNSHRUNK).status == "failed"), "")
 
 

@@ -23,6 +23,7 @@ Python target this way, which keeps the suite alive when native code crashes.
 
 import ctypes
 import json
+import queue
 import shlex
 import signal
 import subprocess
@@ -49,6 +50,7 @@ class Program:
         self._folder = tempfile.TemporaryDirectory(prefix="oracle-")
         self._sequence = 0
         self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         try:
             hello = self._ask({"cmd": "start", "contract": CONTRACT})
         except (Crash, OSError) as error:
@@ -110,17 +112,15 @@ class Program:
     def _ask(self, request: dict[str, Any], answered: bool = True) -> dict[str, Any]:
         process = self._started()
         assert process.stdin is not None
-        assert process.stdout is not None
-        alarm = threading.Timer(self.timeout, process.kill)
-        alarm.start()
         try:
             process.stdin.write(json.dumps(request, separators=(",", ":")) + "\n")
             process.stdin.flush()
-            line = process.stdout.readline() if answered else "{}"
+            line = self._lines.get(timeout=self.timeout) if answered else "{}"
         except BrokenPipeError:
             line = ""
-        finally:
-            alarm.cancel()
+        except queue.Empty:
+            process.kill()
+            line = ""
         if not line:
             raise Crash(f"the program {how_it_ended(process.wait())}")
         try:
@@ -134,9 +134,18 @@ class Program:
             self._process = subprocess.Popen(
                 shlex.split(self.command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
+            self._lines = queue.SimpleQueue()
+            threading.Thread(target=pass_on, args=(self._process.stdout, self._lines), daemon=True).start()
             if again:
                 self._ask({"cmd": "start", "contract": CONTRACT})
         return self._process
+
+
+def pass_on(lines: IO[str], to: "queue.SimpleQueue[str]") -> None:
+    """Read a program's lines for whoever does not wait for ever; an empty one is the end."""
+    for line in lines:
+        to.put(line)
+    to.put("")
 
 
 def how_it_ended(code: int) -> str:

@@ -23,27 +23,25 @@ def pack(codes: Tensor) -> Tensor:
         raise ValueError(f"{codes.shape[1]} columns do not fill whole words of 8 codes")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
         raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit in 4 bits")
-    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64, device=codes.device)
+    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
     for nibble, column in enumerate(NIBBLE_HOLDS_COLUMN):
-        words += codes[:, column::8].to(torch.int64) * 16**nibble
-    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+        words |= codes[:, column::8].to(torch.int32) << 4 * nibble
+    return words
 
 
 def unpack(words: Tensor) -> Tensor:
     """Words int32 [R, C / 8] to codes uint8 [R, C]."""
-    unsigned = words.to(torch.int64) % 2**32
     codes = torch.empty(words.shape[0], words.shape[1] * 8, dtype=torch.uint8, device=words.device)
     for nibble, column in enumerate(NIBBLE_HOLDS_COLUMN):
-        codes[:, column::8] = (unsigned // 16**nibble % 16).to(torch.uint8)
+        codes[:, column::8] = words.to(torch.int32) >> 4 * nibble & 15
     return codes
 
 
 def real_weight(codes: Tensor, zeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """(code - zero) * scale without any rounding, float64 [K, N]: 4 bits times 11 bits is exact."""
-    k = codes.shape[0]
-    group_of_row = torch.arange(k, device=codes.device) // (k if group_size == -1 else group_size)
-    steps = codes.to(torch.float64) - zeros.to(torch.float64)[group_of_row]
-    return steps * scales.to(torch.float64)[group_of_row]
+    size = codes.shape[0] if group_size == -1 else group_size
+    steps = codes.to(torch.float64).unflatten(0, (len(zeros), size)) - zeros.to(torch.float64)[:, None]
+    return (steps * scales.to(torch.float64)[:, None]).flatten(0, 1)
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:

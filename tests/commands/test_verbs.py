@@ -204,6 +204,13 @@ def test_errors_notices_and_usage_are_written_clean(capsys, monkeypatch):
     assert len(told) < 5000
 
 
+def test_a_quiet_run_leaves_the_logger_as_it_was():
+    log = logging.getLogger("miniawq")
+    before = log.level
+    assert cli.run(lambda _: log.setLevel(logging.ERROR), cli.parser("test", ""), []) == 0
+    assert log.level == before
+
+
 def test_a_panic_of_a_library_is_told(capsys):
     class PanicException(BaseException):
         """What pyo3 raises."""

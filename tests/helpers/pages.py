@@ -38,6 +38,22 @@ def shell(commands: str, root: Path) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
+RAN: dict[str, tuple[int, str, list[Path]]] = {}
+
+
+def once(command: str, root: Path) -> tuple[int, str]:
+    """The exit code and what was printed. A command of several pages runs for the first; others get what it made."""
+    if command not in RAN:
+        before = set(root.iterdir())
+        code, printed = (in_this_process if command.startswith("miniawq ") else shell)(command, root)
+        RAN[command] = code, printed, sorted(set(root.iterdir()) - before)
+    code, printed, made = RAN[command]
+    for path in made:
+        if not (root / path.name).exists():
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, root / path.name)
+    return code, printed
+
+
 def in_this_process(command: str, root: Path) -> tuple[int, str]:
     """The same of one `miniawq` command, which may end in `> FILE`; to start a process for it takes seconds."""
     line, _, file = command.partition(" > ")

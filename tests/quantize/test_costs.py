@@ -35,24 +35,28 @@ class Questions(TorchDispatchMode):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("recipe", [DEFAULT, NEIGHBOURS], ids=["default", "neighbours"])
+@pytest.mark.parametrize(("recipe", "scale"), [(DEFAULT, 8), (NEIGHBOURS, 16)], ids=["default", "neighbours"])
 @torch.inference_mode()
-def test_memory_is_what_the_plan_says(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shapes of Llama-3.1-8B with everything an eighth as wide and as long, as on a GPU."""
-    scale = 8
+def test_memory_is_what_the_plan_says(
+    recipe: Recipe, scale: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shapes of Llama-3.1-8B with everything so many times less wide and less long, as on a GPU."""
     monkeypatch.setitem(ranges.CANDIDATE_ELEMENTS, "cpu", ranges.CANDIDATE_ELEMENTS["cuda"] // scale**2)
     monkeypatch.setattr(packing, "WEIGHTS_AT_ONCE", packing.WEIGHTS_AT_ONCE // scale**2)
     for module in (stream, memory):
         monkeypatch.setattr(module, "TOKENS_PER_BATCH", 4096 // scale)
-    shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
-    source, _ = make_dense(tmp_path / "dense", num_hidden_layers=1, head_dim=128, **shape)
-    settings, tokens_BL = Settings(recipe, compared_tokens=4096 // scale), torch.randint(48, (16, 512))
+    width = 4096 // scale
+    shape = {"hidden_size": width, "intermediate_size": 14_336 // scale, "head_dim": width // 4}
+    source, _ = make_dense(
+        tmp_path / "dense", num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, **shape
+    )
+    settings, tokens_BL = Settings(recipe, compared_tokens=4096 // scale), torch.randint(48, (16, width))
     job = Quantizer(open_checkpoint(source), settings, torch.device("cpu"))
     plan = memory.plan_memory(
         job.checkpoint, job.folds, *tokens_BL.shape, settings.compared_tokens, job.device, False, recipe.learns
     ).host
     with Allocations() as allocations, sdpa_kernel(SDPBackend.MATH):
-        hidden_BLD = torch.zeros(*tokens_BL.shape, 512)
+        hidden_BLD = torch.zeros(*tokens_BL.shape, width)
         job.stream.embed(tokens_BL, hidden_BLD)
         if recipe.learns:
             job.streams = Streams(job.stream, torch.zeros_like(hidden_BLD), hidden_BLD.clone())

@@ -19,6 +19,7 @@ from miniawq.checkpoint.quant_config import PACKED_HEADS
 from miniawq.checkpoint.shards import ShardWriter
 from miniawq.commands.convert import convert_checkpoint
 from miniawq.commands.convert import main as convert
+from miniawq.engine.layer import compiled_function, finish
 from miniawq.engine.step import DecodeStep
 from miniawq.errors import InvalidInput, MiniawqError
 from miniawq.generate import generate
@@ -259,7 +260,14 @@ def test_an_untied_checkpoint_has_the_embedding_for_a_head(dense: Path) -> None:
 
 
 @pytest.mark.compiles
-def test_the_compiled_step_gives_the_tokens_of_the_model(dense: Path, tmp_path: Path) -> None:
+def test_the_compiled_step_gives_the_tokens_of_the_model(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what reads the head is compiled here; `tests/engine/test_step.py` compiles the layers."""
+    monkeypatch.setattr(
+        "miniawq.engine.step.compiled_function",
+        lambda function, *given: compiled_function(function, *given) if function is finish else function,
+    )
     quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS)
     model, exact = (load_model(open_checkpoint(tmp_path / "out"), dtype=torch.float32) for _ in range(2))
     tokens_BL = some_text(1).tokens_BL
