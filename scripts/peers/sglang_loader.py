@@ -2,10 +2,10 @@
 
     SGLANG/bin/python scripts/peers/sglang_loader.py miniawq/demo/fairytales-awq
 
-SGLang's kernels want a GPU; its configuration, its model and the loading of weights do not. It reads config.json, builds
-its Llama or Qwen 2 on the CPU and loads the shards. Then each `qkv_proj` and `gate_up_proj` is compared with our tensors
-side by side, all others with ours as they are. The environment: sglang==0.5.23 and what importing it asks for; where
-there is no driver, a libcuda.so.1 of any kind on LD_LIBRARY_PATH, which is looked up and not called.
+SGLang's kernels want a GPU; its configuration, its model and the loading of weights do not. It reads config.json,
+builds its Llama or Qwen 2 on the CPU and loads the shards. Then each `qkv_proj` and `gate_up_proj` is compared with our
+tensors side by side, all others with ours as they are. The environment: sglang==0.5.23 and what importing it asks for;
+where there is no driver, a libcuda.so.1 of any kind on LD_LIBRARY_PATH, which is looked up and not called.
 """
 
 import json
