@@ -233,7 +233,7 @@ def product_ranges() -> None:
     sow("matmul", f"float32 x is rounded to bfloat16 with more than {few} rows", altered(coarse))
 
     def flushed(y: Tensor, x: Tensor, w: Tensor, g: int, b: Tensor | None) -> Tensor:
-        return y if x.dtype != torch.float16 else product(x.where(x.abs() >= 2**-14, torch.zeros_like(x)), w, b)
+        return y if x.dtype != torch.float16 else product(x.where(~(x.abs() < 2**-14), torch.zeros_like(x)), w, b)
 
     sow("matmul", "subnormal float16 x is flushed to zero", altered(flushed))
 

@@ -45,7 +45,7 @@ def reader(
     decode: Decode = loader.decode,
     unchecked: Callable[[str], bool] = lambda name: False,
 ) -> Callable[[Path], Tensors]:
-    """The right reader with steps of its own; tensors that are `unchecked` may be missing or of another shape."""
+    """The right reader with steps of its own; tensors that are `unchecked` may be missing."""
 
     def wrong(directory: Path) -> Tensors:
         config = config_of(loader.read_json(directory / "config.json"))
@@ -64,7 +64,7 @@ def reader(
                 raise loader.Refused(f"{linear} is packed, but the model has no such linear layer")
             parts = {n.removeprefix(linear + "."): t for n, t in stored.items() if n.startswith(linear + ".")}
             dense[f"{linear}.weight"] = decode(linear, parts, block, *linears[linear])
-        wanted = {n: s for n, s in loader.dense_shapes(config, linears).items() if not unchecked(n)}
+        wanted = {n: s for n, s in loader.dense_shapes(config, linears).items() if n in dense or not unchecked(n)}
         loader.check_shapes(dense, wanted, config)
         return dense
 
@@ -153,8 +153,8 @@ def shards() -> None:
 
     def last_wins(directory: Path) -> Tensors:
         stored = whole(directory)
-        for file in sorted(directory.glob("*.safetensors")):
-            held = loader.read_file(file)
+        for file in sorted(named(directory)):
+            held = loader.read_file(directory / file)
             stored |= {n: t for n, t in held.items() if n in stored and t.shape == stored[n].shape}
         return stored
 

@@ -114,10 +114,15 @@ def rounding_ranges() -> None:
     sow("quantize", "scales below 2**-14 are rounded to nearest", small_to_nearest)
 
     def at_the_end(weight: Tensor, size: int) -> Parts:
+        try:
+            return truth.quantize(weight, size)
+        except ValueError:
+            k = weight.shape[1]
+            if not bool(weight.isfinite().all()) or (size != -1 and (size < 1 or k % size)):
+                raise
         groups = groups_of(weight, size)
         lowest, highest = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-        step = (highest - lowest) / 15
-        if not bool(weight.isfinite().all()) or bool((step >= 65520).any()):
+        if bool(((highest - lowest) / 15 >= 65520).any()):
             return truth.quantize(weight, size)
         return from_ends(groups, lowest, torch.minimum(highest, lowest + 65504.0 * 15))
 
