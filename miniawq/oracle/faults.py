@@ -41,6 +41,7 @@ from miniawq.oracle.planted.blind_third_products import BLIND_THIRD_PRODUCTS
 from miniawq.oracle.planted.blind_third_readers import BLIND_THIRD_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.edges import EDGES
+from miniawq.oracle.planted.fifth import FIFTH
 from miniawq.oracle.planted.fourth import FOURTH
 from miniawq.oracle.planted.paths import PATHS
 from miniawq.oracle.planted.second import SECOND
@@ -58,6 +59,7 @@ FAULTS: list[Fault] = [
     *EDGES,
     *PATHS,
     *FOURTH,
+    *FIFTH,
 ]
 
 UNSHRUNK = Profile(shrink=False)
