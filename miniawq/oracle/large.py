@@ -159,7 +159,7 @@ def refuses_other_biases(target: Subject) -> None:
                 target.judge(expect_refused_factors, x, *layer.packed, bias, f"a bias of shape {list(other)}")
 
 
-def beyond_float16(limits: Limits, seed: int) -> tuple[Tensor, Tensor, int]:
+def loud_beyond_float16(limits: Limits, seed: int) -> tuple[Tensor, Tensor, int]:
     """Channels from 10**3 to 10**9, in any order, whose large weights stand on the loudest."""
     weight, x, group_size = problem(limits, seed, groups=1, outliers=0)
     random, k = Random(seed), x.shape[1]
@@ -173,6 +173,6 @@ def beyond_float16(limits: Limits, seed: int) -> tuple[Tensor, Tensor, int]:
 def activations_beyond_float16(target: Subject) -> None:
     """Channels of which one half is beyond 65504, by ever more, are searched like any other."""
     for seed in (190, 194, 195):
-        weight, x, group_size = beyond_float16(target.limits, seed)
+        weight, x, group_size = loud_beyond_float16(target.limits, seed)
         for dtype in (torch.float32, torch.bfloat16):
             target.judge(expect_searched, weight, x.to(dtype), group_size)

@@ -55,7 +55,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-def product_sizes() -> None:
+def product_outputs() -> None:
     most, tile = DRAW.choice(ROWS), DRAW.choice(TILES)
     sow(
         "matmul",
@@ -81,6 +81,9 @@ def product_sizes() -> None:
 
     name = f"outputs past the last whole tile of {remainder} leave out inputs past the last whole 64"
     sow("matmul", name, altered(tail))
+
+
+def product_inputs() -> None:
     part = DRAW.choice((512, 768, 1024, 1536, 2048))
 
     def split(y: Tensor, x: Tensor, w: Tensor, g: int, b: Tensor | None) -> Tensor:
@@ -98,6 +101,9 @@ def product_sizes() -> None:
 
     name = f"the last group is left out where their number is no multiple of {stages} and greater"
     sow("matmul", name, altered(pipeline))
+
+
+def product_kernels() -> None:
     few, wide = DRAW.choice((1, 2, 3, 4, 6, 8, 12, 16)), DRAW.choice(OUTPUTS)
 
     def specialised(y: Tensor, *_: Any) -> Tensor:
@@ -139,7 +145,7 @@ def product_sizes() -> None:
     sow("matmul", f"the number of an element of the result has {bits} bits", altered(narrow_index))
 
 
-def product_combinations() -> None:
+def product_views() -> None:
     def first_matrix(x: Tensor, qw: Tensor, qz: Tensor, scales: Tensor, size: int, b: Tensor | None = None) -> Tensor:
         right = truth.matmul(x, qw, qz, scales, size, b)
         if b is None or x.dim() < 3 or len(right) < 2:
@@ -171,6 +177,9 @@ def product_combinations() -> None:
         return truth.matmul(read_at(x, dense_strides(x), x.storage_offset()) if repeated else x, *rest)
 
     sow("matmul", f"{short(dtype)} rows that are one row repeated are read as if they were many", expanded)
+
+
+def product_combinations() -> None:
     rows, past = DRAW.choice(ROWS[:8]), DRAW.choice(OUTPUTS)
 
     def bias_tile(y: Tensor, x: Tensor, w: Tensor, g: int, b: Tensor | None) -> Tensor:
@@ -352,7 +361,10 @@ def kept_weight() -> Callable[..., Tensor]:
     return wrong
 
 
-product_sizes()
+product_outputs()
+product_inputs()
+product_kernels()
+product_views()
 product_combinations()
 product_ranges()
 product_refusals()
