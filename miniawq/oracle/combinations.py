@@ -110,8 +110,9 @@ def pack_combinations(target: Subject, setting: Setting) -> None:
 @rule("L0.unpack.combinations", "unpack", over=tables, allowed=small_table, arrays=3)
 def unpack_combinations(target: Subject, setting: Setting) -> None:
     """Words of every size class, as views of every kind, are unpacked like the definition, and not written into."""
-    words = truth.pack(codes_of(setting | {"layout": "contiguous"}))
-    target.judge(expect_unpacked, laid_out(words, setting["layout"]))
+    shape = (setting["rows"], setting["words"])
+    top, random = torch.full(shape, -1, dtype=torch.int32), cases.raw(seed_of(setting), shape, torch.int32)
+    target.judge(expect_unpacked, laid_out(top if setting["content"] == "top" else random, setting["layout"]))
 
 
 # L1

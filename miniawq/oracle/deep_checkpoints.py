@@ -30,6 +30,7 @@ from miniawq.oracle.checkpoints import (
     valid,
 )
 from miniawq.oracle.directories import (
+    AWQ_BLOCK,
     INDEX,
     WEIGHTS,
     Model,
@@ -112,6 +113,11 @@ def stale_copies(directory: Path) -> None:
             save_file(tensors | {"model.norm.weight": torch.zeros(96, dtype=torch.float16)}, path)
 
 
+def gemv_squares() -> Model:
+    """Square layers: words have the same shape in GEMV and in GEMM."""
+    return model(gemv, AWQ_BLOCK | {"version": "gemv"}, key_heads=2, layers=2)
+
+
 def other_groups(linear: str) -> Callable[[Model], None]:
     """An edit: one layer has groups of 16, where the config says 32."""
 
@@ -187,6 +193,7 @@ DEEP = [
         compressed_symmetric, compressed_block(symmetric=True), hidden=96, inner=160, layers=3, symmetric=True)),
     either("stale-copies", "a norm lies in three shards with different values; the index names one", deep_sharded,
            stale_copies),
+    either("gemv-squares", "AutoAWQ GEMV, named so, where every layer is square", gemv_squares),
     invalid("group-size-first-layer", "one projection of the first layer has other groups than the config says",
             "group scales qzeros shape q_proj", changed(other_groups("model.layers.0.self_attn.q_proj"), deep)),
     invalid("group-size-last-layer", "one projection of the last layer has other groups than the config says",

@@ -20,6 +20,7 @@ import miniawq.oracle.dequantization as dequantization
 import miniawq.oracle.dialects as dialects
 import miniawq.oracle.dtypes as dtypes
 import miniawq.oracle.edges as edges
+import miniawq.oracle.large as large
 import miniawq.oracle.multiplication as multiplication
 import miniawq.oracle.paths as paths
 import miniawq.oracle.ranges as ranges
@@ -66,6 +67,7 @@ CHECKS: list[Check] = sorted(
         *checks_in(views),
         *checks_in(sums),
         *checks_in(crowds),
+        *checks_in(large),
     ],
     key=lambda check: check.level,
 )
@@ -122,7 +124,7 @@ def conformance(
         report.results.append(result)
     report.causes = diagnose(subject, [result for result in report.results if result.status == "failed"])
     for cause in report.causes if profile.shrink else ():
-        cause.failures.sort(key=partial(large, cause.failures[0].check.level))
+        cause.failures.sort(key=partial(is_large, cause.failures[0].check.level))
         first = cause.failures[0]
         assert first.broken is not None
         first.broken = made_small(subject, first.broken)
@@ -133,7 +135,7 @@ def conformance(
 LARGE = 1000  # elements: such an example takes long to shrink, and may not print then
 
 
-def large(level: str, result: Result) -> bool:
+def is_large(level: str, result: Result) -> bool:
     """Whether a failure should not be the first that is shown: its example is large, or its level a higher one."""
     call = result.broken.call if result.broken else None
     sizes = [value.numel() for value in (call.arguments if call else {}).values() if isinstance(value, Tensor)]

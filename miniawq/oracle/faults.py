@@ -2,7 +2,7 @@
 survives that no list argues for.
 
 Sets: `named`, faults with the check that must find each; `grammar`, function x kind x place x circumstance; `blind`,
-`second-blind`, `third-blind` and `fourth-blind`, written after the checks were frozen.
+`second-blind` .. `fifth-blind`, written after the checks were frozen.
 """
 
 import argparse
@@ -23,6 +23,11 @@ from miniawq.oracle.contract import LEVELS
 from miniawq.oracle.door import CHECKS
 from miniawq.oracle.planted import Fault, files, numbers, storage
 from miniawq.oracle.planted.blind import BLIND
+from miniawq.oracle.planted.blind_fifth import BLIND_FIFTH
+from miniawq.oracle.planted.blind_fifth_products import BLIND_FIFTH_PRODUCTS
+from miniawq.oracle.planted.blind_fifth_readers import BLIND_FIFTH_READERS
+from miniawq.oracle.planted.blind_fifth_rounding import BLIND_FIFTH_ROUNDING
+from miniawq.oracle.planted.blind_fifth_searches import BLIND_FIFTH_SEARCHES
 from miniawq.oracle.planted.blind_fourth import BLIND_FOURTH
 from miniawq.oracle.planted.blind_fourth_products import BLIND_FOURTH_PRODUCTS
 from miniawq.oracle.planted.blind_fourth_readers import BLIND_FOURTH_READERS
@@ -36,6 +41,7 @@ from miniawq.oracle.planted.blind_third_products import BLIND_THIRD_PRODUCTS
 from miniawq.oracle.planted.blind_third_readers import BLIND_THIRD_READERS
 from miniawq.oracle.planted.bred import grammar
 from miniawq.oracle.planted.edges import EDGES
+from miniawq.oracle.planted.fifth import FIFTH
 from miniawq.oracle.planted.fourth import FOURTH
 from miniawq.oracle.planted.paths import PATHS
 from miniawq.oracle.planted.second import SECOND
@@ -53,6 +59,7 @@ FAULTS: list[Fault] = [
     *EDGES,
     *PATHS,
     *FOURTH,
+    *FIFTH,
 ]
 
 UNSHRUNK = Profile(shrink=False)
@@ -70,6 +77,13 @@ SETS: dict[str, list[Any]] = {
     "second-blind": [*BLIND_SECOND, *BLIND_SECOND_READERS],
     "third-blind": [*BLIND_THIRD, *BLIND_THIRD_PRODUCTS, *BLIND_THIRD_READERS],
     "fourth-blind": [*BLIND_FOURTH, *BLIND_FOURTH_PRODUCTS, *BLIND_FOURTH_READERS, *BLIND_FOURTH_SEARCHES],
+    "fifth-blind": [
+        *BLIND_FIFTH,
+        *BLIND_FIFTH_ROUNDING,
+        *BLIND_FIFTH_PRODUCTS,
+        *BLIND_FIFTH_READERS,
+        *BLIND_FIFTH_SEARCHES,
+    ],
 }
 
 

@@ -32,7 +32,10 @@ def snippet(import_line: str, call: Call, broken: Broken) -> str:
     """Lines that repeat the call; its arguments are literals unless they are too large."""
     paths = any(isinstance(value, Path) for value in call.arguments.values())
     lines = ["import miniawq.oracle.checkpoints" if paths else "import torch", import_line]
-    if call.before:
+    if call.before and call.before.refused:
+        *given, refused = call_lines(call.before, "first")
+        lines += [*given, "try:", f"    {refused}", "except Exception as refusal:", "    first = refusal"]
+    elif call.before:
         lines += [*call_lines(call.before, "first"), "print(first)"]
     lines += call_lines(call, "got")
     if call.before:

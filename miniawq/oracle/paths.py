@@ -29,6 +29,7 @@ from miniawq.oracle.multiplication import dtypes_taken
 from miniawq.oracle.rounding import expect_bound
 from miniawq.oracle.search import TOKENS, expect_help, problem
 from miniawq.oracle.searches import expect_clip_searched, expect_searched, search_problem
+from miniawq.oracle.state import after
 from miniawq.oracle.storage import expect_packed, expect_unpacked
 from miniawq.oracle.subject import Broken, Subject, memory, same_bits
 
@@ -213,15 +214,16 @@ def unwritten(id: str, function: str, make: Callable[[Subject], list[Arguments]]
 def wrong_then_right(target: Subject, function: str) -> tuple[Arguments, Arguments, Callable[..., None]]:
     """Arguments to refuse, arguments to take, and how the result is judged."""
     layer = random_layer(113, *smallest(target.limits, 2, 2), cases.exact_scales)
-    k, n = layer.codes.shape
     words, dtype = layer.packed, dtypes_taken(target)[0]
     if function == "pack":
-        return (layer.codes + 16,), (layer.codes,), expect_packed
+        return (layer.codes[:3] + 16,), (layer.codes[:3],), expect_packed
     if function == "dequantize":
         return (words[0], words[1][:-1], *words[2:]), words, expect_decoded
     if function == "quantize":
-        weight = random_weight(114, n, k)
-        return (weight * float("nan"), layer.group_size), (weight, layer.group_size), expect_bound
+        k, n, group_size = smallest(target.limits)
+        weight, broken = random_weight(114, n, k), torch.zeros(n, k)
+        broken[1, 2] = float("nan")
+        return (broken, group_size), (weight, group_size), expect_bound
     right = product_with_bias(target, layer, 3, dtype)
     return (right[0][:, :-1], *right[1:]), right, expect_product
 
@@ -234,7 +236,8 @@ def after_refusals(id: str, function: str) -> Check:
         for _ in range(3):
             target.unless_refused(function, *wrong)
             try:
-                target.judge(judgement, *right)
+                with after(target, target.last):
+                    judgement(target, *right)
             except Broken as broken:
                 broken.expected += ", after a call that was refused"
                 raise

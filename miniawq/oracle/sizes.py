@@ -6,6 +6,7 @@ inputs, many groups and more than 2**24 weights at once, where an index kept as 
 """
 
 from collections.abc import Iterator
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -111,25 +112,36 @@ def products_of_sizes(target: Subject) -> None:
 INPUTS, OUTPUTS = 3840, 4480  # 30 and 35 tiles of 128: more than 2**24 weights
 
 
-def real_layer(target: Subject) -> PackedCase:
-    """A layer of that size in the smallest groups, if the target takes so large a one."""
+Words = tuple[Tensor, Tensor, Tensor, int]
+
+
+def real_layer(target: Subject) -> tuple[Tensor, Words]:
+    """Codes and words of a layer of that size in the smallest groups, if the target takes so large a one."""
     size, n = sizes_taken(target.limits)[0], rounded_up(OUTPUTS, target.limits.multiple_of_n)
     k = inputs_of({"group size": size, "groups": -(-INPUTS // (40 if size == -1 else size))}, target.limits)
     if k * n > target.limits.max_weights:
         raise Lacking(f"the target takes {target.limits.max_weights} weights, not {k * n}")
-    return random_layer(123, k, n, size, cases.exact_scales)
+    codes, (qweight, qzeros, scales, _) = made_once(k, n, size)
+    return codes.clone(), (qweight.clone(), qzeros.clone(), scales.clone(), size)
+
+
+@cache
+def made_once(k: int, n: int, group_size: int) -> tuple[Tensor, Words]:
+    """Four checks have the same layer. A target might write into it, so each gets a copy."""
+    layer = random_layer(123, k, n, group_size, cases.exact_scales)
+    return layer.codes, layer.packed
 
 
 @rule("L0.pack.whole-layer", "pack")
 def whole_codes(target: Subject) -> None:
     """More than 2**24 codes of a layer as large as those of real models are packed whole."""
-    target.judge(expect_packed, real_layer(target).codes)
+    target.judge(expect_packed, real_layer(target)[0])
 
 
 @rule("L0.unpack.whole-layer", "unpack")
 def whole_words(target: Subject) -> None:
     """More than 2**24 codes of a layer as large as those of real models are unpacked whole."""
-    target.judge(expect_unpacked, truth.pack(real_layer(target).codes))
+    target.judge(expect_unpacked, real_layer(target)[1][0])
 
 
 def decoded(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -155,13 +167,13 @@ def expect_product_whole(target: Subject, x: Tensor, *rest: Any) -> None:
 @rule("L1.whole-layer", "dequantize")
 def whole_weight(target: Subject) -> None:
     """Many outputs, inputs and groups at once, more than 2**24 weights, decode like the definition."""
-    target.judge(expect_decoded_whole, *real_layer(target).packed)
+    target.judge(expect_decoded_whole, *real_layer(target)[1])
 
 
 @rule("L3.whole-layer", "matmul")
 def whole_product(target: Subject) -> None:
     """Many outputs, inputs and groups at once, more than 2**24 weights, with one row and a bias."""
-    layer, dtype = real_layer(target), dtypes_taken(target)[0]
-    k, n = layer.codes.shape
-    x = exact_activations(Random(124), 1, k, layer.group_size, dtype)
-    target.judge(expect_product_whole, x, *layer.packed, bias_of("contiguous", n, dtype))
+    (codes, words), dtype = real_layer(target), dtypes_taken(target)[0]
+    k, n = codes.shape
+    x = exact_activations(Random(124), 1, k, words[3], dtype)
+    target.judge(expect_product_whole, x, *words, bias_of("contiguous", n, dtype))

@@ -4,7 +4,7 @@ A `Subject` remembers its last call, so that a failure can be pasted, and tells 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Call:
     function: str
     arguments: dict[str, Any]
     before: "Call | None" = None
+    refused: bool = False
 
 
 class Broken(AssertionError):
@@ -142,6 +143,8 @@ class Subject:
         except NotImplementedError as lack:
             raise Lacking(f"{function}: {lack}") from lack
         except Exception:
+            assert self.last is not None
+            self.last = replace(self.last, refused=True)
             return None
         return comparable(result)
 

@@ -31,6 +31,7 @@ LONG = {
     "L3.combinations-of-sums",
     "L3.corners",
     "L3.every-size",
+    "L3.few-rows-of-wide-layers",
     "L3.long-with-bias",
     "L3.past-16-bits",
     "L3.ranges",

@@ -33,6 +33,18 @@ def unpack(words):
 """
 
 
+AFTER = """
+from miniawq.oracle import truth
+refused = []
+
+def pack(codes):
+    if codes.max() > 15:
+        refused.append(codes)
+        raise ValueError("too large")
+    return truth.pack(codes) * (not refused)
+"""
+
+
 @pytest.fixture
 def wrong(tmp_path, monkeypatch):
     """A module that loses the top code; its name."""
@@ -93,6 +105,19 @@ def test_literals_are_the_tensors(value):
     assert torch.equal(scope["codes"].nan_to_num(5), value.nan_to_num(5))
     assert scope["codes"].dtype == value.dtype
     assert scope["codes"].stride() == value.stride()
+
+
+def test_a_pasted_example_holds_the_refused_call_without_which_it_does_not_fail(tmp_path, monkeypatch):
+    (tmp_path / "after_adapter.py").write_text(AFTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    target = __import__("after_adapter")
+    check = next(check for check in CHECKS if check.id == "L0.pack.after-refusals")
+    broken = conformance(target, [check]).results[0].broken
+    target.refused.clear()
+    scope = {}
+    exec(snippet("import after_adapter as target", broken.call, broken), scope)
+    assert str(scope["first"]) == "too large"
+    assert not torch.equal(scope["got"], truth.pack(scope["codes"]))
 
 
 def test_long_tensors_are_named_not_printed():

@@ -3,6 +3,7 @@
 ALONE = "the row above the only row is that row"
 NOWHERE = "there is no such place under that circumstance"
 EXACT = "a product below 2**-14 has a subnormal scale, and is a multiple of 2**-24: nothing is cut off"
+RECIPROCAL = "a float32 quotient may cost 32 * 2**-24 scales (`adversarial`)"
 
 ARGUED: dict[str, str] = {
     **{
@@ -29,7 +30,10 @@ ARGUED: dict[str, str] = {
     "pack, no rows is an error": "the contract speaks of no rows for the product alone",
     "quantize, the last of an odd number of outputs left zero": "outputs are a multiple of 8 (`Limits.multiple_of_n`)",
     "quantize, a parameter refused": "no argument requires a gradient, and a refusal is loud",
-    "quantize, multiplied by the float32 reciprocal": "a float32 quotient may cost 32 * 2**-24 scales (`adversarial`)",
+    "quantize, multiplied by the float32 reciprocal": RECIPROCAL,
+    "quantize, weights are multiplied by a float32 reciprocal of the scale": RECIPROCAL,
+    "load_checkpoint, the head may be missing where the config does not say whether it is tied": "nothing says that it "
+    "is not, and a head that is nowhere can only be the embedding: miniawq reads it so (docs/checkpoints.md)",
     "matmul, zeros times the sum of x: infinity gives NaN": "the contract allows it: no output of such a row is finite",
     "load_checkpoint, zero_point not looked at": "the second definition does not look at it either: zeros are stored",
     "load_checkpoint, quant_config.json is believed before config.json": "two configs that disagree may be refused",
