@@ -21,7 +21,7 @@ NOT_OURS = {"trust_remote_code"}
 REFUSED = {'miniawq generate wrong --prompt "The king"': 3, "miniawq oracle my_kernel --levels L3": 1}
 TOLD = {
     'miniawq generate wrong --prompt "The king"': "64",
-    "miniawq oracle my_kernel --levels L3": "passed, 3 failed",
+    "miniawq oracle my_kernel --levels L3": "passed, 4 failed",
     "miniawq plan 8b --device cuda --device-memory 24GiB --max-seq-len 8192 --batch 8": "fits",
 }
 
@@ -42,13 +42,14 @@ def test_the_oracle_reports_of_a_broken_chapter_what_the_page_says(number, tmp_p
 
 
 @pytest.mark.thorough
-def test_one_check_sees_a_scale_that_is_rounded_to_nearest(tmp_path):
+def test_two_checks_see_a_scale_that_is_rounded_to_nearest(tmp_path):
     removed = re.search(r"remove `( \+ \(.*?\))` from `round_up`", READING)[1]
     chapter = repository(tmp_path) / "miniawq" / "packing.py"
     chapter.write_text(chapter.read_text().replace(removed, ""))
     _, printed = shell("miniawq oracle --levels L2", tmp_path)
-    assert ", 1 failed in" in printed
+    assert ", 2 failed in" in printed
     assert "FAILED L2.half-scale" in printed
+    assert "L2.refuses-scales-to-nearest" in printed
 
 
 @pytest.mark.thorough

@@ -115,7 +115,7 @@ def stale_copies(directory: Path) -> None:
 
 def gemv_squares() -> Model:
     """Square layers: words have the same shape in GEMV and in GEMM."""
-    return model(gemv, AWQ_BLOCK | {"version": "gemv"}, key_heads=2, layers=2)
+    return model(gemv, AWQ_BLOCK | {"version": "gemv"}, key_heads=2, layers=1)
 
 
 def other_groups(linear: str) -> Callable[[Model], None]:
