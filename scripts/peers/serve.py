@@ -48,7 +48,7 @@ TEXT = (
     "They had little to eat, and when a famine came over the land he could no longer find their daily bread. One "
     "evening, as he lay in bed and turned about for worry, he sighed and said to his wife: What is to become of us?"
 )
-KERNELS = re.compile(r"Using (\S*(?:Kernel|Marlin|Machete|AWQ|WNA16)\S*)(?: for (\S+))?")
+KERNELS = re.compile(r"(?:Using|Falling back to) ((?:unoptimized )?\S*(?:Kernel|Marlin|Machete|AWQ|WNA16)\S*)")
 
 Answers = dict[
     str, Any
@@ -178,8 +178,8 @@ def vllm_server(arguments: argparse.Namespace, path: Path) -> Iterator[tuple[str
 
 
 def reason(log: str) -> str:
-    """The last error that a log tells."""
-    errors = re.findall(r"^(?!.* (?:WARNING|INFO) ).*(?:Value error, |Error: )(.+)", log, re.MULTILINE)
+    """The last error that a log tells, but for those that point at another one."""
+    errors = re.findall(r"^(?!.* (?:WARNING|INFO) ).*(?:Value error, |Error: )(?!.*root cause)(.+)", log, re.MULTILINE)
     return errors[-1][:300] if errors else f"no answer: {log[-300:]}"
 
 
