@@ -46,12 +46,14 @@ from miniawq.checkpoint.opening import Checkpoint, build_skeleton, open_checkpoi
 from miniawq.commands.convert import convert_checkpoint
 from miniawq.commands.evaluate import evaluate
 from miniawq.packing import Quantized
-from miniawq.quantize import factors, job, recipes
+from miniawq.quantize import factors, job, neighbours, recipes
 from miniawq.quantize.calibration import Calibration, sample_calibration
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory
 from miniawq.quantize.moments import SymmetricStatistics
+from miniawq.quantize.recipes import RECIPES
 from miniawq.quantize.report import QuantizationReport
+from miniawq.quantize.streams import Streams
 from miniawq.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +72,10 @@ STEPS = [
     (awq, "apply_fold", "folding"),
     (awq, "quantize_layer", "rounding and losses"),
     (recipes, "independent_sides", "range search"),
+    (Streams, "aims", "two streams"),
+    (Streams, "follow", "two streams"),
+    (recipes, "neighbouring_codes", "learned codes"),
+    (neighbours, "prove_steps", "compiling and proving their steps"),
     (Quantizer, "_tensors", "packing and fetching"),
     (Background, "run", "waiting for the disk"),
     (job, "_write_block", "writing, in its thread"),
@@ -164,10 +170,10 @@ class Bench:
         """Quantize; the report, and what the run took in time and memory."""
         shutil.rmtree(directory, ignore_errors=True)
         tokens_BL, where = self.text(checkpoint), torch.device(device or self.device)
-        settings = Settings()
+        settings = Settings(RECIPES[self.arguments.recipe])
         plan = plan_memory(
             checkpoint, Quantizer(checkpoint, settings, where).folds, *tokens_BL.shape, settings.compared_tokens,
-            where, False,
+            where, False, settings.recipe.learns,
         )  # fmt: skip
         gc.collect()
         if where.type == "cuda":
@@ -370,6 +376,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="of `evaluate` (default %(default)s)")
     parser.add_argument("--window", type=int, default=2048, help="tokens of one (default %(default)s)")
+    parser.add_argument("--recipe", choices=RECIPES, default="default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     bench = Bench(arguments)

@@ -20,7 +20,7 @@ Formula = Literal["activations", "duo"]
 Candidate = tuple[Formula, int]  # formula, and the exponent in steps of 1 / `ratios`
 
 PLAIN: Candidate = ("activations", 0)  # t = a^0: plain rounding
-DECISIVE = 0.5  # part of plain rounding's loss; learned codes gain more without factors that gain less than that
+DECISIVE = 0.75  # part of plain rounding's loss; learned codes gain more without factors that gain less than that
 SMALLEST = torch.finfo(torch.float32).tiny  # the least size of a group's largest weight: no division by zero
 
 
@@ -51,10 +51,12 @@ def search_coarse_to_fine(
     formulas: Sequence[Formula],
     ratios: int,
     stride: int,
+    worth: float,
 ) -> FactorSearch:
     """The factors that lose least: every `stride`-th exponent of each formula, then those around the best.
 
-    Exponents are multiples of 1 / `ratios`. Plain rounding is tried first and wins ties.
+    Exponents are multiples of 1 / `ratios`. Plain rounding is tried first and wins ties. It stays where the first
+    exponents leave more than `worth` of its loss.
     """
     weights = [block.get_parameter(f"{name}.weight").data for name in fold.balance_layers]
     activation_P = fold.gather(statistics.magnitude_I)
@@ -74,6 +76,8 @@ def search_coarse_to_fine(
     coarse = [(formula, step) for formula in formulas for step in range(0, ratios + 1, stride)]
     run([PLAIN, *(candidate for candidate in coarse if candidate != PLAIN)])
     formula, best = min(found, key=found.__getitem__)
+    if found[formula, best] > worth * found[PLAIN]:
+        return FactorSearch(fold, factors(PLAIN), [Trial("activations", 0, found[PLAIN])])
     around = range(max(0, best - stride + 1), min(ratios, best + stride - 1) + 1)
     if fine := [(formula, step) for step in around if formulas and (formula, step) not in found]:
         run(fine)
@@ -81,18 +85,8 @@ def search_coarse_to_fine(
     return FactorSearch(fold, factors(min(found, key=found.__getitem__)), trials)
 
 
-def decisive(search: Callable[..., FactorSearch]) -> Callable[..., FactorSearch]:
-    """The same search, which leaves plain rounding only where that loses at least 1 / DECISIVE times as much."""
-
-    def searched(block: nn.Module, fold: Fold, statistics: Statistics, rounding: Rounding) -> FactorSearch:
-        found = search(block, fold, statistics, rounding)
-        if found.chosen.loss <= DECISIVE * found.trials[0].loss:
-            return found
-        return FactorSearch(fold, torch.ones_like(found.factors_P), found.trials[:1])
-
-    return searched
-
-
-def coarse_to_fine(formulas: Sequence[Formula], ratios: int, stride: int) -> Callable[..., FactorSearch]:
+def coarse_to_fine(
+    formulas: Sequence[Formula], ratios: int, stride: int, worth: float = 1
+) -> Callable[..., FactorSearch]:
     """`search_coarse_to_fine` as the first search of an `awq.Method`; without formulas there is no scaling."""
-    return partial(search_coarse_to_fine, formulas=formulas, ratios=ratios, stride=stride)
+    return partial(search_coarse_to_fine, formulas=formulas, ratios=ratios, stride=stride, worth=worth)

@@ -9,7 +9,7 @@ import torch
 
 from miniawq import awq
 from miniawq.awq import Method, Rounding
-from miniawq.quantize.factors import Formula, coarse_to_fine, decisive
+from miniawq.quantize.factors import DECISIVE, Formula, coarse_to_fine
 from miniawq.quantize.grids import GRIDS
 from miniawq.quantize.neighbours import neighbouring_codes
 from miniawq.quantize.ranges import independent_sides, plain_ranges
@@ -43,10 +43,13 @@ class Recipe:
     @property
     def method(self) -> Method:
         """The searches: here, and nowhere else, ours take the place of the paper's."""
+        ranges = {"none": plain_ranges, "limits": awq.search_ranges, "ranges": independent_sides}[self.clip]
+        if self.learns:
+            factors = coarse_to_fine(self.formulas, self.ratios, self.stride, DECISIVE)
+            return Method(factors, ranges, neighbouring_codes)
         is_papers = self.formulas == ("activations",) and (self.ratios, self.stride) == (20, 1)
         factors = awq.search_factors if is_papers else coarse_to_fine(self.formulas, self.ratios, self.stride)
-        ranges = {"none": plain_ranges, "limits": awq.search_ranges, "ranges": independent_sides}[self.clip]
-        return Method(decisive(factors), ranges, neighbouring_codes) if self.learns else Method(factors, ranges)
+        return Method(factors, ranges)
 
     @property
     def learns(self) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from miniawq import awq
-from miniawq.awq import FactorSearch, Rounding, Statistics, Trial
+from miniawq.awq import Rounding, Statistics
 from miniawq.checkpoint.blocks import BlockStream
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.shards import ShardWriter
@@ -20,7 +20,7 @@ from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import job as job_file
 from miniawq.quantize import report
 from miniawq.quantize.descent import chosen_errors, descended, errors_beside
-from miniawq.quantize.factors import decisive
+from miniawq.quantize.factors import coarse_to_fine
 from miniawq.quantize.grids import GRIDS
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.neighbours import neighbouring_codes, trust
@@ -28,7 +28,7 @@ from miniawq.quantize.ranges import shrunk
 from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, Recipe
 from miniawq.quantize.streams import Aim, Streams
 from miniawq.quantize.verify import ROUNDING, error_over_bound
-from tests.helpers.awq_blocks import layer_and_inputs, statistics_of
+from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
 from tests.helpers.marks import thorough_but
 from tests.helpers.quantizing import contents, some_text
 from tests.helpers.tiny_checkpoints import FAMILIES, make_dense
@@ -174,15 +174,23 @@ def test_a_row_that_loses_by_its_codes_gets_plain_ones() -> None:
     assert not torch.equal(stored_OI[::2], plain_OI[::2])
 
 
-@pytest.mark.parametrize(("loss", "taken"), [(0.3, True), (0.9, False)])
-def test_factors_are_taken_where_they_are_decisive(loss: float, taken: bool) -> None:
-    trials = [Trial("activations", 0, 1.0), Trial("duo", 0.5, loss)]
-    search = decisive(lambda block, fold, *_: FactorSearch(fold, torch.full((4,), 2.0), trials))
-    found = search(
-        torch.nn.Identity(), awq.Fold("norm", ("q_proj",), "attention"), statistics_of(torch.ones(1, 4)), None
-    )
-    assert found.chosen is trials[int(taken)]
-    assert found.factors_P.tolist() == [2.0 if taken else 1.0] * 4
+def test_factors_are_taken_where_they_are_decisive() -> None:
+    text, gains = Block(), []
+    for fold, seen in text.observed().items():
+        everywhere = coarse_to_fine(DEFAULT.formulas, 8, 4)(text.block, fold, seen, DEFAULT.rounding)
+        plain, first = everywhere.trials[0], [trial for trial in everywhere.trials if trial.ratio in (0, 0.5, 1)]
+        best = min(trial.loss for trial in first) / plain.loss
+        taken, left = (
+            coarse_to_fine(DEFAULT.formulas, 8, 4, worth * best)(text.block, fold, seen, DEFAULT.rounding)
+            for worth in (1.001, 0.999)
+        )
+        assert taken.trials == everywhere.trials
+        assert torch.equal(taken.factors_P, everywhere.factors_P)
+        assert left.trials == [plain]
+        assert (left.factors_P == 1).all()
+        gains.append(1 - best)
+    assert max(gains) > 0
+    assert NEIGHBOURS.method.factors.keywords["worth"] < 1 == DEFAULT.method.factors.keywords["worth"]
 
 
 def test_trust_grows_with_the_text() -> None:
