@@ -28,8 +28,8 @@ from miniawq.commands.scores import Predictor, Scores, score
 from miniawq.hardware import synchronize
 from miniawq.model import DecoderBlock
 from miniawq.quantize.formats import FORMATS, Approximation, gptq_rounding, int4_bits, rtn
-from miniawq.quantize.job import packable_folds
 from miniawq.quantize.moments import SymmetricStatistics
+from miniawq.quantize.packable import packable_folds
 from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, Recipe
 from miniawq.quantize.streams import Streams
 

@@ -20,6 +20,7 @@ from miniawq.quantize.calibration import Calibration, check_length, read_calibra
 from miniawq.quantize.grids import GRIDS
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory, plan_sampling
+from miniawq.quantize.packable import left_dense
 from miniawq.quantize.recipes import RECIPES
 from miniawq.text.tokenizer import Tokenizer
 
@@ -118,7 +119,10 @@ def _command(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     if arguments.lm_head:
         log.warning("%s", PACKED_HEADS[arguments.format])
-    calibration = calibrate(Quantizer(checkpoint, settings, device), arguments)
+    job = Quantizer(checkpoint, settings, device)
+    if told := left_dense(checkpoint.model_config, checkpoint.linears, recipe.group_size):
+        log.warning("%s", told)
+    calibration = calibrate(job, arguments)
     log.info(
         "calibration: %d tokens in %d windows, of %d found, %s",
         calibration.tokens_BL.numel(), len(calibration.tokens_BL), calibration.tokens_found, calibration.source,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from miniawq import __version__, awq
-from miniawq.awq import Fold, QuantizedLayer, llama_folds
+from miniawq.awq import QuantizedLayer
 from miniawq.checkpoint.background import Background
 from miniawq.checkpoint.blocks import BlockStream, to_host
 from miniawq.checkpoint.layouts import LAYOUTS, part_shapes
@@ -35,13 +35,14 @@ from miniawq.checkpoint.shards import SHARD_BYTES, ShardWriter, Spec, write_json
 from miniawq.checkpoint.unchanged import check_side_files, copy_side_files, fingerprint, side_digests
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint
 from miniawq.hardware import peak_memory
-from miniawq.model import DecoderBlock, LlamaConfig
+from miniawq.model import DecoderBlock
 from miniawq.packing import CODES_PER_WORD, dequantize
 from miniawq.quantize.calibration import Calibration, check_text
 from miniawq.quantize.head import quantize_head
 from miniawq.quantize.journal import Journal, interruptible
 from miniawq.quantize.memory import hidden_states, plan_memory
 from miniawq.quantize.moments import SymmetricStatistics
+from miniawq.quantize.packable import is_packable, packable_folds
 from miniawq.quantize.recipes import DEFAULT, Recipe
 from miniawq.quantize.records import PRIVATE, decode_factors, encode_factors, note_on, record_of, record_problem
 from miniawq.quantize.report import QuantizationReport, write_report
@@ -52,21 +53,6 @@ from miniawq.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 HALF_LIMIT = torch.finfo(torch.float16).max  # activations beyond it overflow in float16
-
-
-def packable_folds(config: LlamaConfig, shapes: dict[str, tuple[int, int]], group_size: int) -> list[Fold]:
-    """The folds whose linears all fit the file format: engines read a set of linears as one matrix."""
-
-    def fits(fold: Fold) -> bool:
-        return all(is_packable(shapes[f"model.layers.0.{name}"], group_size) for name in fold.balance_layers)
-
-    return [fold for fold in llama_folds(config) if fits(fold)]
-
-
-def is_packable(shape: tuple[int, int], group_size: int) -> bool:
-    """Whether groups divide a layer's inputs and words its outputs."""
-    inputs, outputs = shape
-    return inputs % max(1, group_size) == 0 and outputs % CODES_PER_WORD == 0
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ FAULTS = [
     Fault("awq.py", r"worse_O1 = \(losses\(found\) > plain_O\)", "worse_O1 = (losses(found) > torch.inf)", NEIGHBOURS),
     Fault("quantize/job.py", r"format_interval\(seconds \* left\)", "format_interval(seconds)", JOB),
     Fault("quantize/job.py", r"^( +)journal\.remove\(\)", r"\1pass", JOB),
+    Fault("quantize/packable.py", r"for smaller in \(64, 32\)", "for smaller in (32,)", JOB),
+    Fault("quantize/__main__.py", r"if told := left_dense\(.*\):", 'if told := "":', JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
     Fault("quantize/head.py", r"seen\.add\(norm\((.*)\)\.flatten", r"seen.add((\1).flatten", HEAD),
     Fault("quantize/head.py", r"torch\.cat\(tensors\)", "tensors[0]", HEAD),

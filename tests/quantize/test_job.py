@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from miniawq.quantize import journal, report
 from miniawq.quantize.calibration import Calibration, read_calibration, sample_calibration, windows
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory, plan_sampling
+from miniawq.quantize.packable import left_dense
 from miniawq.quantize.recipes import DEFAULT, PAPER
 from miniawq.quantize.report import draw_report
 from miniawq.quantize.verify import error_over_bound, verify
@@ -278,6 +280,40 @@ def test_layers_that_engines_fuse_stay_dense_together(tmp_path: Path) -> None:
     source, _ = make_dense(tmp_path / "dense", head_dim=18, num_attention_heads=4, num_key_value_heads=2)
     report = quantize_checkpoint(source, tmp_path / "out", some_text(), SETTINGS)
     assert [name.rpartition(".")[2] for name in report.dense_linears[:3]] == ["q_proj", "k_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (128, "6 of each block's 7 layers stay dense: .* 192 inputs and .*self_attn.q_proj; --group-size 64 packs"),
+        (64, "1 of each block's 7 layers stay dense: .* 96 inputs and .*self_attn.o_proj; --group-size 32 packs"),
+        (32, ""),
+        (-1, ""),
+    ],
+)
+def test_layers_that_stay_dense_are_told_with_a_size_that_packs_them(size: int, told: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    source, _ = make_dense(tmp_path / "dense", intermediate_size=256, **shape)
+    checkpoint = open_checkpoint(source)
+    found = left_dense(checkpoint.model_config, checkpoint.linears, size)
+    assert re.match(told, found) if told else not found
+
+
+def test_no_size_is_named_where_outputs_do_not_fit(tmp_path: Path) -> None:
+    source, _ = make_dense(tmp_path / "dense", head_dim=18, num_attention_heads=4, num_key_value_heads=2)
+    checkpoint = open_checkpoint(source)
+    told = left_dense(checkpoint.model_config, checkpoint.linears, 64)
+    assert told.startswith("4 of each block's 7 layers stay dense")
+    assert "--group-size" not in told
+
+
+def test_the_command_warns_of_dense_layers_before_it_reads_the_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make_source(tmp_path / "dense", intermediate_size=200)
+    text = ("--calib", str(tmp_path / "none.txt"), "--sequence-length", "8")
+    assert command_line.main([str(source), str(tmp_path / "out"), "--group-size", "64", *text]) == NotFound.exit_code
+    assert "1 of each block's 7 layers stay dense" in caplog.text
 
 
 def test_a_tied_head_is_not_written(tmp_path: Path) -> None:
