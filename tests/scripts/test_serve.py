@@ -1,6 +1,8 @@
 """What the programs that compare us with other engines make of their answers, without any engine."""
 
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +48,50 @@ def test_an_engine_that_fails_is_told(monkeypatch, capsys):
         raise RuntimeError("no such layout")
 
     assert table(monkeypatch, capsys, answers)[2] == "not loaded: no such layout"
+
+
+def test_a_server_that_scores_the_next_id_alone_is_asked_at_every_position(monkeypatch):
+    """Of a server whose best next id is one more than the last, and loses 1 for each id that is further away."""
+    serve = script("peers/serve")
+
+    def post(url, body):
+        if url.endswith("/tokenize"):
+            return {"tokens": [len(body["content"])]}
+        best = body["prompt"][-1] + 1
+        if "n_probs" not in body:
+            return {"tokens": [best + n for n in range(body["n_predict"])]}
+        found = [{"id": token, "logprob": -float(abs(token - best))} for token in range(9, -1, -1)]
+        return {"completion_probabilities": [{"top_logprobs": found}]}
+
+    monkeypatch.setattr(serve, "post", post)
+    monkeypatch.setattr(serve, "llama_server", lambda program, path, work: nullcontext("url"))
+    question = {"text": [3, 4, 7, 2], "prompts": [[1], [5, 2]], "new_tokens": 2, "texts": ["abc"]}
+    assert serve.by_llama_server(SimpleNamespace(python="", work=None), None, question) == {
+        "logprobs": [0.0, -2.0, -6.0],
+        "best": [4, 5, 8],
+        "greedy": [[2, 3], [3, 4]],
+        "ids": [[3]],
+    }
+
+
+def test_a_server_is_waited_for_and_ended(tmp_path, capsys):
+    serve = script("peers/serve")
+    program = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+    with serve.serving([sys.executable, "-c", program], tmp_path / "log", 60) as url:
+        assert serve.answers(f"{url}/health")
+    assert not serve.answers(f"{url}/health")
+    with (
+        pytest.raises(RuntimeError, match="no such model"),
+        serve.serving([sys.executable, "-c", "raise ValueError('no such model')"], tmp_path / "log", 60),
+    ):
+        raise AssertionError("it answered")
 
 
 def test_kernels_and_reasons_are_found_in_logs():
