@@ -20,6 +20,7 @@ needs AVX-512, which is looked for.
 
 import argparse
 import json
+import math
 import os
 import re
 import socket
@@ -131,15 +132,12 @@ def by_llama_server(arguments: argparse.Namespace, path: Path, question: Answers
     with llama_server(arguments.python, path, arguments.work) as url:
         answers: Answers = {"logprobs": [], "best": []}
         for n in range(1, len(text)):
-            body = {
-                "prompt": text[:n],
-                "n_predict": 1,
-                "temperature": 0,
-                "n_probs": 1 << 20,
-            }  # more than any vocabulary
+            body = {"prompt": text[:n], "n_predict": 1, "temperature": 0, "n_probs": 1 << 20}  # or as many as there are
             (position,) = post(f"{url}/completion", body)["completion_probabilities"]
             found = {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}
-            answers["logprobs"].append(found[text[n]])
+            # It adds up the exponentials in float32: of 152,000 ids the probabilities came to 1.0006 together.
+            total = math.log(math.fsum(map(math.exp, found.values())))
+            answers["logprobs"].append(found[text[n]] - total)
             answers["best"].append(max(found, key=lambda token: found[token]))
         about = {"n_predict": question["new_tokens"], "temperature": 0, "return_tokens": True, "ignore_eos": True}
         answers["greedy"] = [
@@ -260,7 +258,8 @@ def written(source: Path, layout: str, work: Path) -> Path:
 
     if any(linear.layout.startswith(layout) for linear in open_checkpoint(source).quantized.values()):
         return source
-    target = work / f"{source.name}-{layout}{'.gguf' if layout == 'gguf' else ''}"
+    place = "-".join(source.resolve().parts[1:])  # models in one `work` may end in the same name
+    target = work / f"{place}-{layout}{'.gguf' if layout == 'gguf' else ''}"
     if not target.exists():
         convert_checkpoint(source, target, layout)
     return target

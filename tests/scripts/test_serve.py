@@ -10,6 +10,7 @@ import torch
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.shards import plan_shards
 from miniawq.commands.plan import tensors_from_config
+from tests.helpers.tiny_checkpoints import make
 from tests.scripts import script
 
 
@@ -66,12 +67,21 @@ def test_a_server_that_scores_the_next_id_alone_is_asked_at_every_position(monke
     monkeypatch.setattr(serve, "post", post)
     monkeypatch.setattr(serve, "llama_server", lambda program, path, work: nullcontext("url"))
     question = {"text": [3, 4, 7, 2], "prompts": [[1], [5, 2]], "new_tokens": 2, "texts": ["abc"]}
-    assert serve.by_llama_server(SimpleNamespace(python="", work=None), None, question) == {
-        "logprobs": [0.0, -2.0, -6.0],
-        "best": [4, 5, 8],
-        "greedy": [[2, 3], [3, 4]],
-        "ids": [[3]],
-    }
+    answers = serve.by_llama_server(SimpleNamespace(python="", work=None), None, question)
+    scores_LV = -(torch.tensor([[4], [5], [8]]) - torch.arange(10)).abs().double()
+    expected_LV = scores_LV.log_softmax(-1)
+    assert answers.pop("logprobs") == pytest.approx(expected_LV[[0, 1, 2], [4, 7, 2]].tolist())
+    assert answers == {"best": [4, 5, 8], "greedy": [[2, 3], [3, 4]], "ids": [[3]]}
+
+
+def test_models_of_one_name_are_converted_apart(tmp_path):
+    serve = script("peers/serve")
+    sources = [
+        make(tmp_path / place / "int4", changes=shape)[0] for place, shape in (("a", {}), ("b", {"vocab_size": 56}))
+    ]
+    first, second = [serve.written(source, "dense", tmp_path) for source in sources]
+    assert [open_checkpoint(path).model_config.vocab_size for path in (first, second)] == [48, 56]
+    assert serve.written(sources[0], "dense", tmp_path) == first
 
 
 def test_a_server_is_waited_for_and_ended(tmp_path, capsys):
