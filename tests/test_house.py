@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from miniawq import compiled
-from miniawq.__main__ import VERBS, main
+from miniawq.__main__ import VERBS, main, with_its_verb
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.compiled import products, proof
 from miniawq.engine.batch import Batch, Request
@@ -298,7 +298,8 @@ def documented_commands() -> list[str]:
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_have_the_flags_they_use(command):
     words = shlex.split(command.replace("python -m miniawq.", "miniawq ").split(">")[0])
-    importlib.import_module(VERBS[words[1]].module).build_parser().parse_args(words[2:])
+    verb, *arguments = with_its_verb(words[1:])
+    importlib.import_module(VERBS[verb].module).build_parser().parse_args(arguments)
 
 
 def test_planted_faults_are_planted():
