@@ -437,6 +437,7 @@ def _quantize(
         source_bytes=sum(info.nbytes for info in {*checkpoint.tensors.values()}),  # a head may be the embedding
         written_bytes=sum(spec.nbytes for spec in specs),
         peak_memory_bytes=peak_memory(),
+        peak_device_bytes=None if device.type == "cpu" else peak_memory(device),
         seconds=round(time.monotonic() - started, 3),
     )
     write_report(work, destination.name, report)
