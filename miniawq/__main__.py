@@ -26,13 +26,19 @@ VERBS = {
     "convert": Verb("miniawq.commands.convert", "one INT4 layout to another, losslessly"),
     "oracle": Verb("miniawq.oracle.__main__", "check any implementation of AWQ INT4 for the properties it must have"),
 }
+SHORT = {"chat": ["generate", "--interactive"]}  # what other programs have a verb for
 ABOUT = "miniawq.commands.about"
 FIRST = "`miniawq generate` tells a fairy tale by a model that comes with it, and `miniawq VERB --help` has examples.\n"
 
 
+def with_its_verb(words: Sequence[str]) -> list[str]:
+    """A command line whose verb is one of VERBS, if it has one."""
+    return [*SHORT.get(words[0], words[:1]), *words[1:]] if words else []
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand the arguments after the verb to its module; no other verb's module is imported."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = with_its_verb(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in VERBS:
         try:
             module = importlib.import_module(VERBS[arguments[0]].module)
@@ -46,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"miniawq: {full}", file=sys.stderr or io.StringIO())
             return full.exit_code
         return module.main(arguments[1:])
-    lines = [f"  {name:10} {verb.does}\n" for name, verb in VERBS.items()]
+    does = {name: verb.does for name, verb in VERBS.items()} | {name: " ".join(words) for name, words in SHORT.items()}
+    lines = [f"  {name:10} {what}\n" for name, what in does.items()]
     usage = "usage: miniawq VERB [--help] ...\n\n" + "".join(lines) + f"\n{FIRST}"
     match arguments:
         case ["--version"]:
@@ -58,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         case [word, *_]:
             word = word[:100]
-            nearest = difflib.get_close_matches(word, VERBS, 1)
+            nearest = difflib.get_close_matches(word, does, 1)
             meant = f"  did you mean {nearest[0]!r}?\n" if nearest else ""
             print(f"miniawq: there is no verb {word!r}\n{meant}{usage}", end="", file=sys.stderr or io.StringIO())
             return 2

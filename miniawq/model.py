@@ -409,12 +409,19 @@ class DecoderBlock(nn.Module):
         return NO_NORM if name is None else getattr(self, name)
 
     def forward(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        names, multiplier = self.config.names, self.config.residual_multiplier
+        return self.feed(self.attend(h_BLD, rope, mask, cache))
+
+    def attend(self, h_BLD: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after the attention."""
+        names = self.config.names
         y_BLD = self.self_attn(self.named(names.before_attention)(h_BLD), rope, mask, cache)
-        h_BLD = h_BLD.add(self.named(names.after_attention)(y_BLD), alpha=multiplier)
-        del y_BLD  # its memory is needed for the next
+        return h_BLD.add(self.named(names.after_attention)(y_BLD), alpha=self.config.residual_multiplier)
+
+    def feed(self, h_BLD: Tensor) -> Tensor:
+        """The residual stream after the MLP."""
+        names = self.config.names
         y_BLD = self.named(names.mlp)(self.named(names.before_mlp)(h_BLD))
-        return h_BLD.add(self.named(names.after_mlp)(y_BLD), alpha=multiplier)
+        return h_BLD.add(self.named(names.after_mlp)(y_BLD), alpha=self.config.residual_multiplier)
 
 
 class Decoder(nn.Module):

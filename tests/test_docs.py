@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 import torch
 
-from miniawq.__main__ import VERBS
+from miniawq.__main__ import VERBS, with_its_verb
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.shards import ShardWriter
 from miniawq.generate import generate, load
@@ -154,7 +154,7 @@ def is_there(span: str) -> bool:
     if first == "make":
         return all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in others)
     if first == "miniawq" and others:
-        importlib.import_module(VERBS[others[0]].module).build_parser()
+        importlib.import_module(VERBS[with_its_verb(others)[0]].module).build_parser()
         return True
     if span.startswith("python -m "):
         return find_spec(others[1]) is not None
@@ -196,7 +196,7 @@ def test_commands_in_the_readme_can_be_parsed() -> None:
     commands = [span for span in spans_of(README) if span.startswith("miniawq ") and len(span.split()) > 2]
     assert len(commands) >= 6
     for command in commands:
-        _, verb, *arguments = shlex.split(command)
+        verb, *arguments = with_its_verb(shlex.split(command)[1:])
         importlib.import_module(VERBS[verb].module).build_parser().parse_args(arguments)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from miniawq import compiled
-from miniawq.__main__ import VERBS, main
+from miniawq.__main__ import VERBS, main, with_its_verb
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.compiled import products, proof
 from miniawq.engine.batch import Batch, Request
@@ -43,7 +43,7 @@ TABLE = """
     commands generate oracle
 """.split()
 BLIND = {"engine", "quantize"}  # to each other
-CHAPTERS = {"packing": 215, "awq": 400, "kernel": 225, "model": 500, "generate": 300}  # lines at most
+CHAPTERS = {"packing": 215, "awq": 400, "kernel": 225, "model": 510, "generate": 300}  # lines at most
 
 
 def room_of(path: Path) -> str:
@@ -298,7 +298,8 @@ def documented_commands() -> list[str]:
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_have_the_flags_they_use(command):
     words = shlex.split(command.replace("python -m miniawq.", "miniawq ").split(">")[0])
-    importlib.import_module(VERBS[words[1]].module).build_parser().parse_args(words[2:])
+    verb, *arguments = with_its_verb(words[1:])
+    importlib.import_module(VERBS[verb].module).build_parser().parse_args(arguments)
 
 
 def test_planted_faults_are_planted():

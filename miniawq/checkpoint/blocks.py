@@ -1,6 +1,6 @@
 """A model read one decoder block at a time, so that one larger than the memory can be quantized and evaluated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ TOKENS_PER_BATCH = 4096
 
 # A tensor as a file holds it: itself, or the parts of a packed weight by name.
 Stored = Tensor | dict[str, Tensor]
+Part = Callable[..., Tensor]  # a block, or a part of one that takes the same
 
 
 class BlockStream:
@@ -67,7 +68,7 @@ class BlockStream:
         weight = place_stored(self.checkpoint, module, stored, self.device)
         return dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.float()
 
-    def run(self, block: nn.Module, layer: int, hidden_BLD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def run(self, block: Part, layer: int, hidden_BLD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Pairs of a slice of rows and the block's outputs for these rows, on the device."""
         batch, length, _ = hidden_BLD.shape
         positions_L = torch.arange(length, device=self.device)
@@ -76,6 +77,11 @@ class BlockStream:
         cache = None if self.config.kv_cache_dtype is None else RoundingCache(self.config.kv_cache_dtype)
         for rows in micro_batches(batch, length):
             yield rows, block(hidden_BLD[rows].to(self.device, torch.float32), rope, mask, cache)
+
+    def advance(self, block: Part, layer: int, hidden_BLD: Tensor) -> None:
+        """Replace hidden states by the block's outputs."""
+        for rows, output_BLD in self.run(block, layer, hidden_BLD):
+            hidden_BLD[rows] = output_BLD.to(hidden_BLD.device)
 
     def head(self) -> "Head":
         """The function from hidden states to logits; a stored head is used even if config.json ties it."""

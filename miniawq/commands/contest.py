@@ -85,7 +85,7 @@ class Text:
         started = clock(self.stream.device)
         self.before_BLD.copy_(self.hidden_BLD)
         with awq.observe(block, self.folds, self.stride, SymmetricStatistics) as statistics:
-            advance(self.stream, block, layer, self.hidden_BLD)
+            self.stream.advance(block, layer, self.hidden_BLD)
         self.statistics = statistics
         self.seconds += clock(self.stream.device) - started
 
@@ -126,7 +126,7 @@ class Compensated:
                 gptq_rounding, moments_II=seen.moments_II, group_size=self.group_size, act_order=self.act_order
             )
             bits += change_layers(fold.balance_layers, compensate, block, layer)
-        advance(self.text.stream, block, layer, self.hidden_BLD)
+        self.text.stream.advance(block, layer, self.hidden_BLD)
         return bits
 
 
@@ -146,12 +146,6 @@ def clock(device: torch.device) -> float:
     """Seconds of the processor, which others share; for a GPU those that have passed when its work is done."""
     synchronize(device)
     return time.process_time() if device.type == "cpu" else time.perf_counter()
-
-
-def advance(stream: BlockStream, block: DecoderBlock, layer: int, hidden_BLD: Tensor) -> None:
-    """Replace hidden states by the block's outputs."""
-    for rows, output_BLD in stream.run(block, layer, hidden_BLD):
-        hidden_BLD[rows] = output_BLD.to(hidden_BLD.device)
 
 
 @torch.inference_mode()
@@ -187,8 +181,8 @@ def run_formats(
             if changes:
                 entry.bits += entry.change(ours, layer)
             entry.seconds += clock(stream.device) - started
-            advance(stream, ours, layer, entry.hidden_BLD)
-        advance(stream, block, layer, hidden_BLD)
+            stream.advance(ours, layer, entry.hidden_BLD)
+        stream.advance(block, layer, hidden_BLD)
     for entry in entries:
         entry.seconds += text.seconds if text and entry.name in LEARNERS else 0
     head = stream.head()

@@ -207,6 +207,12 @@ class Quantizer:
                 parameter.data = tensors[name].to(self.device).float()
         return block
 
+    def settle(self, block: DecoderBlock, layer: int) -> None:
+        """Round what stays dense of a block as its file will hold it."""
+        for name, parameter in block.named_parameters(prefix=f"model.layers.{layer}"):
+            if name.removesuffix(".weight") not in self.packed:
+                parameter.data = self.stored(name, parameter.data).float()
+
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A dense tensor in the dtype of the result; InvalidInput when that cannot hold it."""
         converted = tensor.to(self.settings.dtype)
@@ -389,7 +395,7 @@ def _quantize(
     hidden_BLD = hidden_states(shape, home, offload_directory)
     if settings.recipe.learns:
         dense_BLD, quantized_BLD = (hidden_states(shape, home, offload_directory) for _ in range(2))
-        job.streams = Streams(job.stream, dense_BLD, quantized_BLD)
+        job.streams = Streams(job.stream, dense_BLD, quantized_BLD, job.settle)
     done = journal.blocks[-1]["tensors"] if journal.blocks else 0
     check_disk(destination, sum(spec.nbytes for spec in specs[done:]))
     journal.begin()
@@ -417,6 +423,7 @@ def _quantize(
         source_bytes=sum(info.nbytes for info in {*checkpoint.tensors.values()}),  # a head may be the embedding
         written_bytes=sum(spec.nbytes for spec in specs),
         peak_memory_bytes=peak_memory(),
+        peak_device_bytes=None if device.type == "cpu" else peak_memory(device),
         seconds=round(time.monotonic() - started, 3),
     )
     write_report(work, destination.name, report)

@@ -55,16 +55,18 @@ class QuantizationReport:
     source_bytes: int
     written_bytes: int
     peak_memory_bytes: int
+    peak_device_bytes: int | None  # where another device than the host quantizes
     seconds: float
 
     def summary(self) -> str:
         """Four lines for people."""
         worst = self.verification["largest_error_over_bound"]
+        device = "" if self.peak_device_bytes is None else f", {self.peak_device_bytes / 2**30:.2f} GiB of the device's"
         return (
             f"{self.verification['packed_linears']} layers packed, {len(self.dense_linears)} dense; "
             f"the largest error is {worst:.4f} of its bound\n"
             f"{self.written_bytes / 1e6:.1f} MB, {self.source_bytes / 1e6:.1f} MB before\n{self.gains()}\n"
-            f"{self.seconds:.1f} s, {self.peak_memory_bytes / 2**30:.2f} GiB of memory at most"
+            f"{self.seconds:.1f} s, {self.peak_memory_bytes / 2**30:.2f} GiB of memory{device} at most"
         )
 
     def gains(self) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from miniawq.awq import Fold
-from miniawq.checkpoint.blocks import BlockStream
+from miniawq.checkpoint.blocks import BlockStream, Part
 from miniawq.model import DecoderBlock, LlamaConfig
 from miniawq.quantize.moments import SymmetricStatistics
 
@@ -62,50 +63,42 @@ class Aim(SymmetricStatistics):
 
 @dataclass
 class Seen:
-    """One call of a fold's layers: their inputs, their outputs, and the residual stream that they add to."""
+    """What a fold's layers read in one call, and the residual stream that they add to."""
 
     x_TI: Tensor = field(default_factory=lambda: torch.empty(0))
     residual_TO: Tensor = field(default_factory=lambda: torch.zeros(()))
-    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Reached(Exception):
-    """All layers of a fold were called: what the block would do after them is not looked at."""
+    """A fold's layers are next: what the block would do from here on is not looked at."""
 
 
-class UpTo(nn.Module):
-    """A block that ends where it is `Reached`."""
+def up_to(part: Part) -> Part:
+    """A part of a block that ends where it is `Reached`."""
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, h_BLD: Tensor, *rest: Any) -> Tensor:
+    def run(h_BLD: Tensor, *rest: Any) -> Tensor:
         with suppress(Reached):
-            self.block(h_BLD, *rest)
+            part(h_BLD, *rest)
         return h_BLD
+
+    return run
 
 
 @contextmanager
 def watched(block: DecoderBlock, fold: Fold) -> Iterator[Seen]:
     """What a block shows of a fold in its latest call, which ends there."""
-    seen, handles, readers = Seen(), [], residual_readers(block.config)
+    seen, first, readers = Seen(), fold.balance_layers[0], residual_readers(block.config)
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.x_TI, seen.outputs[name] = arguments[0].flatten(0, -2), output.flatten(0, -2)
-            if name == fold.balance_layers[-1]:
-                raise Reached
-
-        return hook
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen.x_TI = arguments[0].flatten(0, -2)
+        raise Reached
 
     def keep_residual(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         seen.residual_TO = arguments[0].flatten(0, -2)
 
-    for name in fold.balance_layers:
-        handles.append(block.get_submodule(name).register_forward_hook(keep(name)))
-        if name in readers:
-            handles.append(block.get_submodule(readers[name]).register_forward_pre_hook(keep_residual))
+    handles = [block.get_submodule(first).register_forward_pre_hook(keep)]
+    if first in readers:
+        handles.append(block.get_submodule(readers[first]).register_forward_pre_hook(keep_residual))
     try:
         yield seen
     finally:
@@ -113,14 +106,22 @@ def watched(block: DecoderBlock, fold: Fold) -> Iterator[Seen]:
             handle.remove()
 
 
+def nothing(block: DecoderBlock, layer: int) -> None:
+    """What is not written needs no rounding."""
+
+
 @dataclass
 class Streams:
-    """The hidden states in front of a block: the dense ones, which are kept, and those of the quantized blocks."""
+    """The hidden states in front of a block, or between its attention and its MLP: what the dense blocks make, and what
+    the quantized ones make. `settle` rounds what of a block stays dense as its file will hold it.
+    """
 
     stream: BlockStream
     dense_BLD: Tensor
     quantized_BLD: Tensor
+    settle: Callable[[DecoderBlock, int], None] = nothing
     folded: DecoderBlock | None = None  # the dense block, its factors folded
+    attended: bool = False
 
     def begin(self, hidden_BLD: Tensor) -> None:
         """Keep the dense hidden states in front of the next block."""
@@ -129,20 +130,33 @@ class Streams:
 
     def follow(self, block: DecoderBlock, layer: int) -> None:
         """Move the other hidden states on to the outputs of a block as it is written."""
-        for rows, output_BLD in self.stream.run(block, layer, self.quantized_BLD):
-            self.quantized_BLD[rows] = output_BLD.to(self.quantized_BLD.device)
+        self.stream.advance(self._rest_of(block), layer, self.quantized_BLD)
+        self.attended = False
 
     def aims(self, block: DecoderBlock, layer: int, fold: Fold) -> dict[str, Aim]:
         """What each layer of a fold is to give. The layers before it are rounded already, and itself is not."""
-        self.folded = self.folded or copy.deepcopy(block)
-        aims = {name: Aim(block.get_parameter(f"{name}.weight").data) for name in fold.balance_layers}
-        shared = SymmetricStatistics(aims[fold.balance_layers[0]].pull_OI.shape[1], self.stream.device)
+        if self.folded is None:
+            self.folded = copy.deepcopy(block)
+            self.settle(block, layer)
+        first = fold.balance_layers[0]
+        if not first.startswith("self_attn.") and not self.attended:
+            self.stream.advance(self.folded.attend, layer, self.dense_BLD)
+            self.stream.advance(block.attend, layer, self.quantized_BLD)
+            self.attended = True
+        weights = {name: block.get_parameter(f"{name}.weight").data for name in fold.balance_layers}
+        aims = {name: Aim(weight_OI) for name, weight_OI in weights.items()}
+        shared = SymmetricStatistics(weights[first].shape[1], self.stream.device)
         with watched(self.folded, fold) as dense, watched(block, fold) as ours:
-            dense_runs = self.stream.run(UpTo(self.folded), layer, self.dense_BLD)
-            for _ in zip(dense_runs, self.stream.run(UpTo(block), layer, self.quantized_BLD), strict=True):
+            dense_runs = self.stream.run(up_to(self._rest_of(self.folded)), layer, self.dense_BLD)
+            our_runs = self.stream.run(up_to(self._rest_of(block)), layer, self.quantized_BLD)
+            for _ in zip(dense_runs, our_runs, strict=True):
                 shared.add(ours.x_TI)
+                # The weight is the same in both blocks, and so is a bias.
+                moved_TI, lost_TO = ours.x_TI - dense.x_TI, ours.residual_TO - dense.residual_TO
                 for name, aim in aims.items():
-                    wanted_TO = dense.outputs[name] + dense.residual_TO - ours.residual_TO
-                    aim.miss(ours.x_TI, ours.outputs[name] - wanted_TO)
+                    aim.miss(ours.x_TI, linear(moved_TI, weights[name]) + lost_TO)
         shared.finish()
         return {name: aim.over(shared) for name, aim in aims.items()}
+
+    def _rest_of(self, block: DecoderBlock) -> Part:
+        return (lambda h_BLD, *_: block.feed(h_BLD)) if self.attended else block

@@ -88,7 +88,7 @@ def test_formats_do_not_disturb_each_other(tmp_path, device) -> None:
     for one, other in itertools.combinations([dense.hidden_BLD, *states], 2):
         assert not torch.equal(one, other)
     assert torch.equal(together[-1][0].change.hidden_BLD, states[-1])
-    assert torch.equal(dense.hidden_BLD, evaluate.stream_predictor(checkpoint, tokens_BL, device).hidden_BLD)
+    assert torch.equal(dense.hidden_BLD, evaluate.stream_predictor(checkpoint, tokens_BL, device).hidden_BLD.cpu())
     _, [(first, _)] = contest.run_formats(checkpoint, tokens_BL, asked[:1], None, device, blocks=1)
     assert not torch.equal(first.hidden_BLD, states[0])
 

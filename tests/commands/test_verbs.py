@@ -67,7 +67,18 @@ def test_a_missing_extra_is_told_in_three_lines():
     ]
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("quantise", "quantize"), ("generat", "generate"), ("pln", "plan")])
+def test_chat_is_short_for_a_conversation(capsys, monkeypatch):
+    taken = []
+    monkeypatch.setattr("miniawq.generate.main", lambda arguments: taken.append(arguments) or 0)
+    assert main(["chat", "some-model", "-q"]) == 0
+    assert taken == [["--interactive", "some-model", "-q"]]
+    assert main(["--help"]) == 0
+    assert "  chat       generate --interactive\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("quantise", "quantize"), ("generat", "generate"), ("pln", "plan"), ("chatt", "chat")]
+)
 def test_a_mistyped_verb_is_answered_with_the_nearest(typed, meant, capsys):
     assert main([typed]) == 2
     assert f"there is no verb {typed!r}\n  did you mean {meant!r}?\n" in capsys.readouterr().err

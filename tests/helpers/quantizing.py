@@ -30,5 +30,5 @@ def contents(directory: Path) -> dict[str, Any]:
     told = json.loads(files.pop("quantization_report.json"))
     for timed in (told, *told["blocks"]):
         timed.pop("seconds")
-    told.pop("peak_memory_bytes")
+    del told["peak_memory_bytes"], told["peak_device_bytes"]
     return files | {"report": told}

@@ -99,12 +99,12 @@ FAULTS = [
     Fault("commands/contest.py", r"DENSE_BITS \* rest", "DENSE_BITS", CONTEST),
     Fault(
         "commands/contest.py",
-        r"^            advance\(stream, ours, layer, entry\.hidden_BLD\)",
-        "            advance(stream, block, layer, entry.hidden_BLD)",
+        r"^            stream\.advance\(ours, layer, entry\.hidden_BLD\)",
+        "            stream.advance(block, layer, entry.hidden_BLD)",
         CONTEST,
     ),
     Fault(
-        "commands/contest.py", r"^( +)advance\(self\.text\.stream, block, layer, self\.hidden_BLD\)", r"\1pass", CONTEST
+        "commands/contest.py", r"^( +)self\.text\.stream\.advance\(block, layer, self\.hidden_BLD\)", r"\1pass", CONTEST
     ),
     Fault("commands/contest.py", r"copy\.deepcopy\(self\.text\.statistics\)", "self.text.statistics", CONTEST),
 ]

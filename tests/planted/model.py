@@ -30,7 +30,7 @@ FAULTS = [
         TEST,
     ),
     Fault("model.py", r"\(positions - padding_B\[:, None, None\]\)\.clamp\(min=0\)", "positions", TEST),
-    Fault("model.py", r"(names\.after_mlp\)\(y_BLD\)), alpha=multiplier", r"\1", TEST),
+    Fault("model.py", r"(names\.after_mlp\)\(y_BLD\)), alpha=self\.config\.residual_multiplier", r"\1", TEST),
     Fault("model.py", r"(v_BJME, mask), config\.attention_multiplier", r"\1", TEST),
     Fault("model.py", r"self\.weight \+ self\.offset if self\.offset else ", "", TEST),
     Fault("model.py", r"1 / self\.config\.logits_scaling", "1.0", TEST),

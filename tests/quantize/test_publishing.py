@@ -573,6 +573,15 @@ def test_a_model_of_zeros_is_quantized_and_reported(zeros, recipe, text, tmp_pat
     json.loads((tmp_path / "out" / "quantization_report.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_memory_of_another_device_is_told_beside_that_of_the_host(dense, text, tmp_path):
+    made = quantize_checkpoint(dense, tmp_path / "out", text, SETTINGS)
+    assert made.peak_device_bytes is None
+    host = replace(made, seconds=2.0, peak_memory_bytes=3 << 29)
+    assert host.summary().endswith("\n2.0 s, 1.50 GiB of memory at most")
+    both = replace(host, peak_device_bytes=5 << 30)
+    assert both.summary().endswith("\n2.0 s, 1.50 GiB of memory, 5.00 GiB of the device's at most")
+
+
 def test_a_report_holds_no_numbers_that_are_not_json():
     assert finite({"a": [1.5, float("nan"), (float("inf"), "NaN")]}) == {"a": [1.5, None, [None, "NaN"]]}
 
