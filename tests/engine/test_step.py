@@ -171,7 +171,7 @@ def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_the
     torch.testing.assert_close(step.logits_BV, expected_BV, rtol=0, atol=2e-5 * float(expected_BV.abs().max()))
 
 
-def test_plain_steps_of_tables_take_one_thread(monkeypatch):
+def test_plain_steps_of_tables_take_one_thread_and_share(monkeypatch):
     """And the others what there is: so do products that were rearranged for a compiled step."""
     if not reads_tables("cpu"):
         pytest.skip("this torch has no FBGEMM")
