@@ -113,10 +113,15 @@ def ready_for_steps(model: Llama) -> Surroundings:
     if isinstance(model.lm_head, DenseLinear):
         model.lm_head.prepare()
     layers = [module for module in model.model.modules() if isinstance(module, (QuantLinear, Linear))]
-    shares = (
-        isinstance(layer, DenseLinear) or isinstance(getattr(layer, "prepacked", None), Table) for layer in layers
-    )
-    return shared_step if model.device.type == "cpu" and all(shares) else nullcontext
+    is_shared = model.device.type == "cpu" and all(hands_out(layer, model.dtype) for layer in layers)
+    return shared_step if is_shared else nullcontext
+
+
+def hands_out(layer: QuantLinear | Linear, dtype: torch.dtype) -> bool:
+    """Whether helpers can take a part of a layer's products of few rows."""
+    if isinstance(layer, QuantLinear):
+        return isinstance(layer.prepacked, Table)
+    return isinstance(layer, DenseLinear) and layer.weight.dtype != dtype
 
 
 class EagerStart(PlainStep):

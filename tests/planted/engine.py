@@ -130,7 +130,8 @@ FAULTS = [
     Fault("engine/memory.py", r" or len\(weight_OI\) < FEWEST_OUTPUTS_PACKED", "", PLAN),
     Fault("engine/memory.py", r"(weight_OI\.nbytes) if loaded_dtype\(.*\) != dtype else 0", r"\1", PLAN),
     Fault("engine/start.py", r"with self\.surroundings\(\)(:\n +self\.logits_BV)", r"with nullcontext()\1", STEP),
-    Fault("engine/start.py", r"== \"cpu\" and all\(shares\)", '== "cpu"', STEP),
+    Fault("engine/start.py", r"isinstance\(layer\.prepacked, Table\)", "True", STEP),
+    Fault("engine/start.py", r" and layer\.weight\.dtype != dtype", "", STEP),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
     Fault("engine/attend.py", r"position_B // BLOCK \+ 1 - first_block_B", "position_B // BLOCK - first_block_B", STEP),
