@@ -18,8 +18,8 @@ from miniawq.compiled import (
     arrange_awq,
     can_prepack,
     for_forms,
-    joined,
     multiply_prepacked,
+    together,
     unarrange,
 )
 from miniawq.errors import InvalidInput
@@ -172,9 +172,9 @@ class QuantLinear(nn.Module):
 
     @staticmethod
     def together(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
-        """The outputs [..., O] of layers that read the same input: one product, if their words lie together."""
+        """The outputs [..., O] of layers that read the same input: one product, if their words allow it."""
         parts = [layer.prepacked for layer in layers if isinstance(layer, QuantLinear) and layer.prepacked]
-        whole = joined(parts) if len(parts) == len(layers) else None
+        whole = together(parts) if len(parts) == len(layers) else None
         if whole is None:
             return [layer(x) for layer in layers]
         y = multiply_prepacked(x.flatten(0, -2), whole, joined_bias(layers))

@@ -50,10 +50,12 @@ def test_narrower_matrices_compute_what_wide_ones_do(name, device):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (33, 64)])
 @pytest.mark.parametrize("weights", [1, 64 * 7, 1 << 20])
 def test_a_narrow_weight_is_multiplied_in_slices(weights, shape, bias, monkeypatch, device):
+    """Of a few rows in tasks, of more in a loop."""
     monkeypatch.setattr(loading, "WEIGHTS_PER_SLICE", weights)
+    monkeypatch.setattr(loading, "WEIGHTS_PER_TASK", weights)
     layer, x = DenseLinear(64, 24, bias, device=device).requires_grad_(False), torch.randn(shape, device=device)
     layer.weight.data = layer.weight.half()
     found, expected = layer(x), torch.nn.functional.linear(x, layer.weight.float(), layer.bias)

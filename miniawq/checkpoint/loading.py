@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import linear
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.checkpoint.reading import is_finite
-from miniawq.compiled import PackedHalves, can_pack_halves, halves_product, pack_halves
+from miniawq.compiled import PackedHalves, can_pack_halves, halves_product, hand_out, pack_halves
 from miniawq.errors import InvalidInput
 from miniawq.kernel import QuantLinear
 from miniawq.model import Llama
@@ -22,7 +23,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 KV_DTYPES = {"auto": None, **DTYPES, "fp8": torch.float8_e4m3fn}
 HALVES = (torch.float16, torch.bfloat16)
 FEWEST_OUTPUTS_PACKED, MOST_ROWS_PACKED = 32_768, 32  # of a head (docs/log)
-WEIGHTS_PER_SLICE = 1 << 20  # 4 MiB in float32, which stay in the cache while they are multiplied
+# Weights of a slice in float32, which stay in the cache while they are multiplied; a step shares small ones (docs/log).
+WEIGHTS_PER_SLICE, WEIGHTS_PER_TASK = 1 << 20, 1 << 18
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> Llama:
@@ -99,12 +101,21 @@ def narrow_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tenso
     if weight_OI.dtype == x.dtype:
         return linear(x, weight_OI, bias_O)
     outputs, inputs = weight_OI.shape
-    step = min(outputs, max(1, WEIGHTS_PER_SLICE // inputs))
-    y, slice_OI = x.new_empty(*x.shape[:-1], outputs), x.new_empty(step, inputs)
-    for first in range(0, outputs, step):
-        narrow_OI = weight_OI[first : first + step]
-        y[..., first : first + step] = linear(x, slice_OI[: len(narrow_OI)].copy_(narrow_OI))
+    if x.numel() <= MOST_ROWS_PACKED * inputs:
+        parts = weight_OI.split(max(1, WEIGHTS_PER_TASK // inputs))
+        y = torch.cat(hand_out([partial(widened_product, x, part_OI) for part_OI in parts]), -1)
+    else:
+        step = min(outputs, max(1, WEIGHTS_PER_SLICE // inputs))
+        y, slice_OI = x.new_empty(*x.shape[:-1], outputs), x.new_empty(step, inputs)
+        for first in range(0, outputs, step):
+            narrow_OI = weight_OI[first : first + step]
+            y[..., first : first + step] = linear(x, slice_OI[: len(narrow_OI)].copy_(narrow_OI))
     return y if bias_O is None else y + bias_O
+
+
+def widened_product(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """`linear` with the weight in the dtype of x."""
+    return linear(x, weight_OI.to(x.dtype))
 
 
 class DenseLinear(nn.Linear):

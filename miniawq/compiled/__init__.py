@@ -4,6 +4,7 @@
     tables.py      how they lie on a CPU where nothing is compiled: as the library's INT4 embeddings
     eager.py       the product of either by plain calls of torch, for any number of rows
     halves.py      the product of a large dense weight of 16 bits on a CPU
+    sharing.py     large products of a plain step, shared with threads that no busy processor holds up
     operations.py  a few operations that torch does not have
     gpu_forms.py   the product as expressions that Inductor makes one GPU kernel of each
     cpu_forms.py   the same for a CPU
@@ -36,6 +37,7 @@ from miniawq.compiled.eager import (
     arranged_bytes,
     for_forms,
     multiply_prepacked,
+    together,
     unarrange,
 )
 from miniawq.compiled.gpu_forms import with_rows, written
@@ -62,6 +64,7 @@ from miniawq.compiled.products import (
 )
 from miniawq.compiled.proof import check
 from miniawq.compiled.recorded import Recorded
+from miniawq.compiled.sharing import hand_out, shared_step
 from miniawq.compiled.tables import Table
 from miniawq.compiled.workshop import WORKSHOP, first_line
 
@@ -92,6 +95,7 @@ __all__ = [
     "first_line",
     "for_forms",
     "halves_product",
+    "hand_out",
     "identity",
     "in_whole_rows",
     "int4_product",
@@ -106,6 +110,8 @@ __all__ = [
     "prepack",
     "prepare",
     "prepare_normed",
+    "shared_step",
+    "together",
     "unarrange",
     "with_rows",
     "written",

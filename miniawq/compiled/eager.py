@@ -4,7 +4,7 @@ It multiplies prompts, and single tokens wherever nothing is compiled. On a GPU 
 at a time, and multiplied by the library; there alone a compiled kernel helps, if there is one (`expansion`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -15,6 +15,7 @@ from miniawq.compiled.launch import block_sizes
 from miniawq.compiled.prepacked import (
     Prepacked,
     in_blocks,
+    joined,
     out_of_blocks,
     pack_grid,
     prepack,
@@ -44,10 +45,21 @@ CODES_PER_EXPANDED_SLICE = 1 << 27  # 256 MiB of 16-bit weights; uncompiled, `ex
 Arranged = Prepacked | Table
 
 
-def multiply_prepacked(x_TI: Tensor, prepacked: Arranged, bias_O: Tensor | None = None) -> Tensor:
+Together = Arranged | list[Table]
+
+
+def together(parts: Sequence[Arranged]) -> Together | None:
+    """Weights that read the same input as one: those that `join` laid so, or tables; None if they are neither."""
+    tables = [part for part in parts if isinstance(part, Table)]
+    if len(tables) == len(parts) and len({table.rows_of_group for table in tables}) == 1:
+        return tables
+    return None if tables else joined(parts)
+
+
+def multiply_prepacked(x_TI: Tensor, prepacked: Together, bias_O: Tensor | None = None) -> Tensor:
     """y_TO in the dtype of x; the bias is added before the sums are rounded."""
-    if isinstance(prepacked, Table):
-        y_TO = table_product(x_TI, prepacked)
+    if isinstance(prepacked, (Table, list)):
+        y_TO = table_product(x_TI, [prepacked] if isinstance(prepacked, Table) else prepacked)
     elif x_TI.is_cuda and x_TI.dtype.itemsize == 2 and prepacked.in_rows:
         return expanded_product(x_TI, prepacked, bias_O)
     else:

@@ -3,16 +3,18 @@
 A copy in float32 of a slice at a time, which the library multiplies, takes twice to three times as long (docs/log).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from miniawq.compiled.sharing import hand_out
 from miniawq.compiled.workshop import WORKSHOP
 
 LARGEST_EXPONENT, LARGEST_SCALING = 15, 100  # float16 ends below 2^16; a power of two that float32 has
 SMALLEST = {torch.bfloat16: 2.0**-17, torch.float16: 0.0}  # from here on float16 has all bits of this dtype
-OUTPUTS_OF_CALL = 1 << 11  # which stay in the cache while they are packed
+OUTPUTS_OF_CALL = 1 << 13  # 1 ms: a helper thread takes one after the other
 
 
 class PackedHalves(NamedTuple):
@@ -50,7 +52,8 @@ def pack_halves(weight_OI: Tensor) -> PackedHalves | None:
 def halves_product(x_TI: Tensor, packed: PackedHalves) -> Tensor:
     """y_TO in float32."""
     multiply = torch.ops.quantized.linear_dynamic_fp16
-    return torch.cat([multiply(x_TI, piece) for piece in packed.pieces], -1).mul_(2.0**-packed.exponent)
+    parts = hand_out([partial(multiply, x_TI, piece) for piece in packed.pieces])
+    return torch.cat(parts, -1).mul_(2.0**-packed.exponent)
 
 
 def prove_halves(name: str, device: torch.device) -> str:

@@ -203,7 +203,7 @@ def join(parts: Sequence[Prepacked]) -> list[Prepacked]:
 
 
 def joined(parts: Sequence[Any]) -> Prepacked | None:
-    """Weights that `join` laid together, as one; None if they do not lie together, as tables never do."""
+    """Weights that `join` laid together, as one; None if they do not lie together."""
     words, grid = (lie_together(tensors) for tensors in _tensors_of(parts))
     return None if words is None or grid is None else parts[0]._replace(words=words, grid=grid)
 

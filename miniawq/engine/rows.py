@@ -22,7 +22,6 @@ from miniawq.engine.attend import first_seen, mask_of
 from miniawq.engine.memory import PREFILL_CHUNK
 from miniawq.engine.start import Read, Step, ready_for_steps
 from miniawq.engine.step import DecodeStep
-from miniawq.hardware import threads
 from miniawq.model import KVCache, Llama, narrowed
 
 log = logging.getLogger(__name__)
@@ -45,12 +44,12 @@ class PlainRows:
     """Nothing to compile."""
 
     def __init__(self, model: Llama, rows: int, max_seq_len: int) -> None:
-        self.model, self.threads = model, ready_for_steps(model)
+        self.model, self.surroundings = model, ready_for_steps(model)
         self.read: Read = model.model
         self.cache = KVCache(model.config, rows, max_seq_len, device=model.device, dtype=model.dtype)
 
     def next_logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        with threads(self.threads):
+        with self.surroundings():
             return self._logits(ids_B, lengths)
 
     def _logits(self, ids_B: Tensor, lengths: Sequence[int]) -> Tensor:

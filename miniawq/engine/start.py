@@ -3,20 +3,21 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Linear
 
 from miniawq.checkpoint.loading import DenseLinear
-from miniawq.compiled import WORKSHOP, Table, are_here, first_line, kept
+from miniawq.compiled import WORKSHOP, Table, are_here, first_line, kept, shared_step
 from miniawq.engine.cached_text import CachedText
 from miniawq.engine.memory import bytes_per_token, cache_room
 from miniawq.engine.sampling import History, Sampling, sample
 from miniawq.engine.step import DecodeStep
 from miniawq.engine.verifying import SpeculativeStep
 from miniawq.engine.weights import can_step
-from miniawq.hardware import threads
 from miniawq.kernel import QuantLinear
 from miniawq.model import KVCache, Llama
 
@@ -58,7 +59,7 @@ class PlainStep:
     def __init__(self, model: Llama, batch: int, max_seq_len: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
         self.read: Read = model.model
-        self.threads = ready_for_steps(model)
+        self.surroundings = ready_for_steps(model)
         self.cache = KVCache(model.config, batch, max_seq_len, device=model.device, dtype=model.dtype)
         self.history: History | None = None
         self.generator = torch.Generator(model.device)
@@ -80,14 +81,14 @@ class PlainStep:
         """Append ids_B to the rows; the next ids, NOT_A_NUMBER for a row whose logits hold a NaN."""
         if self.history is not None:
             self.history.add(ids_B)
-        with threads(self.threads):
+        with self.surroundings():
             self.logits_BV = self.model.last_logits(ids_B[:, None], self.cache)
-        return sample(self.logits_BV, self.sampling, self.history, self.generator)
+            return sample(self.logits_BV, self.sampling, self.history, self.generator)
 
     def verify(self, ids: Sequence[int]) -> Tensor:
         """What is chosen after each of these neighbouring ids of one text, ids_L. The length stays as it was."""
         length, ids_L = self.cache.length, torch.tensor(list(ids), device=self.model.device)
-        with threads(self.threads):
+        with self.surroundings():
             logits_LV = self.model(ids_L[None], self.cache)[0]
         self.cache.length = length
         history = None if self.history is None else self.history.after_each(ids_L)
@@ -99,19 +100,28 @@ def threads_for(model: Llama) -> int | None:
     return 1 if bytes_per_token(model) < SMALL_MODEL_BYTES else None
 
 
-def ready_for_steps(model: Llama) -> int | None:
-    """The threads of one step after another (`threads_of_steps`), with a head that is arranged for them."""
+Surroundings = Callable[[], AbstractContextManager[None]]
+
+
+def ready_for_steps(model: Llama) -> Surroundings:
+    """How one step after another is to be run, by a model whose head is arranged for it now.
+
+    As a `shared_step` on a CPU whose layers all share their products: tables, and narrow dense weights. Between them
+    there is too little for a second thread, for which the first would wait wherever another process is busy. Else as
+    it is.
+    """
     if isinstance(model.lm_head, DenseLinear):
         model.lm_head.prepare()
-    return threads_of_steps(model)
+    layers = [module for module in model.model.modules() if isinstance(module, (QuantLinear, Linear))]
+    is_shared = model.device.type == "cpu" and all(hands_out(layer, model.dtype) for layer in layers)
+    return shared_step if is_shared else nullcontext
 
 
-def threads_of_steps(model: Llama) -> int | None:
-    """One, where all INT4 weights are tables: their products take one thread, and what is between them is too little
-    for a second one, for which it would wait wherever another process is busy. Else those that there are (None).
-    """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    return 1 if layers and all(isinstance(layer.prepacked, Table) for layer in layers) else None
+def hands_out(layer: QuantLinear | Linear, dtype: torch.dtype) -> bool:
+    """Whether helpers can take a part of a layer's products of few rows."""
+    if isinstance(layer, QuantLinear):
+        return isinstance(layer.prepacked, Table)
+    return isinstance(layer, DenseLinear) and layer.weight.dtype != dtype
 
 
 class EagerStart(PlainStep):
@@ -127,7 +137,7 @@ class EagerStart(PlainStep):
         self.model, self.compiled, self.sampling, self.streams = model, compiled, compiled.sampling, streams
         self.cache, self.history, self.generator = compiled.cache, compiled.history, compiled.generator
         self.read = compiled.read
-        self.ahead, self.is_warm, self.threads = 0, False, None
+        self.ahead, self.is_warm, self.surroundings = 0, False, nullcontext
         # Compiled code is for a number of threads, and a new thread would begin with the default one.
         self._thread = threading.Thread(target=self._compile, args=(torch.get_num_threads(),), daemon=True)
         if not compiled.is_ready:

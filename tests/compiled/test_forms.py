@@ -1,12 +1,15 @@
 """The compiled forms as plain functions: arrangements that can be undone, products within derived bounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniawq.compiled import cpu_forms, eager, halves, operations, prepacked, tables
+from miniawq.compiled import cpu_forms, eager, halves, operations, prepacked, sharing, tables
 from miniawq.compiled import gpu_forms as forms
+from miniawq.hardware import threads
 from miniawq.packing import SEQUENTIAL, Quantized, dequantize, encode_awq, unpack
 from tests.helpers.marks import each_once
 
@@ -56,14 +59,16 @@ def dot_product(x_TI, quantized, splits=1, bias_O=None):
 
 
 def summed_product(x_TI, quantized):
-    return tables.summed_product(x_TI, tables.table_of(quantized))
+    return tables.summed_product(x_TI, [tables.table_of(quantized)])
 
 
 def expanded_product(x_TI, quantized):
-    """Two groups at a time."""
+    """Two blocks of eight outputs at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "CODES_PER_SLICE", 2 * len(quantized.codes_OI) * min(128, quantized.group_size))
-        return tables.expanded_table_product(x_TI, tables.table_of(quantized))
+        patch.setattr(tables, "LEAST_OUTPUTS_OF_BLOCK", 8)
+        patch.setattr(tables, "MOST_OUTPUTS_OF_BLOCK", 8)
+        patch.setattr(tables, "CODES_PER_SLICE", 2 * 8 * quantized.codes_OI.shape[1])
+        return tables.expanded_table_product(x_TI, [tables.table_of(quantized)])
 
 
 def exact(x_TI, quantized):
@@ -161,11 +166,9 @@ def test_blocks_hold_every_code_and_give_it_back(outputs, lanes, monkeypatch):
     assert torch.equal(torch.cat([part.words for _, part in parts]), target.words)
 
 
-@pytest.mark.parametrize("codes", [1, 1 << 22])
-@pytest.mark.parametrize(("outputs", "group_size", "groups"), [(8, 32, 16), (24, 256, 4), (40, 512, 4)])
-def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups, codes, monkeypatch):
-    """A group of more than 128 inputs lies as several, so that a slice of the weight stays small."""
-    monkeypatch.setitem(prepacked.CODES_AT_ONCE, "cpu", codes)
+@pytest.mark.parametrize(("outputs", "group_size", "groups"), [(8, 32, 16), (128, 256, 4), (648, 512, 4)])
+def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups):
+    """A group of more than 128 inputs lies as several: the sums of codes stay small."""
     quantized = random_quantized(outputs, 512, group_size)
     words = encode_awq(quantized)
     for table in (
@@ -175,7 +178,29 @@ def test_a_table_holds_every_code_and_gives_it_back(outputs, group_size, groups,
         assert (table.outputs, table.group_size, table.grid.shape[1]) == (outputs, group_size, groups)
         assert table.words.nbytes + table.grid.nbytes == tables.table_bytes(outputs, 512, group_size)
         assert all(torch.equal(*pair) for pair in zip(tables.quantized_of(table), quantized, strict=True))
-        assert (int(table.words[77, (outputs - 3) // 2]) >> 4) & 15 == quantized.codes_OI[outputs - 3, 77]
+        block, place = divmod(outputs - 3, tables.outputs_of_block(outputs))
+        group, row = divmod(77, 512 // groups)
+        assert (int(table.words[block, group, row, place // 2]) >> 4) & 15 == quantized.codes_OI[outputs - 3, 77]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "width"), [(4864, 304), (896, 224), (4096, 256), (320, 320), (328, 328), (8 * 67, 536), (40, 40)]
+)
+def test_blocks_of_a_table_fit_the_loop_of_the_library_where_they_can(outputs, width):
+    assert tables.outputs_of_block(outputs) == width
+
+
+@given(st.integers(1, 8), st.sampled_from([1, 2, 3]), st.integers(0, 2**32))
+def test_shared_products_of_tables_are_the_same_bits(rows, threads_of_step, seed):
+    """In tasks of a block or more, of one table and of several that read the same input."""
+    layers = [random_quantized(outputs, 64, 32, seed) for outputs in (640, 8, 192)]
+    together, x_TI = [tables.table_of(quantized) for quantized in layers], random_rows(rows, 64, seed=seed)
+    expected_TO = torch.cat([tables.summed_product(x_TI, [table]) for table in together], 1)
+    with pytest.MonkeyPatch.context() as patch, threads(threads_of_step), sharing.shared_step():
+        patch.setattr(tables, "CODES_OF_TASK", 64 * 320)
+        together = [tables.table_of(quantized) for quantized in layers]
+        assert [len(table.tasks) for table in together] == [2, 1, 1]
+        assert torch.equal(tables.summed_product(x_TI, together), expected_TO)
 
 
 def test_packed_halves_say_their_product_is_wrong(monkeypatch):
@@ -193,14 +218,16 @@ def test_a_table_says_its_product_is_wrong():
     for name in ("summed_product", "expanded_table_product"):
         product = getattr(tables, name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tables, name, lambda x_TI, table, product=product: product(x_TI, spoilt(table)))
+            patch.setattr(
+                tables, name, lambda x_TI, both, product=product: product(x_TI, [*both[:-1], spoilt(both[-1])])
+            )
             assert tables.prove_table("table", torch.device("cpu")) == "its numbers are wrong"
 
 
 def spoilt(table):
     words = table.words.clone()
-    words[-1, -5] ^= 1
-    return table._replace(words=words)
+    words[-1, -1, -2, -5] ^= 1
+    return replace(table, words=words)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

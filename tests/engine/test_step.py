@@ -10,14 +10,14 @@ from torch import nn
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.loading import DenseLinear, load_model
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.compiled import Product, multiply, prepacked, prepare, products
+from miniawq.compiled import Product, multiply, prepacked, prepare, products, shared_step
 from miniawq.compiled.gpu_forms import in_whole_tiles, whole_rows
 from miniawq.compiled.tables import reads_tables
 from miniawq.engine import attend
 from miniawq.engine.attend import block_attention, blocks_of, first_seen, mask_of
 from miniawq.engine.layer import finish, most_probable
 from miniawq.engine.sampling import NOT_A_NUMBER, Sampling, sample
-from miniawq.engine.start import EagerStart, PlainStep
+from miniawq.engine.start import EagerStart, PlainStep, ready_for_steps
 from miniawq.engine.step import DecodeStep
 from miniawq.engine.weights import Weights
 from miniawq.errors import InvalidInput, MiniawqError
@@ -171,7 +171,7 @@ def test_a_form_that_multiplies_whole_tiles_of_rows_gives_the_same_for_those_the
     torch.testing.assert_close(step.logits_BV, expected_BV, rtol=0, atol=2e-5 * float(expected_BV.abs().max()))
 
 
-def test_plain_steps_of_tables_take_one_thread(monkeypatch):
+def test_plain_steps_of_tables_take_one_thread_and_share(monkeypatch):
     """And the others what there is: so do products that were rearranged for a compiled step."""
     if not reads_tables("cpu"):
         pytest.skip("this torch has no FBGEMM")
@@ -184,6 +184,14 @@ def test_plain_steps_of_tables_take_one_thread(monkeypatch):
         DecodeStep(model, 1, 8, compiles=False)
         PlainStep(model, 1, 8, Sampling()).step(torch.ones(1, dtype=torch.long))
     assert seen == [1, 2]
+
+
+def test_plain_steps_of_narrow_dense_weights_share():
+    """Weights in the dtype of the activations are left to the library."""
+    model = load_model(open_checkpoint(MODELS / "qwen3"), "cpu", torch.float32)
+    assert ready_for_steps(model) is shared_step
+    assert ready_for_steps(model.float()) is nullcontext
+    assert ready_for_steps(load_model(open_checkpoint(MODELS / "qwen3"), "cpu", torch.bfloat16)) is nullcontext
 
 
 @pytest.mark.compiles

@@ -3,6 +3,7 @@
 from tests.planted.fault import Fault
 
 SOURCES = "compiled/test_matrices"
+SHARING = "compiled/test_sharing"
 FORMS, PROOF, STEP = "compiled/test_forms", "compiled/test_proof", "engine/test_step"
 FAULTS = [
     # How words lie.
@@ -15,13 +16,24 @@ FAULTS = [
     Fault("compiled/prepacked.py", r"(len\(part\.words\) for part in parts)\]", r"\1[::-1]]", "test_kernel"),
     Fault("compiled/prepacked.py", r"!= ends\[:-1\]", "== ends", STEP),
     # Tables, and large dense weights on a CPU.
-    Fault("compiled/tables.py", r"codes_IO\[:, 1::2\] << 4", "codes_IO[:, 1::2]", FORMS),
-    Fault("compiled/tables.py", r"\.repeat_interleave\(repeats, 0\)", ".repeat(repeats, 1)", FORMS),
-    Fault("compiled/tables.py", r"\.repeat\(rows\)", "", FORMS),
-    Fault("compiled/tables.py", r"sums_TG1, value=-1", "sums_TG1, value=1", FORMS),
-    Fault("compiled/tables.py", r"first \* step \* inputs, ", "first * inputs, ", FORMS),
+    Fault("compiled/tables.py", r"codes_GSW\[\.\.\., 1::2\] << 4", "codes_GSW[..., 1::2]", FORMS),
+    Fault(
+        "compiled/tables.py",
+        r"scales_WG\.t\(\)\.repeat_interleave\(repeats, 0\)",
+        "scales_WG.t().repeat(repeats, 1)",
+        FORMS,
+    ),
+    Fault("compiled/tables.py", r"\.repeat\(times\)", "", FORMS),
+    Fault("compiled/tables.py", r"\(slice\(-1, None\), -1\)", "(slice(-1, None), 1)", FORMS),
+    Fault("compiled/tables.py", r"if outputs % width == 0", "if outputs >= width", FORMS),
+    Fault("compiled/tables.py", r"permute\(0, 3, 1, 2\)", "permute(3, 0, 1, 2)", FORMS),
+    Fault("compiled/tables.py", r" +first = end\n", "", FORMS),
     Fault("compiled/tables.py", r"\) and torch\.equal\(found\[1\], right_TO\)", ")", FORMS),
-    Fault("compiled/tables.py", r"first // 2 : end // 2", "0 : (end - first) // 2", FORMS),
+    Fault("compiled/sharing.py", r"for number in range\(len\(tasks\)\)", "for number in results", SHARING),
+    Fault("compiled/sharing.py", r"            raise result", "            continue", SHARING),
+    Fault("compiled/sharing.py", r"    os\.register_at_fork.*", "    pass", SHARING),
+    Fault("compiled/sharing.py", r"    with torch\.inference_mode\(\):", "    if True:", SHARING),
+    Fault("compiled/sharing.py", r"(with threads)\(1\)", r"\1(None)", SHARING),
     Fault("compiled/halves.py", r"2\.0\*\*-packed\.exponent", "1", FORMS),
     Fault("compiled/halves.py", r"2\.0\*\*-17", "2.0**-19", FORMS),
     Fault("compiled/halves.py", r"is_right = packed is not None and .*", "is_right = packed is not None", FORMS),

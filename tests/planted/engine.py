@@ -129,8 +129,9 @@ FAULTS = [
     Fault("engine/start.py", r"(?s)(def returns_early.{,200}?)return False", r"\1return True", DELIVERY),
     Fault("engine/memory.py", r" or len\(weight_OI\) < FEWEST_OUTPUTS_PACKED", "", PLAN),
     Fault("engine/memory.py", r"(weight_OI\.nbytes) if loaded_dtype\(.*\) != dtype else 0", r"\1", PLAN),
-    Fault("engine/start.py", r"(with threads)\(self\.threads\)(:\n +self\.logits_BV)", r"\1(None)\2", STEP),
-    Fault("engine/start.py", r"return 1 if layers and all\(", "return 1 if layers or all(", STEP),
+    Fault("engine/start.py", r"with self\.surroundings\(\)(:\n +self\.logits_BV)", r"with nullcontext()\1", STEP),
+    Fault("engine/start.py", r"isinstance\(layer\.prepacked, Table\)", "True", STEP),
+    Fault("engine/start.py", r" and layer\.weight\.dtype != dtype", "", STEP),
     # Attention.
     Fault("engine/attend.py", r" & \(key_M >= first_B\[:, None\]\)", "", STEP),
     Fault("engine/attend.py", r"position_B // BLOCK \+ 1 - first_block_B", "position_B // BLOCK - first_block_B", STEP),
