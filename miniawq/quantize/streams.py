@@ -151,7 +151,7 @@ class Streams:
             our_runs = self.stream.run(up_to(self._rest_of(block)), layer, self.quantized_BLD)
             for _ in zip(dense_runs, our_runs, strict=True):
                 shared.add(ours.x_TI)
-                # The weight is the same in both blocks, and so is a bias.
+                # The weight is the same in both blocks, and so is a bias but for its rounding.
                 moved_TI, lost_TO = ours.x_TI - dense.x_TI, ours.residual_TO - dense.residual_TO
                 for name, aim in aims.items():
                     aim.miss(ours.x_TI, linear(moved_TI, weights[name]) + lost_TO)
