@@ -397,6 +397,7 @@ def _quantize(
         dense_BLD, quantized_BLD = (hidden_states(shape, home, offload_directory) for _ in range(2))
         job.streams = Streams(job.stream, dense_BLD, quantized_BLD, job.settle)
     done = journal.blocks[-1]["tensors"] if journal.blocks else 0
+    seconds_before = sum(block["seconds"] for block in journal.blocks)
     check_disk(destination, sum(spec.nbytes for spec in specs[done:]))
     journal.begin()
     recall(journal.published, work)
@@ -424,7 +425,7 @@ def _quantize(
         written_bytes=sum(spec.nbytes for spec in specs),
         peak_memory_bytes=peak_memory(),
         peak_device_bytes=None if device.type == "cpu" else peak_memory(device),
-        seconds=round(time.monotonic() - started, 3),
+        seconds=round(seconds_before + time.monotonic() - started, 3),
     )
     write_report(work, destination.name, report)
     journal.publishing([path.name for path in sorted(work.iterdir())])

@@ -58,6 +58,8 @@ def record_problem(record: Mapping[str, Any], layer: int, specs: Sequence[Spec],
         return f"it is not the record of block {layer}"
     if record.get("tensors") != own[-1]:
         return f"`tensors` is {record.get('tensors')!r:.100}, and block {layer} ends with tensor {own[-1]}"
+    if not isinstance(record.get("seconds"), float):
+        return f"`seconds` is {record.get('seconds')!r:.100}, and not a number"
     digests, searches, layers = (record.get(key) for key in ("digests", "folds", "layers"))
     first = 0 if layer == 0 else own[0] - 1
     if not isinstance(digests, dict) or [*digests] != names[first : own[-1]]:

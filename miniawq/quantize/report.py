@@ -43,7 +43,10 @@ CARD = """---
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Everything about one run; `blocks` holds what the searches of each block found, `head` that of a packed head."""
+    """Everything about one run; `blocks` holds what the searches of each block found, `head` that of a packed head.
+
+    `seconds` of a run that went on have those of the blocks that were finished before.
+    """
 
     source: str
     settings: dict[str, Any]

@@ -38,6 +38,7 @@ FAULTS = [
     Fault("quantize/memory.py", r'"the next block": stored', '"the next block": 0', JOB),
     Fault("quantize/job.py", r"^    with locked\(destination\):", "    if True:", JOB),
     Fault("quantize/journal.py", r"if changed := .*:$", "if False:", JOB),
+    Fault("quantize/job.py", r"seconds_before \+ ", "", JOB),
     Fault("quantize/verify.py", r"if found != digests\[name\]:", "if found == '':", PUBLISHING),
     Fault("quantize/journal.py", r"elif why := problem\(record, len\(self\.blocks\)\):", "elif why := '':", PUBLISHING),
     Fault("quantize/journal.py", r"^( +)self\._append\(\{\"published\": list\(names\)\}\)", r"\1pass", PUBLISHING),

@@ -164,6 +164,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(in_shards)
 
 
+def test_a_run_that_goes_on_tells_the_seconds_of_the_blocks_before(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, write = Quantizer.process, ShardWriter.write
+
+    def slow(job: Quantizer, layer: int, hidden_BLD: torch.Tensor) -> Any:
+        tensors, record = process(job, layer, hidden_BLD)
+        return tensors, record | {"seconds": 1e6}
+
+    def dying(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        if name.startswith("model.layers.1."):
+            raise Killed
+        write(writer, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantizer, "process", slow)
+        patch.setattr(ShardWriter, "write", dying)
+        with pytest.raises(Killed):
+            quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS)
+    assert 1e6 < quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS).seconds < 2e6
+
+
 @pytest.mark.thorough
 def test_kill_9_on_the_command_line(tmp_path: Path) -> None:
     source = make_source(tmp_path / "dense", num_hidden_layers=12)

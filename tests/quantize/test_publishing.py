@@ -497,7 +497,7 @@ def altered(content: bytes, change: str) -> bytes:
             ("layer", "0"), ("layer", 7), ("layer", None), ("tensors", 3), ("tensors", "x"), ("tensors", -1),
             ("tensors", None), ("scales", "AAAA"), ("scales", "%%%"), ("scales", 3), ("scales", None), ("folds", 1),
             ("layers", None), ("layers", {"a": 1}), ("layers", {"a": {"loss": "x"}}), ("digests", None),
-            ("digests", {}), ("digests", [1]), ("scales", ""),
+            ("digests", {}), ("digests", [1]), ("scales", ""), ("seconds", "1"),
             ("published", 3), ("published", [".."]), ("published", [journal.NAME]), ("published", ["a/b", ""]),
         ]
     ],
