@@ -52,6 +52,7 @@ from miniawq.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+LONG_START = 1.5  # times the second block
 HALF_LIMIT = torch.finfo(torch.float16).max  # activations beyond it overflow in float16
 
 
@@ -270,7 +271,7 @@ def _write_model(
 
     Returns what the report says about the head, if that is packed.
     """
-    finished = len(journal.blocks)
+    finished, seconds = len(journal.blocks), list[float]()
     with interruptible() as stop, Background() as disk, tqdm(total=job.blocks, unit="block", disable=None) as bar:
         job.stream.embed(tokens_BL, hidden_BLD)
         if job.streams:
@@ -289,8 +290,9 @@ def _write_model(
                 disk.run(_write_block, writer, journal, tensors, record)
                 _warn(record)
                 bar.set_postfix_str(_gains(record))
-                if layer == finished and layer + 1 < job.blocks:
-                    _say_time(record["seconds"], job.blocks - layer - 1)
+                seconds.append(record["seconds"])
+                if layer + 1 < job.blocks:
+                    _say_time(seconds, job.blocks - layer - 1)
             bar.update()
             if stop.is_set() and (layer + 1 < job.blocks or job.settings.lm_head):
                 disk.wait()
@@ -332,11 +334,15 @@ def _warn(record: dict[str, Any]) -> None:
         log.warning(told, record["layer"], record["largest_activation"])
 
 
-def _say_time(seconds: float, left: int) -> None:
-    """Log what the other blocks will take if they are like the first one; a bar says it on a terminal only."""
-    log.info(
-        "the first block took %.1f s: about %s for the other %d", seconds, tqdm.format_interval(seconds * left), left
-    )
+def _say_time(seconds: Sequence[float], left: int) -> None:
+    """Log what the other blocks will take if they are like this one; a bar says it on a terminal only.
+
+    After the first block, which also loads libraries and compiles on a GPU; where that took long, after the second too.
+    """
+    if len(seconds) == 1 or (len(seconds) == 2 and seconds[0] > LONG_START * seconds[1]):
+        told = "the %s block took %.1f s: about %s for the other %d"
+        which = ("first", "second")[len(seconds) - 1]
+        log.info(told, which, seconds[-1], tqdm.format_interval(seconds[-1] * left), left)
 
 
 def _gains(record: dict[str, Any]) -> str:

@@ -263,6 +263,24 @@ def test_other_files_are_left_alone(dense: Path, finished: Path) -> None:
     assert sorted(finished.iterdir()) == before, "not even a lock is left"
 
 
+@pytest.mark.parametrize(("first", "is_told"), [(100.0, True), (80.0, False)])
+def test_the_time_is_told_again_where_the_first_block_took_longer(
+    first: float, is_told: bool, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    process = Quantizer.process
+
+    def slow(job: Quantizer, layer: int, hidden_BLD: torch.Tensor) -> Any:
+        tensors, record = process(job, layer, hidden_BLD)
+        return tensors, record | {"seconds": first if layer == 0 else 60.0}
+
+    monkeypatch.setattr(Quantizer, "process", slow)
+    caplog.set_level("INFO", "miniawq")
+    quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS)
+    told = [record.getMessage() for record in caplog.records if "block took" in record.getMessage()]
+    assert told[0].startswith(f"the first block took {first} s: about ")
+    assert told[1:] == ["the second block took 60.0 s: about 01:00 for the other 1"] * is_told
+
+
 def test_ctrl_c_stops_after_the_block_and_the_run_can_go_on(
     dense: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
