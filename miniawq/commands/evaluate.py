@@ -107,8 +107,7 @@ def stream_predictor(checkpoint: Checkpoint, tokens_BL: Tensor, device: torch.de
     hidden_BLD = hidden_states(shape, place, Path(tempfile.gettempdir()) if crowded else None)
     stream.embed(tokens_BL, hidden_BLD)
     for layer in tqdm(range(stream.config.num_hidden_layers), desc="blocks", leave=False, disable=None):
-        for rows, output_BLD in stream.run(stream.block(layer), layer, hidden_BLD):
-            hidden_BLD[rows] = output_BLD.to(hidden_BLD.device)
+        stream.advance(stream.block(layer), layer, hidden_BLD)
     return Predictor(hidden_BLD, stream.head())
 
 

@@ -43,8 +43,6 @@ CODES_PER_SLICE = 1 << 20  # temporaries of a slice are float32: 4 MiB each
 CODES_PER_EXPANDED_SLICE = 1 << 27  # 256 MiB of 16-bit weights; uncompiled, `expand` has ten temporaries
 
 Arranged = Prepacked | Table
-
-
 Together = Arranged | list[Table]
 
 

@@ -158,7 +158,7 @@ class Quantizer:
         }
         tensors = dict(self._tensors(block, layer, layers))
         if self.streams:
-            self.streams.follow(self.as_written(block, layer, tensors), layer)
+            self.streams.follow(block, layer)
         return tensors, record | {"seconds": round(time.monotonic() - started, 3)}
 
     def process_head(self, hidden_BLD: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -281,7 +281,7 @@ def _write_model(
         for layer in range(job.blocks):
             if layer < finished:
                 block = job.stream.block(layer)
-                job.advance(block, layer, hidden_BLD)
+                job.stream.advance(block, layer, hidden_BLD)
                 if job.streams:
                     written = writer.written(f"model.layers.{layer}.")
                     job.streams.follow(job.as_written(block, layer, written), layer)
