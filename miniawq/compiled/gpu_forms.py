@@ -2,7 +2,7 @@
 
     rows      form                                                       arithmetic
     1, 2      `reduce_vectors`: multiply and sum                         float32
-    3..128    `dot_pairs`: four tensor-core products of each group       16 bits, summed and scaled in float32
+    3..128    `dot_groups`: four tensor-core products of each group       16 bits, summed and scaled in float32
     more      `eager.expand`, then the library's matmul                  the dtype of x, summed in float32
 
 Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, has a zero
@@ -22,18 +22,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from miniawq.compiled.launch import WORDS_OF_A_STEP, WORDS_OF_A_SUM, columns_for, splits_for
-from miniawq.compiled.operations import SUBNORMAL_PLACES, sum_in_loop, sum_of_groups, sums_of_codes
+from miniawq.compiled.operations import (
+    PAIR_PLACES,
+    PARTS,
+    SUBNORMAL_PLACES,
+    SUMMED_AT_ONCE,
+    rounded,
+    sum_in_loop,
+    sum_of_groups,
+    sums_of_codes,
+)
 from miniawq.compiled.prepacked import out_of_blocks, unpack_grid
 from miniawq.packing import CODES_PER_WORD
 
 PRESCALE = 80  # the exponent of 2 that activations are multiplied by, less the nibble's place
 WORDS_OF_A_LOAD = 4
 
-# `dot_pairs` multiplies nibbles i and i + 4 of a word, 16 bits apart, at once.
-PAIR_SHIFTS = (0, 4, 8, 12)
-# The exponents of 2 of a code as the smallest subnormal numbers of 16 bits, and of the activations it meets.
+# For `dot_groups`: the exponents of 2 of a code as the smallest numbers of 16 bits, and of the activations it meets.
 OF_CODES = {torch.float16: -24, torch.bfloat16: -133}
-OF_ACTIVATIONS = {torch.float16: 0, torch.bfloat16: 64}
+OF_ACTIVATIONS = {torch.float16: 0, torch.bfloat16: PRESCALE}
 
 
 def vector_words(words_of_a_group: int) -> int:
@@ -105,12 +112,12 @@ def reduce_vectors(
 
 
 def whole_rows(rows: int) -> int:
-    """The rows that `dot_pairs` computes of so many: whole tiles."""
+    """The rows that `dot_groups` computes of so many: whole tiles."""
     return rows + -rows % columns_for(rows)
 
 
 def in_whole_tiles(x_TI: Tensor) -> Tensor:
-    """With rows of zeros, as many as `dot_pairs` takes."""
+    """With rows of zeros, as many as `dot_groups` takes."""
     return with_rows(x_TI, whole_rows(len(x_TI)))
 
 
@@ -120,57 +127,79 @@ def with_rows(x_TI: Tensor, rows: int) -> Tensor:
 
 
 def steps_fit(words_KWGP: Tensor) -> bool:
-    """Whether `dot_pairs` can go through a row of words in steps of whole groups, as many words as a power of two."""
+    """Whether `dot_groups` can go through a row of words in steps of whole groups, as many words as a power of two."""
     *_, groups, words = words_KWGP.shape
     return words & (words - 1) == 0 and groups * words % WORDS_OF_A_SUM == 0
 
 
 def spread(x_TI: Tensor, words_of_a_group: int) -> tuple[Tensor, Tensor]:
-    """Activations as `dot_pairs` wants them: x_CTQNH of whole tiles, and sums_TG.
+    """Activations as `dot_groups` wants them: x_CTQNH of whole tiles, and minus the sums of groups `in_parts`, sums_TG4.
 
-    The sum goes in Q steps of one group, or of a few small ones. Of a step, the inputs of each pair of nibbles lie
-    together, as the tensor cores read them. Each of C small groups in a step has a copy, with zeros for the inputs of
-    the others. The sums are in units of code times activation.
+    The sum goes in Q steps of one group, or of a few small ones. The inputs of a step lie in the order in which
+    `sum_of_groups` takes codes out of words, each times the power of two that makes up for its code's place. Each of C
+    small groups in a step has a copy, with zeros for the inputs of the others.
     """
-    exponent, words_of_a_step = OF_ACTIVATIONS[x_TI.dtype], max(words_of_a_group, WORDS_OF_A_STEP)
-    x_TI = in_whole_tiles(x_TI)
-    x_TQP2N = (x_TI * 2.0**exponent).unflatten(1, (-1, words_of_a_step, 2, len(PAIR_SHIFTS)))
+    dtype, words_of_a_step = x_TI.dtype, max(words_of_a_group, WORDS_OF_A_STEP)
+    (_, first), (_, second), *others = PAIR_PLACES[dtype]
+    x_TQPHN = in_whole_tiles(rounded(x_TI.float(), dtype)).unflatten(1, (-1, words_of_a_step, 2, 2 + len(others)))
     group_of_P = torch.arange(words_of_a_step, device=x_TI.device) // words_of_a_group
     copies = words_of_a_step // words_of_a_group
     of_copies = [
-        x_TQP2N if copies == 1 else torch.where((group_of_P == copy).unsqueeze(1).unsqueeze(1), x_TQP2N, 0.0)
+        x_TQPHN if copies == 1 else torch.where((group_of_P == copy).unsqueeze(1).unsqueeze(1), x_TQPHN, 0.0)
         for copy in range(copies)
     ]
     x_CTQNH = torch.stack(of_copies).permute(0, 1, 2, 5, 3, 4).flatten(4)
-    sums_TQC = x_CTQNH.float().sum((3, 4)).permute(1, 2, 0)
-    return x_CTQNH, sums_TQC.flatten(1) * 2.0 ** OF_CODES[x_TI.dtype]
+    sums_TQC = x_CTQNH.sum((3, 4)).permute(1, 2, 0)
+    is_first_N1 = (torch.arange(2 + len(others), device=x_TI.device) % 2 == 0).unsqueeze(1)
+    of_first, of_second = (x_CTQNH * 2.0 ** (OF_ACTIVATIONS[dtype] - place) for place in (first, second))
+    sums_TG = sums_TQC.flatten(1) * -(2.0 ** (OF_CODES[dtype] + OF_ACTIVATIONS[dtype]))
+    return torch.where(is_first_N1, of_first, of_second).to(dtype), in_parts(sums_TG)
 
 
-def dot_pairs(
+def in_parts(x: Tensor) -> Tensor:
+    """Float32 numbers as sixteen bfloat16s each, whose sum they are, four in each int64 [.., 4].
+
+    Of a quarter of the number the first 8 of 24 bits, the next 8, and twice half of the last; and these four times, so
+    that a load brings 16 bytes and the tensor cores have what they sum at once.
+    """
+
+    def first_bits(x: Tensor) -> Tensor:
+        return x.view(torch.int32) & -(1 << 16)
+
+    quarter = x * 0.25
+    first = first_bits(quarter)
+    second = first_bits(rest := quarter - first.view(torch.float32))
+    half = first_bits((rest - second.view(torch.float32)) * 0.5)
+    low, high = ((left >> 16) & 0xFFFF | right for left, right in ((first, second), (half, half)))
+    parts = high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)
+    return torch.stack([parts] * (SUMMED_AT_ONCE // PARTS), -1)
+
+
+def dot_groups(
     words_KWGP: Tensor,
     grid_KGW: Tensor,
     scale_dtype: torch.dtype,
     x_CTQNH: Tensor,
-    sums_TG: Tensor,
+    sums_TG4: Tensor,
     bias_O: Tensor | None = None,
     factors_T1: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """y [T, O] for 3 to 128 rows: the tensor cores multiply codes by activations, and each group is scaled afterwards.
+    """y [T, O] for a few to 256 rows: tensor cores multiply a group's codes by activations, then it is scaled.
 
-    A word shifted and masked is a pair of codes as 16-bit floats, ready for the tensor cores; a scale and a zero come
-    once for each group, output and row. `splits` cuts the groups into parts summed by different programs, for matrices
-    with few outputs (`splits_for`). The sums of a row are multiplied by its factor, and the bias is added, before they
-    are rounded to the dtype of x.
+    The codes of a word are floats of 16 bits after two masks and a shift, and zeros are bfloat16 already, so the tensor
+    cores also take the zero's share away. A scale follows once for each group, output and row. `splits` cuts the groups
+    into parts summed by different programs, for matrices with few outputs (`splits_for`). The sums of a row are
+    multiplied by its factor, and the bias is added, before they are rounded to the dtype of x.
     """
     splits = splits or splits_for(words_KWGP.shape, x_CTQNH.shape[1])
     words_VOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
-    codes_VOJ = [(words_VOJ >> shift if shift else words_VOJ) & 0x000F000F for shift in PAIR_SHIFTS]
-    x_CNVTYH = x_CTQNH.unflatten(2, (splits, -1)).permute(0, 4, 2, 1, 3, 5)
+    x_CVTYH = x_CTQNH.unflatten(2, (splits, -1)).transpose(1, 2).flatten(4)
     grid_VOU = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
-    scales_VOU, zeros_VOU = unpack_grid(grid_VOU, scale_dtype)
-    sums_VUT = sums_TG.t().unflatten(0, (splits, -1))
-    y_VOT = sum_of_groups(codes_VOJ, x_CNVTYH.flatten(0, 1).unbind(), scales_VOU, zeros_VOU, sums_VUT)
+    scales_VOU, _ = unpack_grid(grid_VOU, scale_dtype)
+    zeros_VOU = (grid_VOU >> 16).to(torch.int16)
+    sums_VUTF = sums_TG4.view(torch.bfloat16).transpose(0, 1).unflatten(0, (splits, -1))
+    y_VOT = sum_of_groups(words_VOJ, x_CVTYH.unbind(), scales_VOU, zeros_VOU, sums_VUTF)
     dtype = x_CTQNH.dtype
     y_VTO = y_VOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
     if factors_T1 is not None:

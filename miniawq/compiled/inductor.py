@@ -21,15 +21,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from miniawq.compiled.operations import (
+    PAIR_PLACES,
+    PARTS,
     PRODUCT_UNROUNDED,
+    ROUNDED,
     SUBNORMAL_PLACES,
     SUM_IN_LOOP,
     SUM_OF_GROUPS,
+    SUMMED_AT_ONCE,
     SUMS_IN_STEP,
     SUMS_OF_CODES,
 )
 from miniawq.compiled.sources import with_matrices, with_wide_loads
 from miniawq.compiled.workshop import WORKSHOP
+from miniawq.packing import CODES_PER_WORD
 
 
 class BlockSizes(InductorChoices):
@@ -64,24 +69,32 @@ class BlockSizes(InductorChoices):
 
 
 class Products(TritonKernelOverrides):
-    """Inductor's operations, whose `dot` also multiplies pairs of codes, and tells what one step has of a group.
+    """Inductor's operations, whose `dot` also multiplies codes and zeros, and tells what one step has of a group.
 
-    A left operand of integers has two floats of the right one's dtype in each. The other operand of an integer 1 is a
-    number of a group: one for each row or column, because a step is not longer than a group.
+    A left operand int32 has words of codes, one int16 the bits of zeros, one for each row. The other operand of an
+    integer 1 is a number of a group: one for each row, because a step is not longer than a group.
     """
 
     @staticmethod
     def dot(a: Any, b: Any) -> Any:
         """The text of one product."""
-        for one, other in ((a, b), (b, a)):
-            if one.dtype == torch.int32 and {str(size) for size in one.shape} == {"1"}:
-                return f"{other}"
-        if a.dtype != torch.int32:
-            return TritonKernelOverrides.dot(a, b)
-        dtype = str(b.dtype).replace("torch", "tl")
-        halves = f"tl.join({a}.to(tl.int16), ({a} >> 16).to(tl.int16))"
-        pairs = f"tl.reshape({halves}, [YBLOCK, 2 * R0_BLOCK]).to({dtype}, bitcast=True)"
-        return f"tl.dot({pairs}, tl.trans({b}))"
+        if b.dtype == torch.int32:
+            return f"{a}"
+        if a.dtype == torch.int16:
+            zeros = f"tl.broadcast_to({a}.to(tl.bfloat16, bitcast=True), [YBLOCK, {SUMMED_AT_ONCE}])"
+            return f"tl.dot({zeros}, tl.trans({b}))"
+        if a.dtype == torch.int32:
+            return f"tl.dot({Products.codes(a, b.dtype)}, tl.trans({b}))"
+        return TritonKernelOverrides.dot(a, b)
+
+    @staticmethod
+    def codes(words: Any, dtype: torch.dtype) -> str:
+        """The text of all codes of words as floats, in the order of `sum_of_groups`; what is repeated is one value."""
+        pairs = [f"({words} >> {shift} & {0x000F000F << place})" for shift, place in PAIR_PLACES[dtype]]
+        joined = f"tl.join(tl.join({pairs[0]}, {pairs[2]}), tl.join({pairs[1]}, {pairs[3]}))"
+        in_order = f"tl.reshape(tl.permute({joined}, (0, 2, 3, 1)), [YBLOCK, 4 * R0_BLOCK])"
+        halves = f"tl.join({in_order}.to(tl.int16), ({in_order} >> 16).to(tl.int16))"
+        return f"tl.reshape({halves}, [YBLOCK, 8 * R0_BLOCK]).to({str(dtype).replace('torch', 'tl')}, bitcast=True)"
 
 
 class MatrixKernel(TritonKernel):
@@ -130,6 +143,17 @@ def lowered(
         return torch._inductor.compile(graph, examples, options)
 
 
+@register_lowering(ROUNDED, type_promotion_kind=None)
+def lowered_rounded(x: Any, dtype: torch.dtype) -> Any:
+    """There and back again."""
+    load = x.make_loader()
+
+    def value(index: Sequence[Any]) -> Any:
+        return ops.to_dtype(ops.to_dtype(load(index), dtype, use_compute_types=False), torch.float32)
+
+    return Pointwise.create(device=x.get_device(), dtype=torch.float32, inner_fn=value, ranges=list(x.get_size()))
+
+
 @register_lowering(PRODUCT_UNROUNDED, type_promotion_kind=None)
 def lowered_product_unrounded(left: Any, right: Any) -> Any:
     """As Inductor lowers a product, by its operation `dot` and a reduction of those; here without rounding the sums."""
@@ -169,31 +193,27 @@ def lowered_sums_of_codes(words: Any, x: Any) -> list[Any]:
 
 
 @register_lowering(SUM_OF_GROUPS, type_promotion_kind=None)
-def lowered_sum_of_groups(pairs: Sequence[Any], rights: Sequence[Any], scales: Any, zeros: Any, sums: Any) -> Any:
+def lowered_sum_of_groups(words: Any, rights: Sequence[Any], scales: Any, zeros: Any, sums: Any) -> Any:
     """Also by `dot` and a reduction of those, of words. A step is one group of each of the copies of activations."""
-    *sizes, words = pairs[0].get_size()
-    loads, right_loads = ([x.make_loader() for x in operands] for operands in (pairs, rights))
-    scale, zero, total = (x.make_loader() for x in (scales, zeros, sums))
-    dtype, copies = rights[0].get_dtype(), len(rights) // len(pairs)
-    words_of_a_step = rights[0].get_size()[-1] // 2
+    *sizes, summands = words.get_size()
+    word_at, scale_at, zero_at, sum_at = (x.make_loader() for x in (words, scales, zeros, sums))
+    dtype, words_of_a_step = rights[0].get_dtype(), rights[0].get_size()[-1] // CODES_PER_WORD
 
     def value(index: Sequence[Any]) -> Any:
         *batch, row, word, column = index
-        lefts = [load([*batch, row, word]) for load in loads]
         one, step = ops.constant(1, torch.int32), FloorDiv(word, words_of_a_step)
+        first_code, part = CODES_PER_WORD * ModularIndexing(word, 1, words_of_a_step), ModularIndexing(word, 1, PARTS)
         scaled = []
-        for copy in range(copies):
-            some = right_loads[copy * len(lefts) : (copy + 1) * len(lefts)]
-            place = [*batch, column, step, 2 * ModularIndexing(word, 1, words_of_a_step)]
-            halves = [ops.to_dtype(load(place), dtype, use_compute_types=False) for load in some]
-            products = reduce(ops.add, (ops.dot(*operands) for operands in zip(lefts, halves, strict=True)))
-            group = step * copies + copy
-            scale_of, zero_of = (ops.dot(load([*batch, row, group]), one) for load in (scale, zero))
-            total_of = ops.dot(one, total([*batch, group, column]))
-            scaled.append(ops.mul(scale_of, ops.sub(products, ops.mul(zero_of, total_of))))
+        for copy, right in enumerate(rights):
+            group = step * len(rights) + copy
+            right_of = right.make_loader()([*batch, column, step, first_code])
+            products = ops.dot(word_at([*batch, row, word]), ops.to_dtype(right_of, dtype, use_compute_types=False))
+            sum_of = ops.to_dtype(sum_at([*batch, group, column, part]), torch.bfloat16, use_compute_types=False)
+            products = ops.add(ops.dot(zero_at([*batch, row, group]), sum_of), products)
+            scaled.append(ops.mul(ops.dot(scale_at([*batch, row, group]), one), products))
         return reduce(ops.add, scaled)
 
-    return summed_products(scales, value, [*sizes, words, sums.get_size()[-1]])
+    return summed_products(scales, value, [*sizes, summands, rights[0].get_size()[1]])
 
 
 def summed_products(like: Any, value: Callable[..., Any], ranges: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from miniawq.compiled.prepacked import LARGEST_GROUP
 
-# At least, of `dot_pairs`: with two nibbles of each, 16 inputs, which the tensor cores sum at once.
+# At least, of `dot_groups`.
 WORDS_OF_A_STEP = 8
 WORDS_OF_A_SUM = 16  # at least and in multiples, because Inductor masks sums of fewer
 THREADS_OF_A_WARP = 32
@@ -22,7 +22,7 @@ FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
 
 class DotTile(NamedTuple):
-    """The outputs and warps of a program of `dot_pairs`, and how many programs are worth a split of the sum."""
+    """The outputs and warps of a program of `dot_groups`, and how many programs are worth a split of the sum."""
 
     outputs: int
     warps: int
@@ -32,18 +32,17 @@ class DotTile(NamedTuple):
 PARTS = (7, 4, 2)
 # For the rows of a program. All take one group at a time, or a few small ones, and load the next ones meanwhile.
 DOT_TILES = {
-    8: DotTile(64, 2, 700),
-    16: DotTile(128, 4, 400),
+    8: DotTile(64, 2, 400),
+    16: DotTile(128, 4, 200),
     32: DotTile(128, 4, 200),
-    64: DotTile(128, 4, 150),
-    128: DotTile(64, 4, 190),
+    64: DotTile(128, 4, 190),
 }
-STAGES = 3
+DOT_STAGES, DENSE_STAGES = 4, 3
 SPLITS = (1, 2, 4, 8)
 
 
 def columns_for(rows: int) -> int:
-    """The rows that a program of `dot_pairs` takes, of so many."""
+    """The rows that a program of `dot_groups` takes, of so many."""
     return next((columns for columns in DOT_TILES if rows <= columns), max(DOT_TILES))
 
 
@@ -54,7 +53,7 @@ def parts_for(vectors: int, rows: int) -> int:
 
 
 def splits_for(shape_KWGP: Sequence[int], rows: int) -> int:
-    """In how many parts `dot_pairs` sums: so many that there are enough programs, if the groups can be shared out."""
+    """In how many parts `dot_groups` sums: so many that there are enough programs, if the groups can be shared out."""
     blocks, lanes, groups, words = shape_KWGP
     columns = columns_for(rows)
     tile = DOT_TILES[columns]
@@ -99,18 +98,18 @@ def vectors_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
 
 
 def dot_tile(sizes: dict[str, int], words: int) -> dict[str, int]:
-    """For `dot_pairs`: a step is one group, or as many small ones as the tensor cores sum at once."""
+    """For `dot_groups`: a step is one group, or as many small ones as the tensor cores sum at once."""
     columns = min(sizes["x"], max(DOT_TILES))
     outputs, warps, _ = DOT_TILES[columns]
     blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": max(words, WORDS_OF_A_STEP)}
-    return blocks | {"num_warps": warps, "num_stages": STAGES}
+    return blocks | {"num_warps": warps, "num_stages": DOT_STAGES}
 
 
 def dense_dot_tile(rows: int) -> dict[str, int]:
     """For `products.multiply_tiled`."""
     columns = columns_for(rows)
     outputs = 128 if columns > 16 else 64
-    return {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128, "num_warps": outputs // 16, "num_stages": STAGES}
+    return {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128, "num_warps": outputs // 16, "num_stages": DENSE_STAGES}
 
 
 def sum_tile(sizes: dict[str, int]) -> dict[str, int]:

@@ -22,31 +22,58 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(len(left), right.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("miniawq::sum_of_groups", mutates_args=())
-def sum_of_groups(
-    pairs: Sequence[Tensor], rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor
-) -> Tensor:
-    """y_KOT float32: scale * (sum of products - zero * sum) of each group of a row, summed.
+@torch.library.custom_op("miniawq::rounded", mutates_args=())
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 numbers rounded to those of 16 bits.
 
-    pairs int32 [K, O, J], each two floats of the dtype of rights side by side; rights [K, T, Q, H], the H inputs that
-    these meet in each of Q steps; scales and zeros float32 [K, O, G]; sums float32 [K, G, T]. If there are C times as
-    many rights as pairs, a step has C groups, each with rights of its own, in which the inputs of the others are zeros.
+    An operation of its own, because Inductor rounds only what it writes.
+    """
+    return x.to(dtype).float()
+
+
+@rounded.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x)
+
+
+# Where `sum_of_groups` finds nibbles i and i + 4 of a word: shift it right by the first number of pair i, then they begin
+# at the second, and 16 bits above it. As the bits of a float of 16 bits a code is a multiple of the smallest one, even
+# if it reaches into the lowest bit of the exponent, as bfloat16's do at place 4.
+PAIR_PLACES = {
+    torch.bfloat16: ((0, 0), (0, 4), (8, 0), (8, 4)),
+    torch.float16: ((0, 0), (4, 0), (8, 0), (12, 0)),
+}
+SUMMED_AT_ONCE = 16  # the fewest numbers that tensor cores sum
+PARTS = 4  # in which a float32 is written as bfloat16s; three have its 24 bits
+
+
+@torch.library.custom_op("miniawq::sum_of_groups", mutates_args=())
+def sum_of_groups(words: Tensor, rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor) -> Tensor:
+    """y_KOT float32: scale * (sum of code * x + zero * sum) of each group of a row, summed.
+
+    words int32 [K, O, J]; rights of 16 bits [K, T, Q, H], the H inputs that the words of each of Q steps meet: first
+    those of all words' nibbles 0 and 4, then of 1 and 5, and so on. scales float32 and zeros, the bits of bfloat16s,
+    int16 [K, O, G]; sums bfloat16 [K, G, T, 16], whose sixteen parts add up to each sum. If there are C rights, a
+    step has C groups, each with a right of its own, in which the inputs of the others are zeros.
 
     An operation of its own, because torch has no product whose sum is scaled every few summands.
     """
-    copies = len(rights) // len(pairs)
-    y_KOT = -torch.einsum("kog,kgt->kot", (scales * zeros).double(), sums.double())
-    for number, right_KTQH in enumerate(rights):
-        pair_KOJ = pairs[number % len(pairs)].contiguous()
-        left_KOQH = pair_KOJ.view(right_KTQH.dtype).double().unflatten(2, right_KTQH.shape[2:])
-        scales_KOQ = scales[:, :, number // len(pairs) :: copies].double()
+    dtype, copies = rights[0].dtype, len(rights)
+    zeros_KOG = zeros.contiguous().view(torch.bfloat16).double()
+    sums_KGT = sums.double().sum(3)
+    y_KOT = torch.einsum("kog,kgt->kot", scales.double() * zeros_KOG, sums_KGT)
+    words_KOQP = words.unflatten(2, (rights[0].shape[2], -1))
+    pairs = [words_KOQP >> shift & (0x000F000F << place) for shift, place in PAIR_PLACES[dtype]]
+    left_KOQH = torch.stack(pairs, 3).view(dtype).flatten(3).double()
+    for copy, right_KTQH in enumerate(rights):
+        scales_KOQ = scales[:, :, copy::copies].double()
         y_KOT += torch.einsum("koq,koqh,ktqh->kot", scales_KOQ, left_KOQH, right_KTQH.double())
     return y_KOT.float()
 
 
 @sum_of_groups.register_fake
-def _(pairs: Sequence[Tensor], rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor) -> Tensor:
-    return scales.new_empty(*pairs[0].shape[:-1], rights[0].shape[1])
+def _(words: Tensor, rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor) -> Tensor:
+    return scales.new_empty(*words.shape[:-1], rights[0].shape[1])
 
 
 # Where `sums_of_codes` finds nibble i: shift the word right by the first number, then it begins at the second. Bit 16
@@ -105,6 +132,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1])
 
 
+ROUNDED = torch.ops.miniawq.rounded.default
 SUM_IN_LOOP = torch.ops.miniawq.sum_in_loop.default
 SUMS_OF_CODES = torch.ops.miniawq.sums_of_codes.default
 SUM_OF_GROUPS = torch.ops.miniawq.sum_of_groups.default

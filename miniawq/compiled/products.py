@@ -24,9 +24,9 @@ from miniawq.compiled.prepacked import Prepacked
 from miniawq.packing import CODES_PER_WORD
 
 # From so many rows on `DOT` was the faster form on an H200, for activations of 16 bits (docs/log).
-FEWEST_ROWS_DOTTED = 3
+FEWEST_ROWS_DOTTED = 2
 MOST_ROWS_REDUCED = 3
-MOST_ROWS_DOTTED = 128
+MOST_ROWS_DOTTED = 256
 MOST_ROWS_ON_CPU = 32
 # With more rows a kernel of its own for the norm is faster than a factor in each program of the product (docs/log).
 MOST_ROWS_NORMED_LATE = 32
@@ -183,9 +183,9 @@ def multiply_dotted(
     scale_like: Tensor,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """`gpu_forms.dot_pairs`."""
+    """`gpu_forms.dot_groups`."""
     factors_T1 = None if means_TC is None else means_TC.sum(1, keepdim=True).rsqrt()
-    return gpu_forms.dot_pairs(words_KWGP, grid_KGW, scale_like.dtype, *x, bias_O, factors_T1)
+    return gpu_forms.dot_groups(words_KWGP, grid_KGW, scale_like.dtype, *x, bias_O, factors_T1)
 
 
 def prepare_words(

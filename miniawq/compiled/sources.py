@@ -6,6 +6,8 @@ Inductor's blocks are XBLOCK, YBLOCK and R0_BLOCK, its indices x, y and r0, of c
 import re
 from collections.abc import Iterator
 
+from miniawq.compiled.operations import PARTS, SUMMED_AT_ONCE
+
 # Inductor's dimensions, counted from the last: sums, columns, rows.
 INTO_TWO_DIMENSIONS = (
     (re.compile(r"\[(?:None, )*:, None, None\]"), "[:, None]"),
@@ -15,10 +17,11 @@ INTO_TWO_DIMENSIONS = (
 )
 ACCUMULATOR = re.compile(r"(_tmp\d+) = tl\.full\((\[.*?\])")
 COLUMNS = re.compile(r"\bx(?:index|mask|\d+)\b")
-SUMMANDS = re.compile(r"\br0_(?:index|pairs|\d+)\b")
+SUMMANDS = re.compile(r"\br0_(?:index|codes|parts|\d+)\b")
+NAME = re.compile(r"\b_?tmp\d+\b")
 LOOP = re.compile(r"    for r0_offset in .*\n(?:        .*\n|\n)+")
 STEP = re.compile(r"'R0_BLOCK': (\d+)")
-PAIRS = "tl.join("
+OF_CODES = "tl.join("
 LOAD = re.compile(
     r"(?P<space> +)(?P<name>tmp\d+) = tl\.load\((?P<memory>\w+) \+ \((?:(?P<first>\d+) \+ )?(?P<index>.*)\), "
     r"(?P<mask>[\w& ]+), eviction_policy='\w+'(?P<other>, other=0\.0)?\)\n"
@@ -38,7 +41,7 @@ def with_matrices(source: str) -> str:
     for pattern, replacement in INTO_TWO_DIMENSIONS:
         flat = pattern.sub(replacement, flat)
     loops = list(LOOP.finditer(flat))
-    if len(loops) != 1 or "r0_pairs" in source:
+    if len(loops) != 1 or "r0_codes" in source:
         return source
     head, loop, tail = flat[: loops[0].start()], loops[0][0], flat[loops[0].end() :]
     of_columns = [line for line in head.splitlines(keepends=True) if COLUMNS.search(line)]
@@ -47,7 +50,7 @@ def with_matrices(source: str) -> str:
     if len(accumulators) != 1 or accumulators[0][1] != "[YBLOCK, XBLOCK]":
         return source
     ((accumulator, _),) = accumulators
-    if PAIRS in loop:
+    if OF_CODES in loop:
         summed = with_numbers_of_groups(loop, *STEP.findall(source))
     else:
         if columns != of_columns:
@@ -59,7 +62,19 @@ def with_matrices(source: str) -> str:
     # The right operand's tile has the columns as its rows.
     renamed = (in_right_operand(line.replace("[None, :]", "[:, None]")) for line in columns)
     lines = (in_right_operand(line) if SUMMANDS.search(line) else line for line in summed.splitlines(keepends=True))
-    return "".join([head, *renamed, *lines, tail])
+    before, after = what_needs_sums(tail, accumulator)
+    return "".join([head, *before, *renamed, *lines, *after])
+
+
+def what_needs_sums(tail: str, accumulator: str) -> tuple[list[str], list[str]]:
+    """The lines after a loop that do not need its sums, which may be loaded before it begins, and those that do."""
+    needing, lines = {accumulator}, ([], [])
+    for line in tail.splitlines(keepends=True):
+        name, is_set, value = line.strip().partition(" = ")
+        needs = not is_set or needing & set(NAME.findall(value))
+        needing |= {name} if needs else set()
+        lines[bool(needs)].append(line)
+    return lines
 
 
 def in_right_operand(line: str) -> str:
@@ -68,15 +83,20 @@ def in_right_operand(line: str) -> str:
 
 
 def with_numbers_of_groups(loop: str, step: str) -> str:
-    """The loop of a product whose sums are scaled, of pairs of numbers of 16 bits.
+    """The loop of a product whose sums are scaled, of codes.
 
     All of a step belongs to the same groups, so what belongs to a group is loaded once, not for each of its summands;
-    and all numbers of the right operand are loaded, where Inductor knows of the first of each pair.
+    and all numbers of the right operand and all parts of a sum are loaded, where Inductor knows of one for each word.
     """
     first, *others = re.sub(rf"\br0_(?:index|\d+) // {step}\b", f"r0_offset // {step}", loop).splitlines(keepends=True)
-    pairs = "        r0_pairs = tl.arange(0, 2 * R0_BLOCK)[None, :]\n"
-    of_pairs = rf"\b2\*(?:r0_(?:index|\d+)\b|\(\(r0_(?:index|\d+) % {step}\)\))"
-    return "".join([first, pairs, *(re.sub(of_pairs, "r0_pairs", line) for line in others)])
+    of_codes = r"\b8\*r0_(?:index|\d+)\b"
+    of_parts = rf"\(\(r0_(?:index|\d+) % {PARTS}\)\)"
+    indices = (
+        "        r0_codes = 8*r0_offset + tl.arange(0, 8 * R0_BLOCK)[None, :]\n",
+        f"        r0_parts = tl.arange(0, {SUMMED_AT_ONCE})[None, :]\n",
+    )
+    others = [re.sub(of_parts, "r0_parts", re.sub(of_codes, "r0_codes", line)) for line in others]
+    return "".join([first, *indices, *others])
 
 
 def with_wide_loads(source: str) -> str:

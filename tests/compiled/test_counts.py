@@ -23,12 +23,12 @@ MOST = {
     ("reduce", 28672, 4096, 2): 3.8,
     ("reduce", 4096, 14336, 2): 3.9,
     ("reduce", 8192, 28672, 3): 5.1,
-    ("dot", 28672, 4096, 8): 2.5,
-    ("dot", 28672, 4096, 16): 2.8,
-    ("dot", 4096, 14336, 16): 2.8,
-    ("dot", 28672, 4096, 32): 2.9,
-    ("dot", 28672, 4096, 64): 3.6,
-    ("dot", 4096, 14336, 128): 6.3,
+    ("dot", 28672, 4096, 8): 2.4,
+    ("dot", 28672, 4096, 16): 2.4,
+    ("dot", 4096, 14336, 16): 2.4,
+    ("dot", 28672, 4096, 32): 2.6,
+    ("dot", 28672, 4096, 64): 3.0,
+    ("dot", 4096, 14336, 128): 3.0,
 }
 # The last one is nearly the demo model's.
 LAYERS = {("layer", 4096, 14336, rows): 8 if rows == 1 else 7 for rows in (1, 5, 16)} | {("layer", 256, 768, 1): 8}
@@ -51,7 +51,8 @@ def test_kernels_stay_small(counts, case):
     count = counts[case]
     assert count["per_weight"] <= MOST[case]
     assert count["stack"] == 0, "registers are spilled"
-    assert count["row_by_row"] == 0, "rows of a tile begin in the same bank of shared memory"
+    # The sixteen parts of a sum are all of a row.
+    assert count["row_by_row"] == (case[0] == "dot"), "rows of a tile begin in the same bank of shared memory"
     summed_apart = case[0] == "dot" and tiles.splits_for((case[1] // 8, 8, case[2] // 128, 16), case[3]) > 1
     assert count["kernels"] == 1 + summed_apart
 

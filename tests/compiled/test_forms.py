@@ -54,7 +54,7 @@ def words_product(x_TI, quantized, lanes=8):
 def dot_product(x_TI, quantized, splits=1, bias_O=None):
     words_KWGP, grid_KGW = in_rows(quantized)
     x = forms.spread(x_TI, words_KWGP.shape[3])
-    y_TO = forms.dot_pairs(words_KWGP, grid_KGW, quantized.scales_OG.dtype, *x, bias_O, splits=splits)
+    y_TO = forms.dot_groups(words_KWGP, grid_KGW, quantized.scales_OG.dtype, *x, bias_O, splits=splits)
     return y_TO[: len(x_TI)]
 
 
@@ -94,7 +94,7 @@ def reduction_bound(x_TI, quantized):
 
 
 def dot_bound(x_TI, quantized):
-    """`dot_pairs` rounds no weight either, but the result to the dtype of x."""
+    """`dot_groups` rounds no weight either, but the result to the dtype of x."""
     unit = torch.finfo(x_TI.dtype).eps / 2
     return (1 + unit) * reduction_bound(x_TI, quantized) + unit * exact(x_TI, quantized).abs()
 
@@ -319,13 +319,16 @@ def test_a_nan_stays_in_its_row_of_a_dense_sum():
     assert is_nan_TO.any(1).tolist() == [row == 4 for row in range(6)]
 
 
-@pytest.mark.parametrize("places", ["SUBNORMAL_PLACES", "PAIR_SHIFTS"])
-def test_bounds_catch_two_nibbles_exchanged(places, monkeypatch):
-    product, bound, dtype = PRODUCTS["vectors" if places == "SUBNORMAL_PLACES" else "dot"]
+@pytest.mark.parametrize(("places", "name"), [("SUBNORMAL_PLACES", "vectors"), ("PAIR_PLACES", "dot"), ("PAIR_PLACES", "dot in 2")])
+def test_bounds_catch_two_nibbles_exchanged(places, name, monkeypatch):
+    product, bound, dtype = PRODUCTS[name]
     quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256, dtype)
-    good = getattr(forms, places)
-    for module in (forms, operations):
-        monkeypatch.setattr(module, places, (good[1], good[0], *good[2:]), raising=module is forms)
+    good = getattr(operations, places)
+    first, second, *others = good if places == "SUBNORMAL_PLACES" else good[dtype]
+    exchanged = (second, first, *others)
+    monkeypatch.setattr(operations, places, exchanged if places == "SUBNORMAL_PLACES" else {dtype: exchanged})
+    if places == "SUBNORMAL_PLACES":
+        monkeypatch.setattr(forms, places, exchanged)
     error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()
     assert (error_TO > bound(x_TI, quantized)).any()
 
@@ -338,6 +341,13 @@ def test_every_code_and_zero_in_every_nibble_is_exact(form):
     quantized = Quantized(codes_OI, torch.full((256, 2), 0.25).half(), zeros_OG)
     y_IO = product(torch.eye(256, dtype=dtype), quantized)
     assert torch.equal(y_IO.double(), dequantize(quantized, torch.float64).t())
+
+
+def test_the_parts_of_a_sum_are_all_of_it():
+    x_I = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-100, 100).repeat(21)[:4096]
+    parts_IF = forms.in_parts(x_I).view(torch.bfloat16)
+    assert parts_IF.shape == (4096, operations.SUMMED_AT_ONCE)
+    assert torch.equal(parts_IF.double().sum(1), x_I.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

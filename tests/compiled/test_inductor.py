@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from miniawq.compiled.operations import sums_in_step
+from miniawq.compiled.operations import rounded, sums_in_step
 from miniawq.compiled.sources import with_matrices
 
 BATCHED = """\
@@ -100,3 +100,20 @@ def test_sums_grow_in_step_in_one_loop():
         "exp", "sin", "cos", "tan", "erf", "sqrt", "exp2", "exp2"
     ]  # fmt: skip
     torch.testing.assert_close(results, [(x.exp() + x.cos() + x.erf()).exp2(), (x.sin() + x.tan() + x.sqrt()).exp2()])
+
+
+@pytest.mark.thorough
+def test_numbers_are_rounded_in_the_middle_of_a_kernel():
+    """Inductor itself leaves such a rounding out."""
+    import miniawq.compiled.inductor  # noqa: F401
+
+    def error(x):
+        return rounded(x, torch.bfloat16) - x
+
+    def left_out(x):
+        return x.to(torch.bfloat16).float() - x
+
+    x = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    assert error(x).count_nonzero() > 32
+    assert torch.equal(torch.compile(error, options={"fx_graph_cache": False})(x), error(x))
+    assert torch.compile(left_out, options={"fx_graph_cache": False})(x).count_nonzero() == 0

@@ -11,7 +11,7 @@ from tests.helpers import GOLDEN
 
 STORED = sorted((GOLDEN / "triton").rglob("*.py.txt"))
 SOURCES = [path for path in STORED if "vectors" not in path.name]
-ROWS, COLUMNS, SUMMED, PAIRS = "YBLOCK", "XBLOCK", "R0_BLOCK", "2 * R0_BLOCK"
+ROWS, COLUMNS, SUMMED, CODES, PARTS = "YBLOCK", "XBLOCK", "R0_BLOCK", "8 * R0_BLOCK", "16"
 
 
 class Shapes:
@@ -69,6 +69,9 @@ class Shapes:
                 return shape
             case "join", [value, _]:
                 return *self.of(value), "2"
+            case "permute", [value, ast.Tuple(places)]:
+                shape = self.of(value)
+                return tuple(shape[place.value] for place in places)
             case "trans", [value]:
                 return self.of(value)[::-1]
             case "dot", operands:
@@ -124,9 +127,12 @@ def test_all_tiles_become_matrices(source):
     shapes = Shapes(source)
     assert max(map(len, shapes.names.values())) == 2
     assert shapes.stored == [(ROWS, COLUMNS)]
-    # Operands are loaded in the shape in which they are multiplied, or are pairs that come out of one word.
-    pairs = (ROWS, SUMMED, "2"), (ROWS, PAIRS)
-    assert all(before == after or (before, after) == pairs for before, after in shapes.reshaped)
+    # Operands are loaded in the shape in which they are multiplied, or are the pairs of a word, two codes in each, or a
+    # zero for all parts of a sum.
+    pairs = (ROWS, "2", "2", SUMMED), (ROWS, "4 * R0_BLOCK")
+    codes = (*pairs[1], "2"), (ROWS, CODES)
+    zeros = (ROWS, "1"), (ROWS, PARTS)
+    assert all(before == after or (before, after) in (pairs, codes, zeros) for before, after in shapes.reshaped)
 
 
 @pytest.mark.parametrize("source", [path for path in SOURCES if "tiled" in path.name], ids=str, indirect=True)
@@ -141,15 +147,23 @@ def test_sums_begin_with_what_is_summed(source):
 def test_what_belongs_to_a_group_is_loaded_once_for_each_row_and_column(source):
     """Inductor loads it for each summand, a tile of [rows, summands] or [columns, summands]."""
     shapes = Shapes(sources.with_matrices(source))
-    assert shapes.products == [[(ROWS, PAIRS), (PAIRS, COLUMNS)]] * source.count("tl.dot(")
-    scaled = re.findall(r"(tmp\d+) = (tmp\d+) - (tmp\d+)\n.*?(tmp\d+) = (tmp\d+) \* \1\n", source)
+    of_codes, of_zeros = [(ROWS, CODES), (CODES, COLUMNS)], [(ROWS, PARTS), (PARTS, COLUMNS)]
+    assert shapes.products == [of_codes, of_zeros] * (source.count("tl.dot(") // 2)
+    scaled = re.findall(r"(tmp\d+) = tmp\d+ \+ tmp\d+\n.*?tmp\d+ = (tmp\d+) \* \1\n", source, re.S)
     assert scaled
-    for _, products, shares, _, scales in scaled:
-        assert [shapes.names[name] for name in (products, shares, scales)] == [
-            (ROWS, COLUMNS),
-            (ROWS, COLUMNS),
-            (ROWS, "1"),
-        ]
+    for products, scales in scaled:
+        assert (shapes.names[products], shapes.names[scales]) == ((ROWS, COLUMNS), (ROWS, "1"))
+
+
+def test_what_needs_no_sum_is_loaded_before_the_loop(source):
+    source = sources.with_matrices(source)
+    _, _, tail = source.rpartition("\n        ")
+    assert "tl.load(" not in tail
+    assert "tl.store(" in tail
+    known = set()
+    for name, value in re.findall(r"^ *(_?tmp\d+) = (.*)$", source, re.M):
+        assert set(re.findall(r"_?tmp\d+", value)) <= known
+        known.add(name)
 
 
 def test_a_second_time_changes_nothing(source):

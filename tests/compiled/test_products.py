@@ -35,9 +35,9 @@ class OnCuda:
 
 
 @pytest.mark.parametrize(("rows", "groups", "dtype", "form"), [
-    (2, 112, torch.bfloat16, "REDUCE"), (3, 112, torch.bfloat16, "DOT"), (3, 64, torch.float32, "REDUCE"),
-    (4, 32, torch.float16, "DOT"), (128, 32, torch.bfloat16, "DOT"), (129, 32, torch.bfloat16, "EXPAND"),
-    (129, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
+    (1, 112, torch.bfloat16, "REDUCE"), (2, 112, torch.bfloat16, "DOT"), (3, 64, torch.float32, "REDUCE"),
+    (4, 32, torch.float16, "DOT"), (256, 32, torch.bfloat16, "DOT"), (257, 32, torch.bfloat16, "EXPAND"),
+    (257, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
 ])  # fmt: skip
 def test_the_form_on_a_gpu_goes_by_rows_and_groups(rows, groups, dtype, form, monkeypatch):
     monkeypatch.setattr(products, "int4_tensors", lambda *_: ())
@@ -78,7 +78,7 @@ def test_the_dense_form_goes_by_device_rows_and_outputs(device, outputs, dtype, 
 
 
 def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
-    """With them Inductor would write it itself, by the block sizes of `dot_pairs`."""
+    """With them Inductor would write it itself, by the block sizes of `dot_groups`."""
     for form in (products.EXPAND, products.PLAIN, products.LIBRARY):
         options = compile_with_forms(torch.neg, [form]).options
         assert "triton.native_matmul" not in options

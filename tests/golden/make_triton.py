@@ -27,7 +27,7 @@ SCALES = torch.float16
 
 
 class Pairs(NamedTuple):
-    """A call of `dot_pairs`. As many splits as `splits_for` says, if not said here."""
+    """A call of `dot_groups`. As many splits as `splits_for` says, if not said here."""
 
     rows: int
     dtype: torch.dtype = torch.bfloat16
@@ -45,11 +45,11 @@ class Pairs(NamedTuple):
             "words_KWGP": ((outputs // LANES, LANES, groups, words), torch.int32),
             "grid_KGW": ((outputs // LANES, groups, LANES), torch.int32),
             "x_CTQNH": ((step // words, rows, inputs // 8 // step, 4, 2 * step), self.dtype),
-            "sums_TG": ((rows, groups), torch.float32),
+            "sums_TG4": ((rows, groups, 4), torch.int64),
         }
         tensors |= {"bias_O": ((outputs,), SCALES)} if self.bias else {}
         tensors |= {"factors_T1": ((rows, 1), torch.float32)} if self.factors else {}
-        product = partial(gpu_forms.dot_pairs, scale_dtype=SCALES, splits=self.splits)
+        product = partial(gpu_forms.dot_groups, scale_dtype=SCALES, splits=self.splits)
         return generated(product, tensors)
 
 

@@ -45,13 +45,15 @@ FAULTS = [
     Fault("compiled/gpu_forms.py", r"of_a_group // shares\) == 0", "of_a_group // shares) == 1", FORMS),
     Fault("compiled/products.py", r"rows < FEWEST_ROWS_DOTTED", "rows <= FEWEST_ROWS_DOTTED", "compiled/test_products"),
     Fault("compiled/gpu_forms.py", r"permute\(0, 1, 2, 5, 3, 4\)", "permute(0, 1, 2, 5, 4, 3)", FORMS),
-    Fault("compiled/gpu_forms.py", r"& 0x000F000F", "& 0x000F000E", FORMS),
+    Fault("compiled/gpu_forms.py", r"device\) % 2 == 0", "device) % 2 == 1", FORMS),
+    Fault("compiled/gpu_forms.py", r"second\.view\(torch\.float32\)\) \* 0\.5", "second.view(torch.float32))", FORMS),
+    Fault("compiled/operations.py", r"0x000F000F << place", "0x000F000E << place", FORMS),
     Fault("compiled/gpu_forms.py", r"y_VTO = y_VTO \* factors_T1", "pass", "compiled/test_products"),
     Fault(
         "compiled/gpu_forms.py", r"with_bias\(y_VTO\.squeeze\(0\), bias_O,", "with_bias(y_VTO.squeeze(0), None,", FORMS
     ),
     Fault("compiled/gpu_forms.py", r"(written\(y_VTO\)\.unbind\(\)\), )bias_O,", r"\1None,", FORMS),
-    Fault("compiled/operations.py", r"// len\(pairs\) :: copies", ":: copies", FORMS),
+    Fault("compiled/operations.py", r"copy::copies", "::copies", FORMS),
     Fault(
         "compiled/operations.py",
         r"return left\.float\(\) @ right\.float\(\)",
@@ -82,6 +84,14 @@ FAULTS = [
     Fault("compiled/sources.py", r'rf"\\1, \{accumulator\}"', r'r"\\1"', SOURCES),
     Fault("compiled/sources.py", r"in_right_operand\(line\) if SUMMANDS", "line if SUMMANDS", SOURCES),
     Fault("compiled/sources.py", r'f"r0_offset // \{step\}"', 'f"r0_index // {step}"', SOURCES),
+    Fault("compiled/sources.py", r"lines\[bool\(needs\)\]", "lines[True]", SOURCES),
+    Fault("compiled/sources.py", r"        needing \|= .*", "", SOURCES),
+    Fault(
+        "compiled/inductor.py",
+        r"to_dtype\(load\(index\), dtype, use_compute_types=False\)",
+        "to_dtype(load(index), dtype)",
+        "compiled/test_inductor",
+    ),
     Fault("compiled/sources.py", r"if columns != of_columns:", "if False:", "compiled/test_inductor"),
     Fault("compiled/sources.py", r"names\[0\]\}, \{names\[2\]", "names[0]}, {names[1]", SOURCES),
     Fault("compiled/sources.py", r"\{first or 0\} \+ \{index\}", "{index}", SOURCES),
