@@ -1,13 +1,13 @@
 """The INT4 product on a GPU, as expressions that Inductor makes one kernel of each.
 
     rows      form                                                       arithmetic
-    1, 2      `reduce_vectors`: multiply and sum                         float32
-    3..128    `dot_groups`: four tensor-core products of each group       16 bits, summed and scaled in float32
+    1         `reduce_vectors`: multiply and sum                         float32
+    2..256    `dot_groups`: a tensor-core product of each group          16 bits, summed and scaled in float32
     more      `eager.expand`, then the library's matmul                  the dtype of x, summed in float32
 
-Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, has a zero
-exponent. It is a subnormal number, the code times a power of two, exactly. The activation it meets was multiplied by
-another power of two beforehand, so that the product is a normal number, and one power of two at the end gives code * x.
+Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, is a code times
+a power of two. Nearly all are subnormal numbers, with a zero exponent. The activation that a code meets was multiplied
+by another power of two before, so that the product is a normal number, and one power of two at the end gives code * x.
 A device that flushes subnormals to zero gets these forms wrong, and `proof.py` leaves them out there.
 
 A form is a pure function of tensors that lie as `prepacked.py` says, to be called inside a larger compiled function.
@@ -27,7 +27,7 @@ from miniawq.compiled.operations import (
     PARTS,
     SUBNORMAL_PLACES,
     SUMMED_AT_ONCE,
-    rounded,
+    round_numbers,
     sum_in_loop,
     sum_of_groups,
     sums_of_codes,
@@ -133,27 +133,28 @@ def steps_fit(words_KWGP: Tensor) -> bool:
 
 
 def spread(x_TI: Tensor, words_of_a_group: int) -> tuple[Tensor, Tensor]:
-    """Activations as `dot_groups` wants them: x_CTQNH of whole tiles, and minus the sums of groups `in_parts`, sums_TG4.
+    """Activations as `dot_groups` wants them: x_CTQNH of whole tiles, and minus the sums of groups, sums_TG4.
 
     The sum goes in Q steps of one group, or of a few small ones. The inputs of a step lie in the order in which
     `sum_of_groups` takes codes out of words, each times the power of two that makes up for its code's place. Each of C
-    small groups in a step has a copy, with zeros for the inputs of the others.
+    small groups in a step has a copy, with zeros for the inputs of the others. What is summed is what is multiplied,
+    rounded, and the sums are `in_parts`. A bfloat16 has to be below 2^48.
     """
-    dtype, words_of_a_step = x_TI.dtype, max(words_of_a_group, WORDS_OF_A_STEP)
-    (_, first), (_, second), *others = PAIR_PLACES[dtype]
-    x_TQPHN = in_whole_tiles(rounded(x_TI.float(), dtype)).unflatten(1, (-1, words_of_a_step, 2, 2 + len(others)))
+    dtype, pairs, words_of_a_step = x_TI.dtype, CODES_PER_WORD // 2, max(words_of_a_group, WORDS_OF_A_STEP)
+    x_TI = in_whole_tiles(round_numbers(x_TI.float(), dtype))
+    x_TQP2N = x_TI.unflatten(1, (-1, words_of_a_step, 2, pairs))
     group_of_P = torch.arange(words_of_a_step, device=x_TI.device) // words_of_a_group
     copies = words_of_a_step // words_of_a_group
     of_copies = [
-        x_TQPHN if copies == 1 else torch.where((group_of_P == copy).unsqueeze(1).unsqueeze(1), x_TQPHN, 0.0)
+        x_TQP2N if copies == 1 else torch.where((group_of_P == copy).unsqueeze(1).unsqueeze(1), x_TQP2N, 0.0)
         for copy in range(copies)
     ]
     x_CTQNH = torch.stack(of_copies).permute(0, 1, 2, 5, 3, 4).flatten(4)
-    sums_TQC = x_CTQNH.sum((3, 4)).permute(1, 2, 0)
-    is_first_N1 = (torch.arange(2 + len(others), device=x_TI.device) % 2 == 0).unsqueeze(1)
-    of_first, of_second = (x_CTQNH * 2.0 ** (OF_ACTIVATIONS[dtype] - place) for place in (first, second))
-    sums_TG = sums_TQC.flatten(1) * -(2.0 ** (OF_CODES[dtype] + OF_ACTIVATIONS[dtype]))
-    return torch.where(is_first_N1, of_first, of_second).to(dtype), in_parts(sums_TG)
+    sums_TG = x_CTQNH.sum((3, 4)).permute(1, 2, 0).flatten(1) * -(2.0 ** (OF_CODES[dtype] + OF_ACTIVATIONS[dtype]))
+    # The places of pairs alternate.
+    of_even, of_odd = (x_CTQNH * 2.0 ** (OF_ACTIVATIONS[dtype] - place) for _, place in PAIR_PLACES[dtype][:2])
+    is_even_N1 = (torch.arange(pairs, device=x_TI.device) % 2 == 0).unsqueeze(1)
+    return torch.where(is_even_N1, of_even, of_odd).to(dtype), in_parts(sums_TG)
 
 
 def in_parts(x: Tensor) -> Tensor:
@@ -194,12 +195,12 @@ def dot_groups(
     """
     splits = splits or splits_for(words_KWGP.shape, x_CTQNH.shape[1])
     words_VOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
-    x_CVTYH = x_CTQNH.unflatten(2, (splits, -1)).transpose(1, 2).flatten(4)
+    x_CVTYS = x_CTQNH.unflatten(2, (splits, -1)).transpose(1, 2).flatten(4)
     grid_VOU = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
     scales_VOU, _ = unpack_grid(grid_VOU, scale_dtype)
     zeros_VOU = (grid_VOU >> 16).to(torch.int16)
     sums_VUTF = sums_TG4.view(torch.bfloat16).transpose(0, 1).unflatten(0, (splits, -1))
-    y_VOT = sum_of_groups(words_VOJ, x_CVTYH.unbind(), scales_VOU, zeros_VOU, sums_VUTF)
+    y_VOT = sum_of_groups(words_VOJ, x_CVTYS.unbind(), scales_VOU, zeros_VOU, sums_VUTF)
     dtype = x_CTQNH.dtype
     y_VTO = y_VOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
     if factors_T1 is not None:

@@ -24,7 +24,7 @@ from miniawq.compiled.operations import (
     PAIR_PLACES,
     PARTS,
     PRODUCT_UNROUNDED,
-    ROUNDED,
+    ROUND_NUMBERS,
     SUBNORMAL_PLACES,
     SUM_IN_LOOP,
     SUM_OF_GROUPS,
@@ -143,8 +143,8 @@ def lowered(
         return torch._inductor.compile(graph, examples, options)
 
 
-@register_lowering(ROUNDED, type_promotion_kind=None)
-def lowered_rounded(x: Any, dtype: torch.dtype) -> Any:
+@register_lowering(ROUND_NUMBERS, type_promotion_kind=None)
+def lowered_round_numbers(x: Any, dtype: torch.dtype) -> Any:
     """There and back again."""
     load = x.make_loader()
 

@@ -109,7 +109,8 @@ def dense_dot_tile(rows: int) -> dict[str, int]:
     """For `products.multiply_tiled`."""
     columns = columns_for(rows)
     outputs = 128 if columns > 16 else 64
-    return {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128, "num_warps": outputs // 16, "num_stages": DENSE_STAGES}
+    blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": 128}
+    return blocks | {"num_warps": outputs // 16, "num_stages": DENSE_STAGES}
 
 
 def sum_tile(sizes: dict[str, int]) -> dict[str, int]:

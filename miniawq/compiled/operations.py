@@ -22,8 +22,8 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(len(left), right.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("miniawq::rounded", mutates_args=())
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("miniawq::round_numbers", mutates_args=())
+def round_numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Float32 numbers rounded to those of 16 bits.
 
     An operation of its own, because Inductor rounds only what it writes.
@@ -31,14 +31,15 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).float()
 
 
-@rounded.register_fake
+@round_numbers.register_fake
 def _(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x)
 
 
-# Where `sum_of_groups` finds nibbles i and i + 4 of a word: shift it right by the first number of pair i, then they begin
-# at the second, and 16 bits above it. As the bits of a float of 16 bits a code is a multiple of the smallest one, even
-# if it reaches into the lowest bit of the exponent, as bfloat16's do at place 4.
+# Where `sum_of_groups` finds nibbles i and i + 4 of a word: shift it right by the first number of pair i, then they
+# begin at the second, and 16 bits above it. Up to the lowest bit of the exponent, which a bfloat16 reaches at place 4,
+# the bits of a float are a multiple of the smallest one. A float16 stays at place 0, because its activations have no
+# exponents to spare.
 PAIR_PLACES = {
     torch.bfloat16: ((0, 0), (0, 4), (8, 0), (8, 4)),
     torch.float16: ((0, 0), (4, 0), (8, 0), (12, 0)),
@@ -132,7 +133,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1])
 
 
-ROUNDED = torch.ops.miniawq.rounded.default
+ROUND_NUMBERS = torch.ops.miniawq.round_numbers.default
 SUM_IN_LOOP = torch.ops.miniawq.sum_in_loop.default
 SUMS_OF_CODES = torch.ops.miniawq.sums_of_codes.default
 SUM_OF_GROUPS = torch.ops.miniawq.sum_of_groups.default

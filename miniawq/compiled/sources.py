@@ -18,7 +18,6 @@ INTO_TWO_DIMENSIONS = (
 ACCUMULATOR = re.compile(r"(_tmp\d+) = tl\.full\((\[.*?\])")
 COLUMNS = re.compile(r"\bx(?:index|mask|\d+)\b")
 SUMMANDS = re.compile(r"\br0_(?:index|codes|parts|\d+)\b")
-NAME = re.compile(r"\b_?tmp\d+\b")
 LOOP = re.compile(r"    for r0_offset in .*\n(?:        .*\n|\n)+")
 STEP = re.compile(r"'R0_BLOCK': (\d+)")
 OF_CODES = "tl.join("
@@ -62,19 +61,7 @@ def with_matrices(source: str) -> str:
     # The right operand's tile has the columns as its rows.
     renamed = (in_right_operand(line.replace("[None, :]", "[:, None]")) for line in columns)
     lines = (in_right_operand(line) if SUMMANDS.search(line) else line for line in summed.splitlines(keepends=True))
-    before, after = what_needs_sums(tail, accumulator)
-    return "".join([head, *before, *renamed, *lines, *after])
-
-
-def what_needs_sums(tail: str, accumulator: str) -> tuple[list[str], list[str]]:
-    """The lines after a loop that do not need its sums, which may be loaded before it begins, and those that do."""
-    needing, lines = {accumulator}, ([], [])
-    for line in tail.splitlines(keepends=True):
-        name, is_set, value = line.strip().partition(" = ")
-        needs = not is_set or needing & set(NAME.findall(value))
-        needing |= {name} if needs else set()
-        lines[bool(needs)].append(line)
-    return lines
+    return "".join([head, *renamed, *lines, tail])
 
 
 def in_right_operand(line: str) -> str:

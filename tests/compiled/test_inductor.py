@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from miniawq.compiled.operations import rounded, sums_in_step
+from miniawq.compiled.launch import block_sizes
+from miniawq.compiled.operations import round_numbers, sums_in_step
 from miniawq.compiled.sources import with_matrices
 
 BATCHED = """\
@@ -108,7 +109,7 @@ def test_numbers_are_rounded_in_the_middle_of_a_kernel():
     import miniawq.compiled.inductor  # noqa: F401
 
     def error(x):
-        return rounded(x, torch.bfloat16) - x
+        return round_numbers(x, torch.bfloat16) - x
 
     def left_out(x):
         return x.to(torch.bfloat16).float() - x
@@ -117,3 +118,14 @@ def test_numbers_are_rounded_in_the_middle_of_a_kernel():
     assert error(x).count_nonzero() > 32
     assert torch.equal(torch.compile(error, options={"fx_graph_cache": False})(x), error(x))
     assert torch.compile(left_out, options={"fx_graph_cache": False})(x).count_nonzero() == 0
+
+
+@pytest.mark.thorough
+def test_kernels_are_ours_only_where_they_are_asked_for():
+    from torch._inductor.codegen.triton import TritonKernel, TritonScheduling
+
+    from miniawq.compiled.inductor import MatrixKernel, chosen_by
+
+    with chosen_by(block_sizes):
+        assert TritonScheduling.kernel_type is MatrixKernel
+    assert TritonScheduling.kernel_type is TritonKernel

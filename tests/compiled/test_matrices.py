@@ -155,17 +155,6 @@ def test_what_belongs_to_a_group_is_loaded_once_for_each_row_and_column(source):
         assert (shapes.names[products], shapes.names[scales]) == ((ROWS, COLUMNS), (ROWS, "1"))
 
 
-def test_what_needs_no_sum_is_loaded_before_the_loop(source):
-    source = sources.with_matrices(source)
-    _, _, tail = source.rpartition("\n        ")
-    assert "tl.load(" not in tail
-    assert "tl.store(" in tail
-    known = set()
-    for name, value in re.findall(r"^ *(_?tmp\d+) = (.*)$", source, re.M):
-        assert set(re.findall(r"_?tmp\d+", value)) <= known
-        known.add(name)
-
-
 def test_a_second_time_changes_nothing(source):
     once = sources.with_matrices(source)
     assert once != source

@@ -42,7 +42,7 @@ FAULTS = [
     Fault("compiled/gpu_forms.py", r"product_OU - zeros_OU", "product_OU + zeros_OU", FORMS),
     Fault("compiled/gpu_forms.py", r"== copy\)", "== 0)", FORMS),
     Fault("compiled/gpu_forms.py", r"of_a_group & -of_a_group", "of_a_group", FORMS),
-    Fault("compiled/gpu_forms.py", r"of_a_group // shares\) == 0", "of_a_group // shares) == 1", FORMS),
+    Fault("compiled/gpu_forms.py", r"% \(of_a_group // shares\)", "% shares", FORMS),
     Fault("compiled/products.py", r"rows < FEWEST_ROWS_DOTTED", "rows <= FEWEST_ROWS_DOTTED", "compiled/test_products"),
     Fault("compiled/gpu_forms.py", r"permute\(0, 1, 2, 5, 3, 4\)", "permute(0, 1, 2, 5, 4, 3)", FORMS),
     Fault("compiled/gpu_forms.py", r"device\) % 2 == 0", "device) % 2 == 1", FORMS),
@@ -84,8 +84,6 @@ FAULTS = [
     Fault("compiled/sources.py", r'rf"\\1, \{accumulator\}"', r'r"\\1"', SOURCES),
     Fault("compiled/sources.py", r"in_right_operand\(line\) if SUMMANDS", "line if SUMMANDS", SOURCES),
     Fault("compiled/sources.py", r'f"r0_offset // \{step\}"', 'f"r0_index // {step}"', SOURCES),
-    Fault("compiled/sources.py", r"lines\[bool\(needs\)\]", "lines[True]", SOURCES),
-    Fault("compiled/sources.py", r"        needing \|= .*", "", SOURCES),
     Fault(
         "compiled/inductor.py",
         r"to_dtype\(load\(index\), dtype, use_compute_types=False\)",
