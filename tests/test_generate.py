@@ -32,10 +32,10 @@ FLAGS = """
 --context-shift --ctx-size --debug --device --dtype --escape --extra-eos-token --file --frequency-penalty --greedy
 --help --help-all --ignore-chat-template --ignore-eos --interactive --json --kv-cache-dtype --kv-dtype
 --list-devices --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages
---min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think
+--min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-stream --no-think
 --num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet
 --raw --repeat-last-n --repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed
---show-prompt --speculate --stats --stop --system --system-prompt --temp --temperature --think --token --top-k
+--show-prompt --speculate --stats --stop --stream --system --system-prompt --temp --temperature --think --token --top-k
 --top-p --trust-remote-code --verbose --version -c -e -f -h -i -m -n -o -p -q -r -v
 """
 
@@ -293,11 +293,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(capsys, monkeypatch, c
     assert f"assistant\n{out.splitlines()[0]}<|im_end|>\n<|im_start|>user\nStill there?" in err
 
 
-def test_ctrl_c_prints_the_figures_so_far_and_exits_with_130(capsys, monkeypatch, fairytales):
+@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
+def test_ctrl_c_prints_what_there_is_with_the_figures_so_far_and_exits_with_130(flag, capsys, monkeypatch, fairytales):
+    three = run(capsys, fairytales, "-p", "Once", "-n", 3, "--greedy", "-q")[1]
     interrupted(monkeypatch, after=3)
-    code, out, err = run(capsys, fairytales, "-p", "Once", "-n", 9, "--greedy")
-    assert code == 130
-    assert out.endswith("\n")
+    code, out, err = run(capsys, fairytales, "-p", "Once", "-n", 9, "--greedy", flag)
+    assert (code, out) == (130, three)
     assert "Generation: 4 tokens" in err
     assert "interrupted" in err
 

@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = ["text", "json", "jsonl"]
     kind.add_argument("--output-format", choices=kinds, default="text", metavar="KIND", help=formats)
     kind.add_argument("--json", dest="output_format", action="store_const", const="json", help="--output-format json")
+    streams = "write a text as it comes, or whole at its end"
+    output.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help=streams)
     probable = "in JSON: log-probabilities of the tokens, and of the N best in each place"
     output.add_argument("--logprobs", type=int, metavar="N", help=probable)
     detail = output.add_mutually_exclusive_group()
@@ -145,6 +147,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
     _check_batch_flags(arguments)
     if arguments.interactive and (arguments.output_format != "text" or arguments.num_samples > 1):
         raise UsageError("--interactive goes with neither --json nor --num-samples")
+    as_they_come = arguments.interactive or arguments.prompts or arguments.output_format == "jsonl"
+    if as_they_come and not arguments.stream:
+        why = "conversations, --prompts and jsonl are written as they come"
+        raise UsageError("--no-stream is for plain texts", why, "leave it out; --json is written whole in any case")
     if arguments.speculate and (arguments.prompts or arguments.num_samples > 1 or arguments.logprobs is not None):
         raise UsageError(
             "--speculate is for one text at a time", "it goes with no --prompts, --num-samples, --logprobs"
