@@ -189,7 +189,8 @@ def _run(arguments: argparse.Namespace) -> None:
     rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
     needed = None
     if arguments.memory_check:
-        needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
+        sizes = {"batch": rows, "max_seq_len": positions, "overhead": arguments.memory_margin}
+        needed = require_memory(checkpoint, device, dtype, **sizes)
     with against_plan(needed):
         model = load_model(checkpoint, device, dtype)
     with against_plan(needed), threads(threads_for(model)):

@@ -9,6 +9,7 @@ from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags
 from miniawq.checkpoint.loading import DTYPES, add_kv_dtype_flag
 from miniawq.commands import prompts
+from miniawq.commands.sizes import add_memory_margin_flag
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
 from miniawq.hardware import device_memory, devices, size
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
     guessed = "guess tokens where the text repeats itself, and check several by one compiled step"
     add("--speculate", action="store_true", help=guessed)
+    add_memory_margin_flag(add)
     add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add_hub_flags(parser)
     return parser

@@ -24,6 +24,7 @@ from miniawq.checkpoint.opening import Checkpoint, linear_shapes, meta_model, op
 from miniawq.checkpoint.quant_config import QuantizationConfig, read_block
 from miniawq.checkpoint.shards import DTYPE_NAMES, Spec
 from miniawq.commands.gguf_file import architecture_there
+from miniawq.commands.sizes import LARGEST, add_memory_margin_flag, parse_size
 from miniawq.engine.memory import (
     PREFILL_CHUNK,
     Footprint,
@@ -43,7 +44,6 @@ EXAMPLES = (
     "miniawq plan my-awq --device cuda --device-memory 24GiB --batch 8",
     "miniawq plan my-awq --max-seq-len 32768 --json",
 )
-LARGEST = 1 << 60  # number of a flag
 
 
 def tensors_from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> list[Spec]:
@@ -300,17 +300,6 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     return "\n".join(lines)
 
 
-def parse_size(text: str) -> int:
-    """Bytes from "24GiB", "1.5 GB", "800MiB" or a plain number."""
-    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if not found or found[2].upper() not in units:
-        raise argparse.ArgumentTypeError(f"{text[:50]!r} is no size; write 24GiB, 800MiB or a number of bytes")
-    if (nbytes := float(found[1]) * units[found[2].upper()]) > LARGEST:
-        raise argparse.ArgumentTypeError(f"{text[:50]!r} is out of range")
-    return int(nbytes)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "plan",
@@ -331,9 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="float16", metavar="DTYPE", help="of what is not packed (float16)"
     )
     add_kv_dtype_flag(parser.add_argument)
-    parser.add_argument(
-        "--memory-margin", type=parse_size, metavar="SIZE", help="overhead to leave free (1GiB on CUDA)"
-    )
+    add_memory_margin_flag(parser.add_argument)
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_hub_flags(parser)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,10 @@ from miniawq.checkpoint.opening import linear_shapes, meta_model, open_checkpoin
 from miniawq.checkpoint.quant_config import read_block
 from miniawq.checkpoint.shards import Spec, plan_shards
 from miniawq.commands import plan
-from miniawq.commands.plan import engine_degrees, parse_size, tensors_from_config
+from miniawq.commands.plan import engine_degrees, tensors_from_config
+from miniawq.commands.sizes import parse_size
 from miniawq.engine.memory import (
+    OVERHEAD,
     check_fit,
     footprint,
     kv_bytes_per_token,
@@ -313,6 +316,14 @@ def test_other_sizes_are_refused(text):
 def test_a_size_beyond_all_machines_is_refused():
     with pytest.raises(argparse.ArgumentTypeError, match="out of range"):
         parse_size("9" * 400 + "GB")
+
+
+def test_the_memory_margin_is_the_overhead_and_its_help_says_the_default(capsys):
+    assert plan.main(["--memory-margin", "3MiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["overhead"] == 3 << 20
+    (told,) = [action.help for action in plan.build_parser()._actions if action.dest == "memory_margin"]
+    on_cuda, on_cpu = re.fullmatch(r".*\((\w+); on a CPU (\w+)\)", told).groups()
+    assert {"cuda": parse_size(on_cuda), "cpu": parse_size(on_cpu)} == OVERHEAD
 
 
 @pytest.mark.parametrize("flag", ["--batch", "--max-seq-len", "--device-memory"])
