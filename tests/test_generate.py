@@ -35,8 +35,8 @@ FLAGS = """
 --min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-stream
 --no-think --num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts
 --quiet --raw --repeat-last-n --repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed
---show-prompt --speculate --stats --stop --stream --system --system-prompt --temp --temperature --think --token
---top-k --top-p --trust-remote-code --verbose --version -c -e -f -h -i -m -n -o -p -q -r -v
+--show-config --show-prompt --speculate --stats --stop --stream --system --system-prompt --temp --temperature --think
+--token --top-k --top-p --trust-remote-code --verbose --version -c -e -f -h -i -m -n -o -p -q -r -v
 """
 
 

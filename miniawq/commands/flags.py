@@ -76,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--logprobs", type=int, metavar="N", help=probable)
     detail = output.add_mutually_exclusive_group()
     detail.add_argument("--stats", "--verbose", "-v", action="store_true", help="speed, memory and settings on stderr")
+    shown = "show what runs, in how much memory, and where each setting is from, on stderr"
+    output.add_argument("--show-config", action="store_true", help=shown)
     detail.add_argument("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
     add = parser.add_argument_group("loading").add_argument
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")

@@ -3,7 +3,7 @@
 from tests.planted.fault import Fault
 
 CONVERT, PLAN, EVALUATE, CONTEST = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate", "contest"))
-BENCH, GGUF = "commands/test_bench", "commands/test_gguf"
+BENCH, GGUF, CONFIGURATION = (f"commands/test_{name}" for name in ("bench", "gguf", "configuration"))
 MANY, FLAGS, THOUGHTS = (f"commands/test_{name}" for name in ("many", "flags", "thoughts"))
 FAULTS = [
     Fault("commands/bench.py", r"rows \* new_tokens / generation$", "new_tokens / generation", BENCH),
@@ -37,6 +37,12 @@ FAULTS = [
     Fault("commands/samples.py", r"waiting\.pop\(told, None\)", "waiting.pop(ending.number, None)", FLAGS),
     Fault("commands/talking.py", r"limit // 2 and", "limit and", "test_generate"),
     Fault("commands/talking.py", r"messages\[: asked\[0\]\] \+ ", "", "test_generate"),
+    Fault("commands/configuration.py", r"if wanted\[name\] is not None:", "if False:", CONFIGURATION),
+    Fault("commands/configuration.py", r"value == getattr\(without_file, name\)", "False", CONFIGURATION),
+    Fault("commands/configuration.py", r"is_chat\(run\.arguments, run\.tokenizer\)", "False", CONFIGURATION),
+    Fault("commands/configuration.py", r", \*\*sizes\)$", ', max_seq_len=sizes["max_seq_len"])', CONFIGURATION),
+    Fault("commands/figures.py", r' \| \{"temperature": None\}', "", "test_generate"),
+    Fault("commands/plan.py", r"kind if count == total\[kind\] else", "kind if True else", PLAN),
     Fault("commands/context.py", r"overhead=margin", "overhead=None", "test_generate"),
     Fault("commands/together.py", r', "overhead": arguments\.memory_margin', "", MANY),
     Fault("commands/bench.py", r", overhead=margin\)", ")", BENCH),
