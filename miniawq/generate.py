@@ -25,6 +25,7 @@ from miniawq.checkpoint.hub import hub_options
 from miniawq.checkpoint.loading import DTYPES, KV_DTYPES, default_dtype, load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands import prompts
+from miniawq.commands.configuration import show_configuration
 from miniawq.commands.context import Context
 from miniawq.commands.figures import in_full, in_one_line
 from miniawq.commands.flags import build_parser, check_flags, sampling_flags
@@ -187,9 +188,11 @@ def _run(arguments: argparse.Namespace) -> None:
     prompt = None if arguments.interactive or arguments.prompts else prompts.read_prompt(arguments, tokenizer)
     several = writer.several(prompt)
     rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
+    sizes = {"batch": rows, "max_seq_len": positions, "overhead": arguments.memory_margin}
+    show_configuration(writer, checkpoint, device, dtype, **sizes)
     needed = None
     if arguments.memory_check:
-        needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions)
+        needed = require_memory(checkpoint, device, dtype, **sizes)
     with against_plan(needed):
         model = load_model(checkpoint, device, dtype)
     with against_plan(needed), threads(threads_for(model)):

@@ -30,13 +30,13 @@ from tests.helpers.chat_models import make_chat_model
 FLAGS = """
 --batch-size --cache-dir --chat --chat-template --chat-template-config --chat-template-kwargs --compile
 --context-shift --ctx-size --debug --device --dtype --escape --extra-eos-token --file --frequency-penalty --greedy
---help --help-all --ignore-chat-template --ignore-eos --interactive --json --kv-cache-dtype --kv-dtype
---list-devices --local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --messages
---min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-think
---num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts --quiet
---raw --repeat-last-n --repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed
---show-prompt --speculate --stats --stop --system --system-prompt --temp --temperature --think --token --top-k
---top-p --trust-remote-code --verbose --version -c -e -f -h -i -m -n -o -p -q -r -v
+--help --help-all --ignore-chat-template --ignore-eos --interactive --json --kv-cache-dtype --kv-dtype --list-devices
+--local-files-only --logprobs --max-model-len --max-new-tokens --max-seq-len --max-tokens --memory-margin --messages
+--min-p --model --n-predict --no-chat-template --no-compile --no-context-shift --no-memory-check --no-stream
+--no-think --num-samples --offline --output --output-format --prefill-response --presence-penalty --prompt --prompts
+--quiet --raw --repeat-last-n --repeat-penalty --repetition-penalty --resume --reverse-prompt --revision --seed
+--show-config --show-prompt --speculate --stats --stop --stream --system --system-prompt --temp --temperature --think
+--token --top-k --top-p --trust-remote-code --verbose --version -c -e -f -h -i -m -n -o -p -q -r -v
 """
 
 
@@ -293,11 +293,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(capsys, monkeypatch, c
     assert f"assistant\n{out.splitlines()[0]}<|im_end|>\n<|im_start|>user\nStill there?" in err
 
 
-def test_ctrl_c_prints_the_figures_so_far_and_exits_with_130(capsys, monkeypatch, fairytales):
+@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
+def test_ctrl_c_prints_what_there_is_with_the_figures_so_far_and_exits_with_130(flag, capsys, monkeypatch, fairytales):
+    three = run(capsys, fairytales, "-p", "Once", "-n", 3, "--greedy", "-q")[1]
     interrupted(monkeypatch, after=3)
-    code, out, err = run(capsys, fairytales, "-p", "Once", "-n", 9, "--greedy")
-    assert code == 130
-    assert out.endswith("\n")
+    code, out, err = run(capsys, fairytales, "-p", "Once", "-n", 9, "--greedy", flag)
+    assert (code, out) == (130, three)
     assert "Generation: 4 tokens" in err
     assert "interrupted" in err
 
@@ -499,6 +500,20 @@ def test_a_context_that_nobody_has_set_is_fitted_to_free_memory(capsys, caplog, 
     assert "too many: prompt and answer together may have 64, as many as fit into free memory" in err
 
 
+def test_the_memory_margin_is_what_is_left_free(capsys, monkeypatch, fairytales):
+    margin = 40 << 20
+    free = footprint(open_checkpoint(fairytales), torch.float32, device="cpu", max_seq_len=70, overhead=margin).total
+    monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: DeviceMemory("cpu", 1 << 33, free))
+    flags = [fairytales, "-p", "Once", "-n", -1, "--greedy", "--ignore-eos", "--json"]
+    assert run(capsys, *flags)[0] == 4
+    code, out, _ = run(capsys, *flags, "--memory-margin", "40MiB")
+    record = json.loads(out)
+    assert (code, record["prompt_tokens"] + record["generation_tokens"]) == (0, 64)
+    code, _, err = run(capsys, *flags, "--memory-margin", "41MiB", "--max-seq-len", 64)
+    assert code == 4
+    assert "overhead 41.00 MiB" in err
+
+
 def test_a_kv_cache_in_8_bits_makes_room_for_four_times_as_many_tokens(capsys, monkeypatch, fairytales):
     found = []
     monkeypatch.setattr("miniawq.engine.start.KVCache", lambda *a, **b: found.append(KVCache(*a, **b)) or found[-1])
@@ -588,7 +603,7 @@ def test_the_plan_counts_prompt_and_answer_and_the_room_of_a_compiled_step(
     """All positions of the cache that will be made: with -1, a long prompt, and a step that rounds up."""
     prompt, seen = "king " * words, []
 
-    def refuse(*_, batch, max_seq_len):
+    def refuse(*_, max_seq_len, **__):
         seen.append(max_seq_len)
         raise DoesNotFit("seen")
 

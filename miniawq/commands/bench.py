@@ -19,6 +19,7 @@ from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags, hub_options
 from miniawq.checkpoint.loading import DTYPES, KV_DTYPES, add_kv_dtype_flag, default_dtype, load_model
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
+from miniawq.commands.sizes import add_memory_margin_flag
 from miniawq.compiled import WORKSHOP, kept
 from miniawq.engine.delivery import delivered
 from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_step, require_memory
@@ -182,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", *DTYPES], default="auto", metavar="DTYPE", help=auto)
     add_kv_dtype_flag(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the steps (on a GPU)")
+    add_memory_margin_flag(add)
     add_hub_flags(parser)
     return parser
 
@@ -205,9 +207,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     dtype = DTYPES.get(arguments.dtype) or default_dtype(checkpoint, device)
     fitting, left_out = [], None
     for rows, context in wanted:
-        needed = {"batch": rows, "max_seq_len": context + arguments.new_tokens + 1}
+        positions, margin = context + arguments.new_tokens + 1, arguments.memory_margin
         try:
-            fitting.append((rows, context, require_memory(checkpoint, device, dtype, **needed).total))
+            needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions, overhead=margin)
+            fitting.append((rows, context, needed.total))
         except DoesNotFit as error:
             left_out = error
             cli.say(f"{rows} rows of {context} tokens are left out: {error.why}")

@@ -44,7 +44,8 @@ class Context:
         """Lower a limit that nobody has set to what fits into free memory, and say so where all of it is wanted."""
         if self.arguments.max_seq_len is not None or not self.arguments.memory_check:
             return
-        longest, most = self.limit, fitting_context(checkpoint, device, dtype)
+        margin, longest = self.arguments.memory_margin, self.limit
+        most = fitting_context(checkpoint, device, dtype, overhead=margin)
         if 0 < most < longest:
             self.limit, self.why = most, ", as many as fit into free memory"
             if self.arguments.interactive or self.arguments.max_tokens == -1:

@@ -71,8 +71,7 @@ def in_full(run: Writing, completion: Completion, seed: int) -> str:
     found = figures(run, completion, seed)
     kept = f"{found['cached_tokens']} of them kept, " if found["cached_tokens"] else ""
     guesses = f"Guesses: {found['guessed']} tokens, {found['guessed_right']} right\n" if found["guessed"] else ""
-    off = dataclasses.asdict(Sampling()) | {"temperature": None}  # which is always told
-    settings = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items() if value != off[name])
+    settings = ", ".join(f"{name} {value:g}" for name, value in settings_on(run.sampling).items())
     return (
         f"Prompt: {found['prompt_tokens']} tokens, {kept}{found['prompt_tps']:.1f} tokens-per-sec\n"
         f"{_generation(found)}, {found['gigabytes_per_s']:.2f} GB of weights read per second\n"
@@ -82,6 +81,12 @@ def in_full(run: Writing, completion: Completion, seed: int) -> str:
         f"Peak memory: {found['peak_memory']:.3f} GB\n"
         f"Sampling: {settings}, seed {seed}"
     )
+
+
+def settings_on(sampling: Sampling) -> dict[str, float]:
+    """Those that change what is chosen; the temperature in any case."""
+    off = dataclasses.asdict(Sampling()) | {"temperature": None}
+    return {name: value for name, value in dataclasses.asdict(sampling).items() if value != off[name]}
 
 
 def _generation(found: dict[str, Any]) -> str:

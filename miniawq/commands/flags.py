@@ -9,6 +9,7 @@ from miniawq import cli
 from miniawq.checkpoint.hub import add_hub_flags
 from miniawq.checkpoint.loading import DTYPES, add_kv_dtype_flag
 from miniawq.commands import prompts
+from miniawq.commands.sizes import add_memory_margin_flag
 from miniawq.engine.sampling import SEEDS
 from miniawq.errors import UsageError
 from miniawq.hardware import device_memory, devices, size
@@ -69,10 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = ["text", "json", "jsonl"]
     kind.add_argument("--output-format", choices=kinds, default="text", metavar="KIND", help=formats)
     kind.add_argument("--json", dest="output_format", action="store_const", const="json", help="--output-format json")
+    streams = "write a text as it comes, or whole at its end"
+    output.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help=streams)
     probable = "in JSON: log-probabilities of the tokens, and of the N best in each place"
     output.add_argument("--logprobs", type=int, metavar="N", help=probable)
     detail = output.add_mutually_exclusive_group()
     detail.add_argument("--stats", "--verbose", "-v", action="store_true", help="speed, memory and settings on stderr")
+    shown = "show what runs, in how much memory, and where each setting is from, on stderr"
+    output.add_argument("--show-config", action="store_true", help=shown)
     detail.add_argument("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
     add = parser.add_argument_group("loading").add_argument
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
@@ -84,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
     guessed = "guess tokens where the text repeats itself, and check several by one compiled step"
     add("--speculate", action="store_true", help=guessed)
+    add_memory_margin_flag(add)
     add("--no-memory-check", dest="memory_check", action="store_false", help="load even if `miniawq plan` says no")
     add_hub_flags(parser)
     return parser
@@ -145,6 +151,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
     _check_batch_flags(arguments)
     if arguments.interactive and (arguments.output_format != "text" or arguments.num_samples > 1):
         raise UsageError("--interactive goes with neither --json nor --num-samples")
+    as_they_come = arguments.interactive or arguments.prompts or arguments.output_format == "jsonl"
+    if as_they_come and not arguments.stream:
+        why = "conversations, --prompts and jsonl are written as they come"
+        raise UsageError("--no-stream is for plain texts", why, "leave it out; --json is written whole in any case")
     if arguments.speculate and (arguments.prompts or arguments.num_samples > 1 or arguments.logprobs is not None):
         raise UsageError(
             "--speculate is for one text at a time", "it goes with no --prompts, --num-samples, --logprobs"

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from miniawq.checkpoint.opening import Checkpoint, linear_shapes, meta_model, op
 from miniawq.checkpoint.quant_config import QuantizationConfig, read_block
 from miniawq.checkpoint.shards import DTYPE_NAMES, Spec
 from miniawq.commands.gguf_file import architecture_there
+from miniawq.commands.sizes import LARGEST, add_memory_margin_flag, parse_size
 from miniawq.engine.memory import (
     PREFILL_CHUNK,
     Footprint,
@@ -43,7 +45,6 @@ EXAMPLES = (
     "miniawq plan my-awq --device cuda --device-memory 24GiB --batch 8",
     "miniawq plan my-awq --max-seq-len 32768 --json",
 )
-LARGEST = 1 << 60  # number of a flag
 
 
 def tensors_from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> list[Spec]:
@@ -207,6 +208,21 @@ def tensor_table(checkpoint: Checkpoint) -> list[Row]:
     return [Row(name, len(found), dtype, list(shape), sum(found)) for (name, dtype, shape), found in rows.items()]
 
 
+def layers_by_storage(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The kinds of linear layers by how they are stored, with numbers where those of a kind are not stored alike."""
+    total: Counter[str] = Counter()
+    stored: dict[str, Counter[str]] = {}
+    for name in checkpoint.linears:
+        kind, packed = name.rpartition(".")[2], checkpoint.quantized.get(name)
+        how = f"INT4 {packed.layout}, group size {packed.group_size}" if packed else "dense"
+        total[kind] += 1
+        stored.setdefault(how, Counter())[kind] += 1
+    return {
+        how: [kind if count == total[kind] else f"{count} of {total[kind]} {kind}" for kind, count in kinds.items()]
+        for how, kinds in stored.items()
+    }
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that `miniawq plan` tells; sizes are bytes."""
@@ -215,6 +231,10 @@ class Plan:
     commit: str | None
     architecture: str
     layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    layers_by_storage: dict[str, list[str]]
     layout: str
     group_sizes: list[int]
     packed_linears: int
@@ -241,6 +261,10 @@ def make_plan(checkpoint: Checkpoint, model: str, dtype: torch.dtype, needed: Fo
         commit=checkpoint.files.commit if isinstance(checkpoint.files, HubFiles) else None,
         architecture=checkpoint.model_config.architecture,
         layers=checkpoint.model_config.num_hidden_layers,
+        heads=checkpoint.model_config.num_attention_heads,
+        key_value_heads=checkpoint.model_config.num_key_value_heads,
+        head_dim=checkpoint.model_config.head_dim,
+        layers_by_storage=layers_by_storage(checkpoint),
         layout=", ".join(sorted({linear.layout for linear in checkpoint.quantized.values()})) or "dense",
         group_sizes=sorted({linear.group_size for linear in checkpoint.quantized.values()}),
         packed_linears=len(checkpoint.quantized),
@@ -261,11 +285,10 @@ def make_plan(checkpoint: Checkpoint, model: str, dtype: torch.dtype, needed: Fo
     )
 
 
-def render_plan(plan: Plan, show_tensors: bool) -> str:
-    """The plan as lines for people."""
-    needed, group = plan.memory, ", ".join(map(str, plan.group_sizes))
-    packed = f"{plan.packed_linears} packed layers {size(plan.packed_bytes)}"
-    kind = f"INT4 {plan.layout}, group size {group}" if plan.packed_linears else "dense"
+def lines_of_model(plan: Plan) -> list[str]:
+    """What the model is, and the memory that it needs."""
+    needed, packed = plan.memory, f"{plan.packed_linears} packed layers {size(plan.packed_bytes)}"
+    heads = f"{plan.heads} query and {plan.key_value_heads} key/value heads of {plan.head_dim}"
     told = {
         "weights": f"{packed}; {plan.stored_bytes / 1e9:.3f} GB on disk",
         "kv cache": f"{needed.batch} x {needed.max_seq_len} tokens x {size(plan.kv_bytes_per_token)} ({plan.kv_dtype})",
@@ -274,12 +297,18 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
     }
     lines = [
         f"model     {plan.model}{' @ ' + plan.commit[:8] if plan.commit else ''}",
-        f"          {plan.architecture}, {plan.layers} layers, {kind}",
+        f"          {plan.architecture}, {plan.layers} layers, {heads}",
     ]
+    lines += [f"          {how}: {', '.join(kinds)}" for how, kinds in plan.layers_by_storage.items()]
     lines += [f"{part:9} {size(value):>11}   {told[part]}" for part, value in parts_of(needed).items()]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     supply = f"of {size(plan.device.total)}, {size(plan.device.free)} free on {plan.device.name}"
-    lines.append(f"total     {size(plan.total):>11}   {supply}: {verdict}")
+    return [*lines, f"total     {size(plan.total):>11}   {supply}: {verdict}"]
+
+
+def render_plan(plan: Plan, show_tensors: bool) -> str:
+    """The plan as lines for people."""
+    lines = lines_of_model(plan)
     if plan.engines:
         lines.append(f"engines   as read in {plan.engines_of}; Machete wants Hopper, vLLM CPU AVX-512")
     alike: dict[tuple[tuple[int, str], ...], list[str]] = {}
@@ -298,17 +327,6 @@ def render_plan(plan: Plan, show_tensors: bool) -> str:
             f"{row.count:4} x {row.name:52} {row.dtype:5} {row.shape!s:18} {size(row.nbytes)}" for row in plan.tensors
         ]
     return "\n".join(lines)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "24GiB", "1.5 GB", "800MiB" or a plain number."""
-    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if not found or found[2].upper() not in units:
-        raise argparse.ArgumentTypeError(f"{text[:50]!r} is no size; write 24GiB, 800MiB or a number of bytes")
-    if (nbytes := float(found[1]) * units[found[2].upper()]) > LARGEST:
-        raise argparse.ArgumentTypeError(f"{text[:50]!r} is out of range")
-    return int(nbytes)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -331,9 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="float16", metavar="DTYPE", help="of what is not packed (float16)"
     )
     add_kv_dtype_flag(parser.add_argument)
-    parser.add_argument(
-        "--memory-margin", type=parse_size, metavar="SIZE", help="overhead to leave free (1GiB on CUDA)"
-    )
+    add_memory_margin_flag(parser.add_argument)
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_hub_flags(parser)

@@ -21,8 +21,8 @@ def tell(run: Writing, prompt: str, completion: Completion, seed: int) -> None:
             case "text":
                 begun = prompt if prompts.is_story(run.arguments, prompt) else run.arguments.prefill_response or ""
                 separator = "\n" if run.texts_told else ""
-                print(separator, begun, sep="", end="")
-                write_text(styled(completion, begins_in_thought(prompt)))
+                pieces = styled(completion, begins_in_thought(prompt))
+                write_text(separator + begun, pieces, streams=run.arguments.stream)
             case "json":
                 list(completion)
                 print_json(full_record(run, prompt, completion, seed))
@@ -35,13 +35,17 @@ def tell(run: Writing, prompt: str, completion: Completion, seed: int) -> None:
         run.report(completion, seed)
 
 
-def write_text(pieces: Iterable[str]) -> None:
-    """Each piece as it comes, and an end of line even if it is interrupted."""
+def write_text(begun: str, pieces: Iterable[str], *, streams: bool) -> None:
+    """What is begun, with each piece as it comes, or whole at the end; an end of line even if it is interrupted."""
+    waiting = begun
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            waiting += piece
+            if streams:
+                print(waiting, end="", flush=True)
+                waiting = ""
     finally:
-        print(flush=True)
+        print(waiting, flush=True)
 
 
 def write_pieces(completion: Completion, tokenizer: Tokenizer) -> None:

@@ -22,11 +22,12 @@ class Together:
 
     def fit(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
         """Choose how many rows there are: --batch-size, or as many as memory allows. Rows, and positions of each."""
-        wanted, most = self.run.arguments.batch_size, max(1, len(self.requests))
-        if wanted:
-            self.rows = min(wanted, most)
+        arguments, most = self.run.arguments, max(1, len(self.requests))
+        if arguments.batch_size:
+            self.rows = min(arguments.batch_size, most)
         else:
-            self.rows = fitting_rows(checkpoint, device, dtype, most=most, max_seq_len=self.positions)
+            sizes = {"most": most, "max_seq_len": self.positions, "overhead": arguments.memory_margin}
+            self.rows = fitting_rows(checkpoint, device, dtype, **sizes)
             if self.run.decoders.compiles:
                 self.rows = 1 << (self.rows.bit_length() - 1)  # so that few steps are ever compiled
         return self.rows, self.positions

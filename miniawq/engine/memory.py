@@ -183,31 +183,46 @@ def largest_max_seq_len(needed: Footprint, checkpoint: Checkpoint, dtype: torch.
 
 
 def fitting_rows(
-    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, most: int, max_seq_len: int
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    most: int,
+    max_seq_len: int,
+    overhead: int | None = None,
 ) -> int:
     """Rows of a batch: as many as there are texts, as fit into what is free, and as MOST_ROWS says; 1 at least."""
     kind, free = torch.device(device).type, device_memory(device).free
 
     def fits(rows: int) -> bool:
-        return footprint(checkpoint, dtype, device=kind, batch=rows, max_seq_len=max_seq_len).total <= free
+        needed = footprint(checkpoint, dtype, device=kind, batch=rows, max_seq_len=max_seq_len, overhead=overhead)
+        return needed.total <= free
 
     return next((rows for rows in range(min(most, MOST_ROWS.get(kind, 1)), 1, -1) if fits(rows)), 1)
 
 
-def fitting_context(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1) -> int:
-    """The longest context that fits into what is free now; 0 if none does."""
-    needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=1)
+def fitting_context(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, overhead: int | None = None
+) -> int:
+    """The longest context of one row that fits into what is free now; 0 if none does."""
+    needed = footprint(checkpoint, dtype, device=torch.device(device).type, max_seq_len=1, overhead=overhead)
     return largest_max_seq_len(needed, checkpoint, dtype, device_memory(device).free)
 
 
 def require_memory(
-    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, *, batch: int = 1, max_seq_len: int
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    max_seq_len: int,
+    overhead: int | None = None,
 ) -> Footprint:
     """The footprint on a device, for callers about to load, which is told where it is tight; DoesNotFit when there is
     not that much free.
     """
-    needed = footprint(checkpoint, dtype, device=torch.device(device).type, batch=batch, max_seq_len=max_seq_len)
-    memory = device_memory(device)
+    kind, memory = torch.device(device).type, device_memory(device)
+    needed = footprint(checkpoint, dtype, device=kind, batch=batch, max_seq_len=max_seq_len, overhead=overhead)
     check_fit(needed, memory, checkpoint, dtype)
     if needed.total > TIGHT * memory.free:
         log.info(

@@ -81,6 +81,14 @@ def test_json_has_the_same_for_machines(clock, capsys):
     assert line["peak_memory"] > 0 < line["planned_memory"]
 
 
+def test_the_memory_margin_is_part_of_what_is_planned(clock, capsys):
+    planned = []
+    for margin in ("0", "3MiB"):
+        assert main(["bench", *FLAGS, "--memory-margin", margin, "--json"]) == 0
+        planned.append(json.loads(capsys.readouterr().out)["results"][0]["planned_memory"])
+    assert planned[1] - planned[0] == 3 << 20
+
+
 @pytest.mark.parametrize(("flags", "told"), [
     (["--context", "512"], "--context 512 is too long"), (["--rows", "1,x"], "is no list of numbers"),
     (["--rows", "0"], "0 makes no sense"), (["-n", "0"], "--new-tokens 0 makes no sense"),
@@ -95,10 +103,10 @@ def test_what_makes_no_sense_is_refused(flags, told, capsys):
 def test_what_does_not_fit_is_left_out_and_said(clock, monkeypatch, capsys):
     require = bench.require_memory
 
-    def little(*arguments, batch, max_seq_len):
+    def little(*arguments, batch, **sizes):
         if batch > 1:
             raise bench.DoesNotFit("too large", "it needs more", "buy some")
-        return require(*arguments, batch=batch, max_seq_len=max_seq_len)
+        return require(*arguments, batch=batch, **sizes)
 
     monkeypatch.setattr(bench, "require_memory", little)
     assert main(["bench", *FLAGS, "--rows", "1,2", "--json"]) == 0

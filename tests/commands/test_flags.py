@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import os
 import re
@@ -218,6 +219,28 @@ def test_json_lines_come_piece_by_piece(capsys, fairytales):
     assert end["finish_reason"] == "length"
 
 
+def written(monkeypatch, *flags):
+    """What is written to stdout, one text for each time that it is flushed."""
+    out, texts = io.StringIO(), []
+
+    def flush():
+        texts.append(out.getvalue()[sum(map(len, texts)) :])
+
+    out.flush = flush
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert generate([*flags, "-n", "9", "--greedy", "-q"]) == 0
+    return [text for text in texts if text]
+
+
+@pytest.mark.parametrize("prompt", [["-p", "Once upon a time"], []])
+def test_a_text_is_written_as_it_comes_or_at_once(monkeypatch, prompt):
+    pieces = written(monkeypatch, *prompt)
+    assert len(pieces) > 5
+    assert written(monkeypatch, *prompt, "--stream") == pieces
+    assert written(monkeypatch, *prompt, "--no-stream") == ["".join(pieces)]
+
+
 @pytest.mark.parametrize(("last", "told"), [([0], [{"text": "", "tokens": [0]}]), ([], [])])
 def test_ids_without_a_text_are_told_too(capsys, last, told):
     class Ended:
@@ -269,6 +292,9 @@ def test_log_probabilities_are_those_of_the_model(capsys, chat_model):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--logprobs", "3"], "--logprobs is for JSON"), (["--json", "--logprobs", "-1"], "--logprobs -1 is out of range"),
     (["-p", "a", "--messages", "f"], "--prompt or --file and --messages do not go together"),
+    (["-i", "--no-stream"], "--no-stream is for plain texts"),
+    (["--prompts", "f", "--no-stream"], "--no-stream is for plain texts"),
+    (["--output-format", "jsonl", "--no-stream"], "--no-stream is for plain texts"),
     (["-i", "--prompts", "f"], "--prompts and --interactive do not go together"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(capsys, flags, message):

@@ -9,7 +9,7 @@ import torch
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands.records import OrderedRecords
 from miniawq.engine.batch import Batch, Request
-from miniawq.engine.memory import MOST_ROWS, fitting_rows, footprint
+from miniawq.engine.memory import MOST_ROWS, OVERHEAD, fitting_rows, footprint
 from miniawq.engine.rows import CompiledRows
 from miniawq.errors import UsageError
 from miniawq.generate import main
@@ -261,9 +261,9 @@ def test_a_file_without_prompts(capsys, tmp_path):
 def test_as_many_rows_as_memory_allows(monkeypatch):
     checkpoint = open_checkpoint(None)
 
-    def rows(free, most=100):
+    def rows(free, most=100, **margin):
         monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: DeviceMemory("cpu", free, free))
-        return fitting_rows(checkpoint, "cpu", torch.float32, most=most, max_seq_len=256)
+        return fitting_rows(checkpoint, "cpu", torch.float32, most=most, max_seq_len=256, **margin)
 
     need = {
         count: footprint(checkpoint, torch.float32, device="cpu", batch=count, max_seq_len=256).total
@@ -272,5 +272,18 @@ def test_as_many_rows_as_memory_allows(monkeypatch):
     assert rows(need[7]) == 7
     assert rows(need[7] - 1) == 6
     assert rows(need[7], most=3) == 3
+    assert rows(need[7] - 9, overhead=OVERHEAD["cpu"] - 9) == 7
     assert rows(need[1]) == rows(0) == 1
     assert rows(1 << 50) == MOST_ROWS["cpu"]
+
+
+def test_the_memory_margin_is_left_free_by_all_rows(capsys, monkeypatch, file):
+    margins = []
+
+    def noted(*_, overhead, **__):
+        margins.append(overhead)
+        return 2
+
+    monkeypatch.setattr("miniawq.commands.together.fitting_rows", noted)
+    assert run(capsys, "--prompts", file, "-n", 2, "-q", "--memory-margin", "3MiB")[0] == 0
+    assert margins == [3 << 20]

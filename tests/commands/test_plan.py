@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,10 @@ from miniawq.checkpoint.opening import linear_shapes, meta_model, open_checkpoin
 from miniawq.checkpoint.quant_config import read_block
 from miniawq.checkpoint.shards import Spec, plan_shards
 from miniawq.commands import plan
-from miniawq.commands.plan import engine_degrees, parse_size, tensors_from_config
+from miniawq.commands.plan import engine_degrees, layers_by_storage, tensors_from_config
+from miniawq.commands.sizes import parse_size
 from miniawq.engine.memory import (
+    OVERHEAD,
     check_fit,
     footprint,
     kv_bytes_per_token,
@@ -315,6 +318,14 @@ def test_a_size_beyond_all_machines_is_refused():
         parse_size("9" * 400 + "GB")
 
 
+def test_the_memory_margin_is_the_overhead_and_its_help_says_the_default(capsys):
+    assert plan.main(["--memory-margin", "3MiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["overhead"] == 3 << 20
+    (told,) = [action.help for action in plan.build_parser()._actions if action.dest == "memory_margin"]
+    on_cuda, on_cpu = re.fullmatch(r".*\((\w+); on a CPU (\w+)\)", told).groups()
+    assert {"cuda": parse_size(on_cuda), "cpu": parse_size(on_cpu)} == OVERHEAD
+
+
 @pytest.mark.parametrize("flag", ["--batch", "--max-seq-len", "--device-memory"])
 @pytest.mark.parametrize("value", ["0", "-1", str(10**30)])
 def test_numbers_that_make_no_sense_are_usage_errors(flag, value, tmp_path, capsys):
@@ -339,7 +350,7 @@ def test_command_line(tmp_path, capsys):
     assert plan.main([str(directory), "--device", "cpu", "--tensors"]) == 0
     text = capsys.readouterr().out
     for word in (
-        "LlamaForCausalLM, 2 layers",
+        "LlamaForCausalLM, 2 layers, 4 query and 2 key/value heads of 32\n",
         "INT4 awq, group size 64",
         "14 packed layers",
         "as read in vLLM 0.32.0, SGLang 0.5.23",
@@ -348,6 +359,19 @@ def test_command_line(tmp_path, capsys):
     ):
         assert word in text
     assert "2 x model.layers.*.mlp.down_proj.qweight" in " ".join(text.split())
+
+
+def test_layers_are_told_by_how_they_are_stored(tmp_path):
+    checkpoint = open_checkpoint(tiny.make(tmp_path)[0])
+    packed = dict(checkpoint.quantized)
+    packed.pop("model.layers.1.mlp.down_proj")
+    packed["model.layers.0.mlp.up_proj"] = packed["model.layers.0.mlp.up_proj"]._replace(group_size=32)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert layers_by_storage(replace(checkpoint, quantized=packed)) == {
+        "INT4 awq, group size 64": [*attention, "gate_proj", "1 of 2 down_proj", "1 of 2 up_proj"],
+        "INT4 awq, group size 32": ["1 of 2 up_proj"],
+        "dense": ["1 of 2 down_proj", "lm_head"],
+    }
 
 
 def test_command_line_json_and_exit_code_when_it_does_not_fit(tmp_path, capsys):

@@ -3,7 +3,7 @@
 from tests.planted.fault import Fault
 
 CONVERT, PLAN, EVALUATE, CONTEST = (f"commands/test_{name}" for name in ("convert", "plan", "evaluate", "contest"))
-BENCH, GGUF = "commands/test_bench", "commands/test_gguf"
+BENCH, GGUF, CONFIGURATION = (f"commands/test_{name}" for name in ("bench", "gguf", "configuration"))
 MANY, FLAGS, THOUGHTS = (f"commands/test_{name}" for name in ("many", "flags", "thoughts"))
 FAULTS = [
     Fault("commands/bench.py", r"rows \* new_tokens / generation$", "new_tokens / generation", BENCH),
@@ -23,11 +23,29 @@ FAULTS = [
     Fault("commands/prompts.py", r"return stat\.S_ISFIFO\(mode\) or", "return", FLAGS),
     Fault("commands/prompts.py", r"\+ \(arguments\.prefill_response or \"\"\)", "", THOUGHTS),
     Fault("commands/prompts.py", r'"enable_thinking": arguments\.think', '"enable_thinking": True', THOUGHTS),
+    Fault("commands/telling.py", r"if streams:", "if True:", FLAGS),
+    Fault("commands/telling.py", r"print\(waiting, flush=True\)", "print(flush=True)", FLAGS),
+    Fault(
+        "commands/telling.py",
+        r"finally:\n(        print\(waiting)",
+        r"except OSError:\n        raise\n    else:\n\1",
+        "test_generate",
+    ),
+    Fault("commands/flags.py", r" or arguments\.output_format == \"jsonl\"$", "", FLAGS),
     Fault("commands/telling.py", r"if piece\.ids or piece\.text:", "if piece.text:", FLAGS),
     Fault("commands/together.py", r"1 << \(self\.rows\.bit_length\(\) - 1\)", "self.rows", MANY),
     Fault("commands/samples.py", r"waiting\.pop\(told, None\)", "waiting.pop(ending.number, None)", FLAGS),
     Fault("commands/talking.py", r"limit // 2 and", "limit and", "test_generate"),
     Fault("commands/talking.py", r"messages\[: asked\[0\]\] \+ ", "", "test_generate"),
+    Fault("commands/configuration.py", r"if wanted\[name\] is not None:", "if False:", CONFIGURATION),
+    Fault("commands/configuration.py", r"value == getattr\(without_file, name\)", "False", CONFIGURATION),
+    Fault("commands/configuration.py", r"is_chat\(run\.arguments, run\.tokenizer\)", "False", CONFIGURATION),
+    Fault("commands/configuration.py", r", \*\*sizes\)$", ', max_seq_len=sizes["max_seq_len"])', CONFIGURATION),
+    Fault("commands/figures.py", r' \| \{"temperature": None\}', "", "test_generate"),
+    Fault("commands/plan.py", r"kind if count == total\[kind\] else", "kind if True else", PLAN),
+    Fault("commands/context.py", r"overhead=margin", "overhead=None", "test_generate"),
+    Fault("commands/together.py", r', "overhead": arguments\.memory_margin', "", MANY),
+    Fault("commands/bench.py", r", overhead=margin\)", ")", BENCH),
     Fault("commands/context.py", r"if 0 < most < longest:", "if False:", "test_generate"),
     Fault("commands/thoughts.py", r"len\(held\) - overlap\(held, tag\)", "len(held)", THOUGHTS),
     Fault("commands/thoughts.py", r' and not os\.environ\.get\("NO_COLOR"\)', "", THOUGHTS),

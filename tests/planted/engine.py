@@ -7,7 +7,7 @@ COMPLETION, SAMPLING = "engine/test_completion", "engine/test_sampling"
 DELIVERY, CACHED = "engine/test_delivery", "engine/test_cached_text"
 GUESSES = "engine/test_speculation"
 READER = "engine/test_reader"
-BATCH, MANY = "engine/test_batch", "commands/test_many"
+BATCH, MANY, GENERATE = "engine/test_batch", "commands/test_many", "test_generate"
 FAULTS = [
     # Narrow kv caches.
     Fault(
@@ -25,6 +25,9 @@ FAULTS = [
     Fault("engine/layer.py", r"slot_BA\[:, first:\]", "slot_BA[:, : len(head_A) - first]", STEP),
     Fault("engine/rows.py", r"transpose\(1, 2\)\.to\(new_BJLE\.dtype\)", "transpose(1, 2)", BATCH),
     Fault("engine/memory.py", r"config\.kv_cache_dtype or dtype", "dtype", PLAN),
+    Fault("engine/memory.py", r"max_seq_len=1, overhead=overhead\)", "max_seq_len=1)", GENERATE),
+    Fault("engine/memory.py", r"(batch=rows, max_seq_len=max_seq_len), overhead=overhead\)", r"\1)", MANY),
+    Fault("engine/memory.py", r"(batch=batch, max_seq_len=max_seq_len), overhead=overhead\)", r"\1)", GENERATE),
     # Rows.
     Fault(
         "engine/rows.py", r"torch\.tensor\(lengths, device", "torch.tensor([max(lengths)] * len(lengths), device", BATCH
