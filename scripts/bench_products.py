@@ -19,6 +19,9 @@ about the machine and how fast it copies; stderr has a line for people.
     torch_int4  torch's own INT4 product: on a GPU tinygemm                         bfloat16
     gemlite     the package of that name, if it is installed (GPU)                  float16
     humming     humming-kernels, if it is installed (GPU); compiles by nvcc         bfloat16
+
+`--kernelbench GB_PER_S` takes the shapes and rows of problem 07_w4a16_gemm of Infatoshi/KernelBench-Hard and adds its
+score: the geometric mean of bytes moved / time / the memory bandwidth that the card is sold with.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import math
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -66,6 +70,8 @@ SHAPES = {  # OUTPUTSxINPUTS: of Llama-3.1 8B and 70B; of Llama-3.2 1B and 8B
     "cpu": "2048x2048,8192x2048,2048x8192,4096x4096,28672x4096,4096x14336",
 }
 ROWS = {"cuda": "1,2,3,4,8,16,32,64,128,256,512,1024,2048", "cpu": "1,2,3,4,6,8,16,32,64"}
+# Shapes and rows of KernelBench-Hard, its problem.yaml.
+KERNELBENCH = (("12288x4096", (1, 32, 256)), ("4096x4096", (1,)), ("14336x4096", (16,)))
 CHECKED_ROWS = 64  # more rows repeat these
 L2_BYTES = 60e6
 LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
@@ -339,6 +345,12 @@ def measure(case: Case, peers: Sequence[str], rows: int, seconds: float) -> dict
     return found
 
 
+def bytes_moved(shape: str, rows: int) -> float:
+    """As KernelBench-Hard counts them: activations, codes, scales and zeros of 16 bits, the result."""
+    outputs, inputs = map(int, shape.split("x"))
+    return 2 * rows * (inputs + outputs) + outputs * inputs * (1 / 2 + 2 * 2 / GROUP_SIZE)
+
+
 def tell(shape: str, rows: int, found: dict[str, dict[str, Any]]) -> None:
     """One line for people, and one for each peer for machines."""
     for name, one in found.items():
@@ -362,6 +374,7 @@ def main() -> int:
     add("--peers", help="which of those above (all of the device)")
     add("--threads", type=int, help="threads of a CPU (torch's default)")
     add("--seconds", type=float, default=1.0, help="for each line (1); 18 turns at least")
+    add("--kernelbench", type=float, metavar="GB_PER_S", help="add the score of KernelBench-Hard at this bandwidth")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -371,13 +384,19 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
     said = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps(said | {"copy_GB_per_s": copy_bandwidth(device) / 1e9}), flush=True)
-    wrong = False
-    for shape in (arguments.shapes or SHAPES[kind]).split(","):
+    wrong, fractions = False, defaultdict[str, list[float]](list)
+    wanted = [(shape, rows_of) for shape in (arguments.shapes or SHAPES[kind]).split(",")]
+    for shape, some_rows in KERNELBENCH if arguments.kernelbench else wanted:
         case = Case(*map(int, shape.split("x")), device)
-        for rows in rows_of:
+        for rows in some_rows:
             found = measure(case, peers, rows, arguments.seconds)
             tell(shape, rows, found)
             wrong |= not all(one.get("right", True) for one in found.values())
+            for peer, one in found.items():
+                fractions[peer].append(bytes_moved(shape, rows) / (one["us"] * 1e3) if "us" in one else math.nan)
+    if arguments.kernelbench:
+        scores = {peer: statistics.geometric_mean(some) / arguments.kernelbench for peer, some in fractions.items()}
+        print(json.dumps({"kernelbench": scores}))
     return 1 if wrong else 0
 
 

@@ -40,6 +40,13 @@ def test_a_wrong_product_is_seen():
         assert case.error(y_TO) > products.LARGEST_ERROR[candidate.dtype]
 
 
+def test_bytes_of_a_product_are_counted_as_kernelbench_counts_them():
+    """M*K*2 + (K/2)*N + (K/128)*N*2 + (K/128)*N*2 + M*N*2, its problem.yaml."""
+    m, n, k = 16, 14336, 4096
+    expected = m * k * 2 + k // 2 * n + k // 128 * n * 2 + k // 128 * n * 2 + m * n * 2
+    assert script("bench_products").bytes_moved(f"{n}x{k}", m) == expected
+
+
 @pytest.mark.parametrize(
     ("pattern", "replacement", "problem"),
     [
