@@ -82,6 +82,8 @@ class LocalFiles:
                 return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
         except SafetensorError as error:
             raise _damaged_file(path, error) from error
+        except RuntimeError:  # the system does not map a file that is larger than memory
+            return header_unmapped(path)
 
     def unchanged(self, name: str) -> None:
         """UnsupportedCheckpoint if a weight file is another one than when its header was read."""
@@ -298,6 +300,30 @@ def check_head(path: Path) -> None:
             f"{path} says that it has {length} bytes, and a header has at most {limit}",
             "the file is damaged or made to take memory: look for another upload",
         )
+
+
+def header_unmapped(path: Path) -> Header:
+    """dtype and shape of every tensor, from the first bytes of a file whose head is checked.
+
+    UnsupportedCheckpoint unless the tensors lie end to end and are all of the file.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    header, end = {}, 0
+    try:
+        entries = {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            makes_sense = isinstance(dtype, str) and all(type(size) is int and size >= 0 for size in (*shape, last))
+            if not makes_sense or first != end or last < first:
+                raise ValueError(f"what it says of {key[:100]}")
+            header[key], end = (dtype, shape), last
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged_file(path, f"its header: {error}") from error
+    if 8 + length + end != path.stat().st_size:
+        raise _damaged_file(path, "its tensors are not all of it")
+    return header
 
 
 def _damaged_file(path: Path, error: SafetensorError | str) -> UnsupportedCheckpoint:

@@ -40,14 +40,17 @@ def read_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def map_tensor(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor `key` as a view of the file; a copy where its bytes are not aligned.
+    """The tensor `key` as a view of the file; a copy where its bytes are not aligned, or the file cannot be mapped.
 
     Each tensor has a mapping of its own: one for all would count every page ever read as our memory.
     """
     start, size = _place(path, key, dtype, shape)
     if not size or start % dtype.itemsize:
         return read_tensor(path, key, dtype, shape, torch.device("cpu"))
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, start + size)
+    try:
+        storage: Any = torch.UntypedStorage.from_file(str(path), False, start + size)
+    except RuntimeError:  # the system does not map a file that is larger than memory
+        return read_tensor(path, key, dtype, shape, torch.device("cpu"))
     return torch.empty(0, dtype=torch.uint8).set_(storage)[start:].view(dtype).reshape(shape)
 
 

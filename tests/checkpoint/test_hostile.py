@@ -151,6 +151,11 @@ HEADERS = {
     "backwards": b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}',
     "overlapping": four_bytes_at(0, 2),
     "holes": four_bytes_at(0, 6),
+    "overlapping-to-the-end": (
+        b'{"x":{"dtype":"U8","shape":[40],"data_offsets":[0,40]},"y":{"dtype":"U8","shape":[40],"data_offsets":[24,64]}}'
+    ),
+    "not-all-of-the-file": four_bytes_at(0, 4),
+    "no-name-of-a-dtype": b'{"x":{"dtype":[],"shape":[64],"data_offsets":[0,64]}}',
     "beyond-the-file": four_bytes_at(2**53),
     "huge-shape": b'{"x":{"dtype":"U8","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,4]}}',
     "deep": b'{"x":' + b"[" * 10**6,
@@ -184,6 +189,27 @@ def test_headers_that_make_no_sense_are_refused(kind, tmp_path):
     directory, _ = tiny.make(tmp_path)
     (directory / "model.safetensors").write_bytes(file_of(HEADERS[kind], bytes(64)))
     assert "model.safetensors is damaged" in outcome(directory)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_of_files_that_cannot_be_mapped_have_to_make_sense_too(kind, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_of(HEADERS[kind], bytes(64)))
+    with pytest.raises(UnsupportedCheckpoint, match=r"model\.safetensors is damaged"):
+        hub.header_unmapped(path)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_what_the_library_reads_is_read_alike_where_a_file_cannot_be_mapped(stride, tmp_path):
+    directory, _ = tiny.make(tmp_path, changes={"num_hidden_layers": 1})
+    file = directory / "model.safetensors"
+    for content in sampled(headers(file.read_bytes()), stride):
+        file.write_bytes(content)
+        try:
+            expected = hub.LocalFiles(directory).header(file.name)
+        except MiniawqError:
+            continue
+        assert hub.header_unmapped(file) == expected
 
 
 def test_an_index_may_hold_anything(tmp_path):

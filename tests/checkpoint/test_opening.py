@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniawq.checkpoint import reading
+from miniawq.checkpoint import hub, reading
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.loading import load_model
@@ -387,6 +387,19 @@ def test_many_tensors_take_one_header_and_no_handles(tmp_path):
     assert reading._places.cache_info().misses == 1
     assert not before or len(set(os.listdir("/proc/self/fd")) - before) <= 1
     assert model(tiny.TOKENS).isfinite().all()
+
+
+def test_a_file_larger_than_memory_is_read(tmp_path, monkeypatch):
+    """The system refuses to map it; every tensor of it may still fit."""
+    directory, _ = tiny.make(tmp_path)
+    expected = load_model(open_checkpoint(directory))(tiny.TOKENS)
+
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap 65809867288 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(hub, "safe_open", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    assert torch.equal(load_model(open_checkpoint(directory))(tiny.TOKENS), expected)
 
 
 def test_tensors_that_are_not_aligned_are_copied(tmp_path):

@@ -73,6 +73,15 @@ FAULTS = [
     # Files.
     Fault("checkpoint/hub.py", r"if head == LFS_POINTER:", "if False:", REFUSALS),
     Fault("checkpoint/hub.py", r"if len\(made\) < len\(pairs\):", "if False:", REFUSALS),
+    Fault("checkpoint/hub.py", r"first != end or last < first", "last < first", HOSTILE),
+    Fault("checkpoint/hub.py", r"if 8 \+ length \+ end != .*:$", "if False:", HOSTILE),
+    Fault("checkpoint/hub.py", r"isinstance\(dtype, str\) and all", "all", HOSTILE),
+    Fault(
+        "checkpoint/hub.py",
+        r"            return header_unmapped\(path\)",
+        "            raise",
+        "checkpoint/test_opening",
+    ),
     Fault("checkpoint/hub.py", r"if info\.id != self\.repo_id:", "if False:", HUB),
     Fault("checkpoint/hub.py", r"(self\.online = )not local_files_only and ", r"\1", HUB),
     Fault("checkpoint/headers.py", r"if Path\(shard\)\.name != shard or", "if", REFUSALS),
