@@ -24,7 +24,7 @@ from __future__ import annotations  # so that the table and the loop can stand b
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,16 +196,16 @@ def observe(
     block: nn.Module, folds: Sequence[Fold], stride: int = 1, kind: type[Statistics] = Statistics
 ) -> Iterator[dict[Fold, Statistics]]:
     """Fill in the statistics of every fold while the block runs; keep every `stride`-th call of compared modules."""
-    found, handles = {}, []
-    for fold in folds:
-        first: Any = block.get_submodule(fold.balance_layers[0])
-        found[fold] = seen = kind(first.in_features, first.weight.device, stride)
-        handles.append(first.register_forward_pre_hook(seen.see_inputs))
-        if fold.smooth_layer and not fold.compares_one_layer:
-            handles.append(block.get_submodule(fold.compared).register_forward_hook(seen.see_call, with_kwargs=True))
-    yield found
-    for handle in handles:
-        handle.remove()
+    found = {}
+    with ExitStack() as hooks:
+        for fold in folds:
+            first: Any = block.get_submodule(fold.balance_layers[0])
+            found[fold] = seen = kind(first.in_features, first.weight.device, stride)
+            hooks.callback(first.register_forward_pre_hook(seen.see_inputs).remove)
+            if fold.smooth_layer and not fold.compares_one_layer:
+                compared = block.get_submodule(fold.compared)
+                hooks.callback(compared.register_forward_hook(seen.see_call, with_kwargs=True).remove)
+        yield found
     for seen in found.values():
         seen.finish()
 

@@ -118,6 +118,13 @@ def test_every_stride_th_call_of_a_compared_module_is_kept() -> None:
     assert {seen.tokens for seen in statistics.values()} == {5 * 7}
 
 
+def test_a_block_that_fails_is_observed_no_longer() -> None:
+    text = Block(rows=1)
+    with pytest.raises(RuntimeError), awq.observe(text.block, text.folds):
+        text.block(text.hidden_BLD[:, :, 1:], text.rope, text.mask)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in text.block.modules())
+
+
 @settings(max_examples=15)
 @given(st.integers(0, 10**6), st.sampled_from([16, 32, 64]))
 def test_clipping_matches_brute_force(seed: int, group_size: int) -> None:

@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 TEST, SEARCHES = "test_awq", "quantize/test_searches"
 FAULTS = [
+    Fault("awq.py", r"with ExitStack\(\) as hooks:", "for hooks in [ExitStack()]:", TEST),
     Fault("awq.py", r"self\.moments_II\.diagonal\(\)\.isfinite\(\)\.all\(\)", "True", SEARCHES),
     Fault("awq.py", r"\.clamp_\((-zeros\w*), TOP_CODE - zeros\w*\)", r".clamp_(\1, TOP_CODE)", TEST),
     Fault("awq.py", r"\.mul_\(factors_I\.reciprocal\(\)\)", ".mul_(factors_I)", TEST),
