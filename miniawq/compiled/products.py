@@ -20,13 +20,14 @@ from miniawq.compiled.compiler import Arguments, Compiled
 from miniawq.compiled.eager import EXPAND_IN_ONE, expand, multiply_prepacked
 from miniawq.compiled.gpu_forms import with_bias, with_rows, written
 from miniawq.compiled.operations import product_unrounded, sum_in_loop
-from miniawq.compiled.prepacked import Prepacked
+from miniawq.compiled.prepacked import LARGEST_GROUP, Prepacked
 from miniawq.packing import CODES_PER_WORD
 
 # From so many rows on `DOT` was the faster form on an H200, for activations of 16 bits (docs/log).
 FEWEST_ROWS_DOTTED = 2
 MOST_ROWS_REDUCED = 3
-MOST_ROWS_DOTTED = 256
+# Smaller groups than the largest take more steps, and were not measured with more rows.
+MOST_ROWS_DOTTED, MOST_ROWS_OF_SMALL_GROUPS = 256, 128
 MOST_ROWS_ON_CPU = 32
 # With more rows a kernel of its own for the norm is faster than a factor in each program of the product (docs/log).
 MOST_ROWS_NORMED_LATE = 32
@@ -297,7 +298,9 @@ def int4_product(weight: Prepacked, bias_O: Tensor | None, rows: int, dtype: tor
     if weight.in_rows:
         has_16_bits = dtype.itemsize == 2
         few = (REDUCE,) if rows <= MOST_ROWS_REDUCED else ()
-        some = (DOT,) if has_16_bits and rows <= MOST_ROWS_DOTTED and gpu_forms.steps_fit(weight.words) else ()
+        is_largest = weight.words.shape[3] * CODES_PER_WORD == LARGEST_GROUP
+        most = MOST_ROWS_DOTTED if is_largest else MOST_ROWS_OF_SMALL_GROUPS
+        some = (DOT,) if has_16_bits and rows <= most and gpu_forms.steps_fit(weight.words) else ()
         first, second = (few, some) if rows < FEWEST_ROWS_DOTTED else (some, few)
         wanted = (*first, *second, *((EXPAND,) if has_16_bits else ()))
     form = next(filter(accepts, wanted), PLAIN)

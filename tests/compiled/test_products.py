@@ -15,10 +15,10 @@ def accepts_all(form):
     return True
 
 
-def on_a_gpu(monkeypatch, outputs=8, groups=4):
+def on_a_gpu(monkeypatch, outputs=8, groups=4, group_size=128):
     """A prepacked weight of so many groups that says it lies on a GPU."""
     monkeypatch.setattr(prepacked, "wants_rows", lambda _: True)
-    weight = prepacked.empty(outputs, groups * 128, 128, torch.float16, "meta")
+    weight = prepacked.empty(outputs, groups * group_size, group_size, torch.float16, "meta")
     return weight._replace(words=OnCuda(weight.words), grid=weight.grid)
 
 
@@ -43,6 +43,14 @@ def test_the_form_on_a_gpu_goes_by_rows_and_groups(rows, groups, dtype, form, mo
     monkeypatch.setattr(products, "int4_tensors", lambda *_: ())
     found = int4_product(on_a_gpu(monkeypatch, groups=groups), None, rows, dtype, accepts_all)
     assert found.form is getattr(products, form)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_small_groups_are_expanded_sooner(group_size, monkeypatch):
+    monkeypatch.setattr(products, "int4_tensors", lambda *_: ())
+    weight = on_a_gpu(monkeypatch, groups=32, group_size=group_size)
+    for rows, form in ((128, products.DOT), (129, products.EXPAND)):
+        assert int4_product(weight, None, rows, torch.bfloat16, accepts_all).form is form
 
 
 @pytest.mark.parametrize(("left_out", "form"), [((), "REDUCE"), (("reduce",), "DOT"), (("reduce", "dot"), "EXPAND"),
