@@ -81,7 +81,7 @@ class LocalFiles:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
         except SafetensorError as error:
-            raise _damaged_file(path, error) from error
+            raise damaged_file(path, error) from error
         except RuntimeError:  # the system does not map a file that is larger than memory
             return header_unmapped(path)
 
@@ -293,7 +293,7 @@ def check_head(path: Path) -> None:
     except OSError as error:
         raise NotFound(f"{path.name} cannot be read", f"{path}: {error.strerror}", "make it readable") from error
     if head == LFS_POINTER[:8] or len(head) < 8 or length > size - 8:
-        raise _damaged_file(path, f"its header has {length} bytes")
+        raise damaged_file(path, f"its header has {length} bytes")
     if length > (limit := limit_of(path.name)):
         raise UnsupportedCheckpoint(
             f"the header of {path.name} is too large",
@@ -302,17 +302,25 @@ def check_head(path: Path) -> None:
         )
 
 
+def header_entries(path: Path) -> tuple[dict[str, Any], int]:
+    """What the header of a safetensors file says of each tensor, as it stands there, and where values begin."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    try:
+        return {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}, 8 + length
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise damaged_file(path, f"its header: {error}") from error
+
+
 def header_unmapped(path: Path) -> Header:
     """dtype and shape of every tensor, from the first bytes of a file whose head is checked.
 
     UnsupportedCheckpoint unless the tensors lie end to end and are all of the file.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length)
+    entries, values = header_entries(path)
     header, end = {}, 0
     try:
-        entries = {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             makes_sense = isinstance(dtype, str) and all(type(size) is int and size >= 0 for size in (*shape, last))
@@ -320,13 +328,13 @@ def header_unmapped(path: Path) -> Header:
                 raise ValueError(f"what it says of {key[:100]}")
             header[key], end = (dtype, shape), last
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged_file(path, f"its header: {error}") from error
-    if 8 + length + end != path.stat().st_size:
-        raise _damaged_file(path, "its tensors are not all of it")
+        raise damaged_file(path, f"its header: {error}") from error
+    if values + end != path.stat().st_size:
+        raise damaged_file(path, "its tensors are not all of it")
     return header
 
 
-def _damaged_file(path: Path, error: SafetensorError | str) -> UnsupportedCheckpoint:
+def damaged_file(path: Path, error: SafetensorError | str) -> UnsupportedCheckpoint:
     """Tell a Git LFS pointer and an incomplete download from other damage."""
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -6,7 +6,6 @@ page of a mapped file which another one has cut off is ended by the system; here
 """
 
 import ctypes
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniawq.checkpoint.hub import check_head
+from miniawq.checkpoint.hub import check_head, damaged_file, header_entries
 from miniawq.errors import UnsupportedCheckpoint
 
 CHUNK_BYTES = 16 << 20  # of a buffer
@@ -125,13 +124,9 @@ def _place(path: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 def _places(path: Path, changed: int) -> dict[str, tuple[int, int]]:
     """Where the bytes of each tensor begin and end; `changed`, the time of the file, is for the cache."""
     check_head(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length)
+    entries, values = header_entries(path)
     try:
-        header = json.loads(text)
-        places = {key: entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"}
-        return {key: (8 + length + start, 8 + length + end) for key, (start, end) in places.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        fix = "the download may have been interrupted: download the file again"
-        raise UnsupportedCheckpoint(f"{path.name} is damaged or incomplete", f"{path}: its header", fix) from error
+        places = {key: entry["data_offsets"] for key, entry in entries.items()}
+        return {key: (values + start, values + end) for key, (start, end) in places.items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise damaged_file(path, f"its header: {error}") from error

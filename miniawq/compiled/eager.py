@@ -22,6 +22,7 @@ from miniawq.compiled.prepacked import (
     prepack_awq,
     prepacked_bytes,
     scales_and_zeros,
+    side_by_side,
     slices,
     unpack_grid,
     unprepack,
@@ -162,7 +163,7 @@ def expand(words_KWGP: Tensor, grid_KGW: Tensor, scale_dtype: torch.dtype, dtype
         weight_OGP2 = magic_OGP2.view(torch.float32) * scales_OG11 + offsets_OG11
         bits.append(weight_OGP2.to(dtype).view(torch.int16).to(torch.int32))
     low, high = ((second << 16) | (first & 0xFFFF) for first, second in (bits[:2], bits[2:]))
-    return (high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)).flatten(1)
+    return side_by_side(low, high).flatten(1)
 
 
 # Below this threshold Inductor would cut `expand` in two, and by the order of most of what is read it would go through

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from miniawq.compiled.launch import WORDS_OF_A_STEP, WORDS_OF_A_SUM, columns_for, splits_for
 from miniawq.compiled.operations import (
     PAIR_PLACES,
-    PARTS,
+    PARTS_OF_A_SUM,
     SUBNORMAL_PLACES,
     SUMMED_AT_ONCE,
     round_numbers,
@@ -32,7 +32,7 @@ from miniawq.compiled.operations import (
     sum_of_groups,
     sums_of_codes,
 )
-from miniawq.compiled.prepacked import out_of_blocks, unpack_grid
+from miniawq.compiled.prepacked import bits_of_zeros, out_of_blocks, side_by_side, unpack_grid
 from miniawq.packing import CODES_PER_WORD
 
 PRESCALE = 80  # the exponent of 2 that activations are multiplied by, less the nibble's place
@@ -172,8 +172,7 @@ def in_parts(x: Tensor) -> Tensor:
     second = first_bits(rest := quarter - first.view(torch.float32))
     half = first_bits((rest - second.view(torch.float32)) * 0.5)
     low, high = ((left >> 16) & 0xFFFF | right for left, right in ((first, second), (half, half)))
-    parts = high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)
-    return torch.stack([parts] * (SUMMED_AT_ONCE // PARTS), -1)
+    return torch.stack([side_by_side(low, high)] * (SUMMED_AT_ONCE // PARTS_OF_A_SUM), -1)
 
 
 def dot_groups(
@@ -198,9 +197,8 @@ def dot_groups(
     x_CVTYS = x_CTQNH.unflatten(2, (splits, -1)).transpose(1, 2).flatten(4)
     grid_VOU = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
     scales_VOU, _ = unpack_grid(grid_VOU, scale_dtype)
-    zeros_VOU = (grid_VOU >> 16).to(torch.int16)
     sums_VUTF = sums_TG4.view(torch.bfloat16).transpose(0, 1).unflatten(0, (splits, -1))
-    y_VOT = sum_of_groups(words_VOJ, x_CVTYS.unbind(), scales_VOU, zeros_VOU, sums_VUTF)
+    y_VOT = sum_of_groups(words_VOJ, x_CVTYS.unbind(), scales_VOU, bits_of_zeros(grid_VOU), sums_VUTF)
     dtype = x_CTQNH.dtype
     y_VTO = y_VOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
     if factors_T1 is not None:

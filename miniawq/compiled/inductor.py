@@ -22,7 +22,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from miniawq.compiled.operations import (
     PAIR_PLACES,
-    PARTS,
+    PARTS_OF_A_SUM,
     PRODUCT_UNROUNDED,
     ROUND_NUMBERS,
     SUBNORMAL_PLACES,
@@ -202,7 +202,8 @@ def lowered_sum_of_groups(words: Any, rights: Sequence[Any], scales: Any, zeros:
     def value(index: Sequence[Any]) -> Any:
         *batch, row, word, column = index
         one, step = ops.constant(1, torch.int32), FloorDiv(word, words_of_a_step)
-        first_code, part = CODES_PER_WORD * ModularIndexing(word, 1, words_of_a_step), ModularIndexing(word, 1, PARTS)
+        first_code = CODES_PER_WORD * ModularIndexing(word, 1, words_of_a_step)
+        part = ModularIndexing(word, 1, PARTS_OF_A_SUM)
         scaled = []
         for copy, right in enumerate(rights):
             group = step * len(rights) + copy

@@ -45,7 +45,7 @@ PAIR_PLACES = {
     torch.float16: ((0, 0), (4, 0), (8, 0), (12, 0)),
 }
 SUMMED_AT_ONCE = 16  # the fewest numbers that tensor cores sum
-PARTS = 4  # in which a float32 is written as bfloat16s; three have its 24 bits
+PARTS_OF_A_SUM = 4  # in which a float32 is written as bfloat16s; three have its 24 bits
 
 
 @torch.library.custom_op("miniawq::sum_of_groups", mutates_args=())

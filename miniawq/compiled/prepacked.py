@@ -159,6 +159,16 @@ def unpack_grid(grid: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return grid.to(torch.int16).view(scale_dtype).float(), (grid & -(1 << 16)).view(torch.float32)
 
 
+def bits_of_zeros(grid: Tensor) -> Tensor:
+    """The zeros of `pack_grid` as the bits of bfloat16s, int16."""
+    return (grid >> 16).to(torch.int16)
+
+
+def side_by_side(low: Tensor, high: Tensor) -> Tensor:
+    """Two int32 as one int64, the first in its lower half: what one thread writes at once."""
+    return high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)
+
+
 def words_in_rows(prepacked: Prepacked) -> Tensor:
     """words_OGP."""
     return prepacked.words.flatten(0, 1) if prepacked.in_rows else out_of_blocks(prepacked.words)

@@ -6,7 +6,7 @@ Inductor's blocks are XBLOCK, YBLOCK and R0_BLOCK, its indices x, y and r0, of c
 import re
 from collections.abc import Iterator
 
-from miniawq.compiled.operations import PARTS, SUMMED_AT_ONCE
+from miniawq.compiled.operations import PARTS_OF_A_SUM, SUMMED_AT_ONCE
 
 # Inductor's dimensions, counted from the last: sums, columns, rows.
 INTO_TWO_DIMENSIONS = (
@@ -20,7 +20,7 @@ COLUMNS = re.compile(r"\bx(?:index|mask|\d+)\b")
 SUMMANDS = re.compile(r"\br0_(?:index|codes|parts|\d+)\b")
 LOOP = re.compile(r"    for r0_offset in .*\n(?:        .*\n|\n)+")
 STEP = re.compile(r"'R0_BLOCK': (\d+)")
-OF_CODES = "tl.join("
+CODES_JOINED = "tl.join("
 LOAD = re.compile(
     r"(?P<space> +)(?P<name>tmp\d+) = tl\.load\((?P<memory>\w+) \+ \((?:(?P<first>\d+) \+ )?(?P<index>.*)\), "
     r"(?P<mask>[\w& ]+), eviction_policy='\w+'(?P<other>, other=0\.0)?\)\n"
@@ -49,7 +49,7 @@ def with_matrices(source: str) -> str:
     if len(accumulators) != 1 or accumulators[0][1] != "[YBLOCK, XBLOCK]":
         return source
     ((accumulator, _),) = accumulators
-    if OF_CODES in loop:
+    if CODES_JOINED in loop:
         summed = with_numbers_of_groups(loop, *STEP.findall(source))
     else:
         if columns != of_columns:
@@ -77,7 +77,7 @@ def with_numbers_of_groups(loop: str, step: str) -> str:
     """
     first, *others = re.sub(rf"\br0_(?:index|\d+) // {step}\b", f"r0_offset // {step}", loop).splitlines(keepends=True)
     of_codes = r"\b8\*r0_(?:index|\d+)\b"
-    of_parts = rf"\(\(r0_(?:index|\d+) % {PARTS}\)\)"
+    of_parts = rf"\(\(r0_(?:index|\d+) % {PARTS_OF_A_SUM}\)\)"
     indices = (
         "        r0_codes = 8*r0_offset + tl.arange(0, 8 * R0_BLOCK)[None, :]\n",
         f"        r0_parts = tl.arange(0, {SUMMED_AT_ONCE})[None, :]\n",

@@ -74,7 +74,7 @@ FAULTS = [
     Fault("checkpoint/hub.py", r"if head == LFS_POINTER:", "if False:", REFUSALS),
     Fault("checkpoint/hub.py", r"if len\(made\) < len\(pairs\):", "if False:", REFUSALS),
     Fault("checkpoint/hub.py", r"first != end or last < first", "last < first", HOSTILE),
-    Fault("checkpoint/hub.py", r"if 8 \+ length \+ end != .*:$", "if False:", HOSTILE),
+    Fault("checkpoint/hub.py", r"if values \+ end != .*:$", "if False:", HOSTILE),
     Fault("checkpoint/hub.py", r"isinstance\(dtype, str\) and all", "all", HOSTILE),
     Fault(
         "checkpoint/hub.py",
@@ -119,7 +119,7 @@ FAULTS = [
     ),
     Fault("checkpoint/opening.py", r"if tensor\.dtype == torch\.uint32 else", "if False else", OPENING),
     Fault("checkpoint/opening.py", r"torch\.full_like\((.*), SYMMETRIC_ZERO, ", r"torch.zeros_like(\1, ", OPENING),
-    Fault("checkpoint/reading.py", r"\(8 \+ length \+ start,", "(length + start,", OPENING),
+    Fault("checkpoint/reading.py", r"\(values \+ start,", "(values - 8 + start,", OPENING),
     Fault("checkpoint/reading.py", r"^@lru_cache\(maxsize=64\)\n(def _places)", r"@lru_cache(maxsize=0)\n\1", OPENING),
     Fault("checkpoint/reading.py", r"set_\(storage\)\[start:\]", "set_(storage)[:size]", OPENING),
     Fault("checkpoint/reading.py", r" or start % dtype\.itemsize:", ":", OPENING),
