@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-# Keys of a block of FlexAttention's table, which is one step of its kernel.
-BLOCK = 64
+BLOCK = 64  # keys of a block of FlexAttention's table
 SMALLEST_HEAD = 16  # channels that FlexAttention's kernel can multiply
-# The keys of a row are read in parts, each by one program for every key head. An H100 wants about 512 programs, but a
-# part is a load more for every thread that sums them, so only those that it cannot do without may be more than 8.
-WANTED_PROGRAMS, NEEDED_PROGRAMS, FEWEST_PARTS, MANY_PARTS, MOST_PARTS = 512, 128, 2, 8, 16
+# The keys of a row are read in parts, each by one program for every key head: as many as an H200 runs at once.
+PROGRAMS, MOST_PARTS = 256, 16
+# A program loads blocks ahead into shared memory. That of the smallest cards has 99 KiB.
+LOADED_AHEAD, MOST_STAGES = 96 * 1024, 4
 
 
 def first_seen(position_B: Tensor, padding_B: Tensor, window: int | None) -> Tensor:
@@ -55,7 +55,6 @@ def block_attention(
     values_XMJE: Tensor,
     blocks: Blocks,
     scale: float | None = None,
-    parts: int | None = None,
 ) -> Tensor:
     """[B, H, E], of rows with keys of their own or all with the same. Programs read parts of a row's blocks, each key
     once for the heads that share it.
@@ -76,12 +75,8 @@ def block_attention(
         seq_lengths=(1, room),
         compute_q_blocks=False,
     )
-    options: Any = {
-        "SPLIT_KV": parts or key_parts(rows * kv_heads),
-        "BLOCK_N": BLOCK,
-        "num_warps": 4,
-        "BLOCKS_ARE_CONTIGUOUS": True,
-    }
+    bytes_of_a_key = 2 * keys_XMJE.shape[3] * keys_XMJE.itemsize
+    options: Any = {"num_warps": 4, "BLOCKS_ARE_CONTIGUOUS": True, **cut_keys(rows * kv_heads, bytes_of_a_key)}
     keys_XJME, values_XJME = keys_XMJE.transpose(1, 2), values_XMJE.transpose(1, 2)
     shared = q_BHE.shape[1] // kv_heads
     extra = (1 << (shared - 1).bit_length()) - shared
@@ -99,7 +94,14 @@ def block_attention(
     return y_BHE.unflatten(1, (kv_heads, -1))[:, :, :shared].flatten(1, 2) if extra else y_BHE
 
 
-def key_parts(programs: int) -> int:
-    """In how many parts keys are read, with so many programs for each part."""
-    wanted = max(NEEDED_PROGRAMS // programs, min(MANY_PARTS, WANTED_PROGRAMS // programs))
-    return min(MOST_PARTS, max(FEWEST_PARTS, wanted))
+def cut_keys(programs: int, bytes_of_a_key: int) -> dict[str, int]:
+    """How keys are read, with so many programs for each part: in how many parts, keys of a step, and steps ahead.
+
+    More programs than run at once take smaller steps, so that more of them fit a multiprocessor.
+    """
+    keys = BLOCK if programs <= PROGRAMS else BLOCK // 2
+    return {
+        "SPLIT_KV": min(MOST_PARTS, max(1, PROGRAMS // programs)),
+        "BLOCK_N": keys,
+        "num_stages": min(MOST_STAGES, max(1, LOADED_AHEAD // (keys * bytes_of_a_key))),
+    }

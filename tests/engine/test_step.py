@@ -313,9 +313,19 @@ def test_the_greedy_choice_in_two_steps_is_that_of_sampling(vocab_size, device):
     assert torch.equal(most_probable(logits_BV), sample(logits_BV, Sampling()))
 
 
-@pytest.mark.parametrize(("programs", "parts"), [(8, 16), (16, 8), (64, 8), (128, 4), (256, 2), (4096, 2)])
-def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, parts):
-    assert attend.key_parts(programs) == parts
+@pytest.mark.parametrize(("programs", "parts", "keys"), [(8, 16, 64), (32, 8, 64), (256, 1, 64), (257, 1, 32)])
+def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, parts, keys):
+    options = attend.cut_keys(programs, bytes_of_a_key=512)
+    assert (options["SPLIT_KV"], options["BLOCK_N"]) == (parts, keys)
+
+
+@pytest.mark.parametrize("bytes_of_a_key", [32, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("programs", [8, 512])
+def test_the_keys_that_a_program_loads_ahead_fit_the_smallest_shared_memory(programs, bytes_of_a_key):
+    options = attend.cut_keys(programs, bytes_of_a_key)
+    one_step, stages = options["BLOCK_N"] * bytes_of_a_key, options["num_stages"]
+    assert stages == 1 or (stages - 1) * one_step < stages * one_step <= 96 * 1024
+    assert stages == 4 or (stages + 1) * one_step > 96 * 1024
 
 
 def test_matrices_of_one_input_lie_together_and_exist_once(device):
