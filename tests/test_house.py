@@ -262,7 +262,7 @@ def step_through_text() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("miniawq.compiled.proof.compile_with_forms", lambda function, forms: function)
         patch.setattr("miniawq.compiled.prepacked.wants_rows", lambda _: True)
-        for form in (products.REDUCE, products.DOT, products.EXPAND):
+        for form in (products.REDUCE, products.DOT, products.WEIGHTS, products.EXPAND):
             assert not proof.problem_of(form, torch.device("cpu"), torch.float16, None)
 
 

@@ -2,13 +2,15 @@
 
     rows      form                                                       arithmetic
     1         `reduce_vectors`: multiply and sum                         float32
-    2..256    `dot_groups`: a tensor-core product of each group          16 bits, summed and scaled in float32
+    2..128    `dot_groups`: a tensor-core product of each group          16 bits, summed and scaled in float32
+    129..256  `dot_weights`: weights made where they are multiplied      the dtype of x, summed in float32
     more      `eager.expand`, then the library's matmul                  the dtype of x, summed in float32
 
-Neither of the first two rounds a weight: a nibble that is masked out of its word, and read as a float, is a code times
-a power of two. Nearly all are subnormal numbers, with a zero exponent. The activation that a code meets was multiplied
-by another power of two before, so that the product is a normal number, and one power of two at the end gives code * x.
-A device that flushes subnormals to zero gets these forms wrong, and `proof.py` leaves them out there.
+Neither of the first two rounds a weight; the others round each once. For those two, a nibble that is masked out of its
+word, and read as a float, is a code times a power of two. Nearly all are subnormal numbers, with a zero exponent. The
+activation that a code meets was multiplied by another power of two before, so that the product is a normal number, and
+one power of two at the end gives code * x. A device that flushes subnormals to zero gets these forms wrong, and
+`proof.py` leaves them out there.
 
 A form is a pure function of tensors that lie as `prepacked.py` says, to be called inside a larger compiled function.
 """
@@ -30,6 +32,7 @@ from miniawq.compiled.operations import (
     round_numbers,
     sum_in_loop,
     sum_of_groups,
+    sum_of_weights,
     sums_of_codes,
 )
 from miniawq.compiled.prepacked import bits_of_zeros, out_of_blocks, side_by_side, unpack_grid
@@ -112,12 +115,12 @@ def reduce_vectors(
 
 
 def whole_rows(rows: int) -> int:
-    """The rows that `dot_groups` computes of so many: whole tiles."""
+    """The rows that `dot_groups` or `dot_weights` computes of so many: whole tiles."""
     return rows + -rows % columns_for(rows)
 
 
 def in_whole_tiles(x_TI: Tensor) -> Tensor:
-    """With rows of zeros, as many as `dot_groups` takes."""
+    """With rows of zeros, as many as `whole_rows` says."""
     return with_rows(x_TI, whole_rows(len(x_TI)))
 
 
@@ -127,7 +130,7 @@ def with_rows(x_TI: Tensor, rows: int) -> Tensor:
 
 
 def steps_fit(words_KWGP: Tensor) -> bool:
-    """Whether `dot_groups` can go through a row of words in steps of whole groups, as many words as a power of two."""
+    """Whether tensor cores can go through a row of words in steps of whole groups, as many words as a power of two."""
     *_, groups, words = words_KWGP.shape
     return words & (words - 1) == 0 and groups * words % WORDS_OF_A_SUM == 0
 
@@ -185,7 +188,7 @@ def dot_groups(
     factors_T1: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """y [T, O] for a few to 256 rows: tensor cores multiply a group's codes by activations, then it is scaled.
+    """y [T, O] for a few to 128 rows: tensor cores multiply a group's codes by activations, then it is scaled.
 
     The codes of a word are floats of 16 bits after two masks and a shift, and zeros are bfloat16 already, so the tensor
     cores also take the zero's share away. A scale follows once for each group, output and row. `splits` cuts the groups
@@ -193,19 +196,58 @@ def dot_groups(
     multiplied by its factor, and the bias is added, before they are rounded to the dtype of x.
     """
     splits = splits or splits_for(words_KWGP.shape, x_CTQNH.shape[1])
-    words_VOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
+    words_VOJ, scales_VOU, zeros_VOU = in_splits(words_KWGP, grid_KGW, scale_dtype, splits)
     x_CVTYS = x_CTQNH.unflatten(2, (splits, -1)).transpose(1, 2).flatten(4)
-    grid_VOU = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
-    scales_VOU, _ = unpack_grid(grid_VOU, scale_dtype)
     sums_VUTF = sums_TG4.view(torch.bfloat16).transpose(0, 1).unflatten(0, (splits, -1))
-    y_VOT = sum_of_groups(words_VOJ, x_CVTYS.unbind(), scales_VOU, bits_of_zeros(grid_VOU), sums_VUTF)
+    y_VOT = sum_of_groups(words_VOJ, x_CVTYS.unbind(), scales_VOU, zeros_VOU, sums_VUTF)
     dtype = x_CTQNH.dtype
     y_VTO = y_VOT.transpose(1, 2) * 2.0 ** -(OF_CODES[dtype] + OF_ACTIVATIONS[dtype])
-    if factors_T1 is not None:
-        y_VTO = y_VTO * factors_T1
-    if splits == 1:
+    return splits_added(y_VTO if factors_T1 is None else y_VTO * factors_T1, bias_O, dtype)
+
+
+def by_nibbles(x_TI: Tensor, words_of_a_group: int) -> Tensor:
+    """Activations as `dot_weights` wants them, x_TQH of whole tiles: of each group those of nibbles 0 and 4 of all its
+    words, then of 1 and 5, and so on.
+    """
+    x_TI = in_whole_tiles(x_TI)
+    x_TQP2N = x_TI.unflatten(1, (-1, words_of_a_group, 2, CODES_PER_WORD // 2))
+    return x_TQP2N.permute(0, 1, 4, 2, 3).flatten(2)
+
+
+def dot_weights(
+    words_KWGP: Tensor,
+    grid_KGW: Tensor,
+    scale_dtype: torch.dtype,
+    x_TQH: Tensor,
+    bias_O: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """y [T, O] for 129 to 256 rows: weights are rounded to the dtype of x, and meet all rows of a tile.
+
+    A scale costs an instruction for each weight here, and one for each row and output of a group in `dot_groups`. The
+    tensor cores never wait for one, as they go on adding to the same sums while the next weights are made.
+    """
+    splits = splits or splits_for(words_KWGP.shape, len(x_TQH))
+    x_VTUH = x_TQH.unflatten(1, (splits, -1)).transpose(0, 1)
+    words_VOJ, scales_VOU, zeros_VOU = in_splits(words_KWGP, grid_KGW, scale_dtype, splits)
+    y_VOT = sum_of_weights(words_VOJ, x_VTUH, scales_VOU, zeros_VOU)
+    return splits_added(y_VOT.transpose(1, 2), bias_O, x_TQH.dtype)
+
+
+def in_splits(
+    words_KWGP: Tensor, grid_KGW: Tensor, scale_dtype: torch.dtype, splits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Words [V, O, J], scales in float32 and the bits of zeros [V, O, U] of each of V parts of the groups."""
+    words_VOJ = words_KWGP.flatten(0, 1).unflatten(1, (splits, -1)).flatten(2).transpose(0, 1)
+    grid_VOU = out_of_blocks(grid_KGW).unflatten(1, (splits, -1)).transpose(0, 1)
+    scales_VOU, _ = unpack_grid(grid_VOU, scale_dtype)
+    return words_VOJ, scales_VOU, bits_of_zeros(grid_VOU)
+
+
+def splits_added(y_VTO: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y_TO of its parts. The kernel that reads partial sums adds them."""
+    if len(y_VTO) == 1:
         return written(with_bias(y_VTO.squeeze(0), bias_O, dtype))
-    # Partial sums: the kernel that reads them adds them.
     return with_bias(reduce(torch.add, written(y_VTO).unbind()), bias_O, dtype)
 
 

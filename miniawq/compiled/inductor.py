@@ -25,9 +25,11 @@ from miniawq.compiled.operations import (
     PARTS_OF_A_SUM,
     PRODUCT_UNROUNDED,
     ROUND_NUMBERS,
+    SHIFTS,
     SUBNORMAL_PLACES,
     SUM_IN_LOOP,
     SUM_OF_GROUPS,
+    SUM_OF_WEIGHTS,
     SUMMED_AT_ONCE,
     SUMS_IN_STEP,
     SUMS_OF_CODES,
@@ -69,10 +71,11 @@ class BlockSizes(InductorChoices):
 
 
 class Products(TritonKernelOverrides):
-    """Inductor's operations, whose `dot` also multiplies codes and zeros, and tells what one step has of a group.
+    """Inductor's operations, whose `dot` also takes codes, zeros and weights, and tells what a step has of a group.
 
-    A left operand int32 has words of codes, one int16 the bits of zeros, one for each row. The other operand of an
-    integer 1 is a number of a group: one for each row, because a step is not longer than a group.
+    A left operand int32 has words of codes, one int16 the bits of zeros, one for each row, and one float32 weights. The
+    other operand of an integer 1 is a number of a group: one for each row, because a step is not longer than a group;
+    that of words may be zeros, to be taken away from their codes.
     """
 
     @staticmethod
@@ -80,21 +83,34 @@ class Products(TritonKernelOverrides):
         """The text of one product."""
         if b.dtype == torch.int32:
             return f"{a}"
+        if b.dtype == torch.int16:
+            # 128 more than a code or a zero is a bfloat16 whose last bits are those of the number.
+            codes = codes_in_order(
+                [f"({a} >> {shift} & {0x000F000F} | {0x43004300})" for shift in SHIFTS], torch.bfloat16
+            )
+            return f"({codes} - ({b}.to(tl.bfloat16, bitcast=True) + 128.0)).to(tl.float32)"
         if a.dtype == torch.int16:
             zeros = f"tl.broadcast_to({a}.to(tl.bfloat16, bitcast=True), [YBLOCK, {SUMMED_AT_ONCE}])"
             return f"tl.dot({zeros}, tl.trans({b}))"
         if a.dtype == torch.int32:
-            return f"tl.dot({Products.codes(a, b.dtype)}, tl.trans({b}))"
+            pairs = [f"({a} >> {shift} & {0x000F000F << place})" for shift, place in PAIR_PLACES[b.dtype]]
+            return f"tl.dot({codes_in_order(pairs, b.dtype)}, tl.trans({b}))"
+        if a.dtype == torch.float32:
+            return f"tl.dot({a}.to({triton_name(b.dtype)}), tl.trans({b}))"
         return TritonKernelOverrides.dot(a, b)
 
-    @staticmethod
-    def codes(words: Any, dtype: torch.dtype) -> str:
-        """The text of all codes of words as floats, in the order of `sum_of_groups`; what is repeated is one value."""
-        pairs = [f"({words} >> {shift} & {0x000F000F << place})" for shift, place in PAIR_PLACES[dtype]]
-        joined = f"tl.join(tl.join({pairs[0]}, {pairs[2]}), tl.join({pairs[1]}, {pairs[3]}))"
-        in_order = f"tl.reshape(tl.permute({joined}, (0, 2, 3, 1)), [YBLOCK, 4 * R0_BLOCK])"
-        halves = f"tl.join({in_order}.to(tl.int16), ({in_order} >> 16).to(tl.int16))"
-        return f"tl.reshape({halves}, [YBLOCK, 8 * R0_BLOCK]).to({str(dtype).replace('torch', 'tl')}, bitcast=True)"
+
+def codes_in_order(pairs: Sequence[str], dtype: torch.dtype) -> str:
+    """The text of all codes of words as floats, in the order of `sum_of_groups`; what is repeated is one value."""
+    joined = f"tl.join(tl.join({pairs[0]}, {pairs[2]}), tl.join({pairs[1]}, {pairs[3]}))"
+    rows = f"tl.reshape(tl.permute({joined}, (0, 2, 3, 1)), [YBLOCK, 4 * R0_BLOCK])"
+    halves = f"tl.join({rows}.to(tl.int16), ({rows} >> 16).to(tl.int16))"
+    return f"tl.reshape({halves}, [YBLOCK, 8 * R0_BLOCK]).to({triton_name(dtype)}, bitcast=True)"
+
+
+def triton_name(dtype: torch.dtype) -> str:
+    """Of a dtype in a source."""
+    return str(dtype).replace("torch", "tl")
 
 
 class MatrixKernel(TritonKernel):
@@ -215,6 +231,25 @@ def lowered_sum_of_groups(words: Any, rights: Sequence[Any], scales: Any, zeros:
         return reduce(ops.add, scaled)
 
     return summed_products(scales, value, [*sizes, summands, rights[0].get_size()[1]])
+
+
+@register_lowering(SUM_OF_WEIGHTS, type_promotion_kind=None)
+def lowered_sum_of_weights(words: Any, right: Any, scales: Any, zeros: Any) -> Any:
+    """The same of weights, whose products are summed as they are."""
+    *sizes, summands = words.get_size()
+    word_at, right_at, scale_at, zero_at = (x.make_loader() for x in (words, right, scales, zeros))
+    dtype, words_of_a_group = right.get_dtype(), right.get_size()[-1] // CODES_PER_WORD
+
+    def value(index: Sequence[Any]) -> Any:
+        *batch, row, word, column = index
+        group = FloorDiv(word, words_of_a_group)
+        first_code = CODES_PER_WORD * ModularIndexing(word, 1, words_of_a_group)
+        differences = ops.dot(word_at([*batch, row, word]), zero_at([*batch, row, group]))
+        scale = ops.dot(scale_at([*batch, row, group]), ops.constant(1, torch.int32))
+        right_of = right_at([*batch, column, group, first_code])
+        return ops.dot(ops.mul(differences, scale), ops.to_dtype(right_of, dtype, use_compute_types=False))
+
+    return summed_products(scales, value, [*sizes, summands, right.get_size()[1]])
 
 
 def summed_products(like: Any, value: Callable[..., Any], ranges: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from miniawq.compiled.prepacked import LARGEST_GROUP
 
-# At least, of `dot_groups`.
+# At least, of `dot_groups` and `dot_weights`.
 WORDS_OF_A_STEP = 8
 WORDS_OF_A_SUM = 16  # at least and in multiples, because Inductor masks sums of fewer
 THREADS_OF_A_WARP = 32
@@ -22,28 +22,34 @@ FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
 
 class DotTile(NamedTuple):
-    """The outputs and warps of a program of `dot_groups`, and how many programs are worth a split of the sum."""
+    """Outputs, warps and stages of a program of `dot_groups` or `dot_weights`; and how many are worth a split."""
 
     outputs: int
     warps: int
+    stages: int
     programs: int
 
 
 PARTS = (7, 4, 2)
-# For the rows of a program. All take one group at a time, or a few small ones, and load the next ones meanwhile.
+# For the rows of a program. All take one group at a time, or a few small ones, and load the next ones meanwhile. The
+# last is for `dot_weights`.
 DOT_TILES = {
-    8: DotTile(64, 2, 400),
-    16: DotTile(128, 4, 200),
-    32: DotTile(128, 4, 200),
-    64: DotTile(128, 4, 190),
+    8: DotTile(64, 2, 4, 400),
+    16: DotTile(128, 4, 4, 200),
+    32: DotTile(128, 4, 4, 200),
+    64: DotTile(128, 4, 4, 190),
+    256: DotTile(128, 8, 3, 90),
 }
-DOT_STAGES, DENSE_STAGES = 4, 3
+MOST_ROWS_IN_GROUPS = 128  # of `dot_groups`
+DENSE_STAGES = 3
 SPLITS = (1, 2, 4, 8)
 
 
 def columns_for(rows: int) -> int:
-    """The rows that a program of `dot_groups` takes, of so many."""
-    return next((columns for columns in DOT_TILES if rows <= columns), max(DOT_TILES))
+    """The rows that a program of `dot_groups` or `dot_weights` takes, of so many."""
+    if rows > MOST_ROWS_IN_GROUPS:
+        return max(DOT_TILES)
+    return next(columns for columns in DOT_TILES if min(rows, 64) <= columns)
 
 
 def parts_for(vectors: int, rows: int) -> int:
@@ -53,7 +59,7 @@ def parts_for(vectors: int, rows: int) -> int:
 
 
 def splits_for(shape_KWGP: Sequence[int], rows: int) -> int:
-    """In how many parts `dot_groups` sums: so many that there are enough programs, if the groups can be shared out."""
+    """In how many parts tensor cores sum: so many that there are enough programs, if the groups can be shared out."""
     blocks, lanes, groups, words = shape_KWGP
     columns = columns_for(rows)
     tile = DOT_TILES[columns]
@@ -98,11 +104,11 @@ def vectors_tile(outputs: int, summands: int, sums: int) -> dict[str, int]:
 
 
 def dot_tile(sizes: dict[str, int], words: int) -> dict[str, int]:
-    """For `dot_groups`: a step is one group, or as many small ones as the tensor cores sum at once."""
-    columns = min(sizes["x"], max(DOT_TILES))
-    outputs, warps, _ = DOT_TILES[columns]
+    """For tensor cores: a step is one group, or as many small ones as they sum at once."""
+    columns = columns_for(sizes["x"])
+    outputs, warps, stages, _ = DOT_TILES[columns]
     blocks = {"XBLOCK": columns, "YBLOCK": outputs, "R0_BLOCK": max(words, WORDS_OF_A_STEP)}
-    return blocks | {"num_warps": warps, "num_stages": DOT_STAGES}
+    return blocks | {"num_warps": warps, "num_stages": stages}
 
 
 def dense_dot_tile(rows: int) -> dict[str, int]:

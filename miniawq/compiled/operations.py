@@ -44,6 +44,7 @@ PAIR_PLACES = {
     torch.bfloat16: ((0, 0), (0, 4), (8, 0), (8, 4)),
     torch.float16: ((0, 0), (4, 0), (8, 0), (12, 0)),
 }
+SHIFTS = (0, 4, 8, 12)  # to the same pairs for `sum_of_weights`
 SUMMED_AT_ONCE = 16  # the fewest numbers that tensor cores sum
 PARTS_OF_A_SUM = 4  # in which a float32 is written as bfloat16s; three have its 24 bits
 
@@ -75,6 +76,28 @@ def sum_of_groups(words: Tensor, rights: Sequence[Tensor], scales: Tensor, zeros
 @sum_of_groups.register_fake
 def _(words: Tensor, rights: Sequence[Tensor], scales: Tensor, zeros: Tensor, sums: Tensor) -> Tensor:
     return scales.new_empty(*words.shape[:-1], rights[0].shape[1])
+
+
+@torch.library.custom_op("miniawq::sum_of_weights", mutates_args=())
+def sum_of_weights(words: Tensor, right: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """y_KOT float32: the sum of weight * x, where a weight is (code - zero) * scale, rounded to the 16 bits of x.
+
+    words int32 [K, O, J]; right [K, T, Q, H], the H inputs that the words of each of Q groups meet, in the order of
+    `sum_of_groups`. scales float32 and zeros, the bits of bfloat16s, int16 [K, O, Q].
+
+    An operation of its own, because Inductor would load a word again for each of its codes.
+    """
+    words_KOQP = words.unflatten(2, (right.shape[2], -1))
+    pairs = [words_KOQP >> shift & 0x000F000F for shift in SHIFTS]
+    codes_KOQH = torch.stack(pairs, 3).view(torch.int16).flatten(3).float()
+    zeros_KOQ = zeros.contiguous().view(torch.bfloat16).float()
+    weights_KOQH = (codes_KOQH - zeros_KOQ.unsqueeze(3)) * scales.unsqueeze(3)
+    return torch.einsum("koqh,ktqh->kot", weights_KOQH.to(right.dtype).double(), right.double()).float()
+
+
+@sum_of_weights.register_fake
+def _(words: Tensor, right: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return scales.new_empty(*words.shape[:-1], right.shape[1])
 
 
 # Where `sums_of_codes` finds nibble i: shift the word right by the first number, then it begins at the second. Bit 16
@@ -137,5 +160,6 @@ ROUND_NUMBERS = torch.ops.miniawq.round_numbers.default
 SUM_IN_LOOP = torch.ops.miniawq.sum_in_loop.default
 SUMS_OF_CODES = torch.ops.miniawq.sums_of_codes.default
 SUM_OF_GROUPS = torch.ops.miniawq.sum_of_groups.default
+SUM_OF_WEIGHTS = torch.ops.miniawq.sum_of_weights.default
 PRODUCT_UNROUNDED = torch.ops.miniawq.product_unrounded.default
 SUMS_IN_STEP = torch.ops.miniawq.sums_in_step.default

@@ -26,8 +26,8 @@ from miniawq.packing import CODES_PER_WORD
 # From so many rows on `DOT` was the faster form on an H200, for activations of 16 bits (docs/log).
 FEWEST_ROWS_DOTTED = 2
 MOST_ROWS_REDUCED = 3
-# Smaller groups than the largest take more steps, and were not measured with more rows.
-MOST_ROWS_DOTTED, MOST_ROWS_OF_SMALL_GROUPS = 256, 128
+# Of weights in the largest groups; `WEIGHTS` does not take smaller ones.
+MOST_ROWS_OF_WEIGHTS = 256
 MOST_ROWS_ON_CPU = 32
 # With more rows a kernel of its own for the norm is faster than a factor in each program of the product (docs/log).
 MOST_ROWS_NORMED_LATE = 32
@@ -189,6 +189,24 @@ def multiply_dotted(
     return gpu_forms.dot_groups(words_KWGP, grid_KGW, scale_like.dtype, *x, bias_O, factors_T1)
 
 
+def prepare_by_nibbles(x_TI: Tensor, dtype: torch.dtype, words_KWGP: Tensor, *_: Any) -> Tensor:
+    """`gpu_forms.by_nibbles`."""
+    return written(gpu_forms.by_nibbles(x_TI.to(dtype), words_KWGP.shape[3]))
+
+
+def multiply_weights(
+    x_TQH: Tensor,
+    _means_TC: None,
+    _dtype: torch.dtype,
+    words_KWGP: Tensor,
+    grid_KGW: Tensor,
+    scale_like: Tensor,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """`gpu_forms.dot_weights`."""
+    return gpu_forms.dot_weights(words_KWGP, grid_KGW, scale_like.dtype, x_TQH, bias_O)
+
+
 def prepare_words(
     x_TI: Tensor, _dtype: torch.dtype, _words_KGPW: Tensor, grid_KG2W: Tensor, _bias_O: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -281,6 +299,7 @@ def multiply_tiled(
 
 REDUCE = Form("reduce", prepare_reduced, multiply_reduced, prepare_normed_reduced, stays_float32=True)
 DOT = Form("dot", prepare_dotted, multiply_dotted, prepare_normed_dotted, whole_rows=gpu_forms.whole_rows)
+WEIGHTS = Form("weights", prepare_by_nibbles, multiply_weights, whole_rows=gpu_forms.whole_rows)
 EXPAND = Form("expand", as_they_are, multiply_expanded, written_by_inductor=False)
 WORDS = Form("words", prepare_words, multiply_words)
 PLAIN = Form("plain", as_they_are, multiply_plainly, written_by_inductor=False)
@@ -299,8 +318,9 @@ def int4_product(weight: Prepacked, bias_O: Tensor | None, rows: int, dtype: tor
         has_16_bits = dtype.itemsize == 2
         few = (REDUCE,) if rows <= MOST_ROWS_REDUCED else ()
         is_largest = weight.words.shape[3] * CODES_PER_WORD == LARGEST_GROUP
-        most = MOST_ROWS_DOTTED if is_largest else MOST_ROWS_OF_SMALL_GROUPS
-        some = (DOT,) if has_16_bits and rows <= most and gpu_forms.steps_fit(weight.words) else ()
+        most = MOST_ROWS_OF_WEIGHTS if is_largest else launch.MOST_ROWS_IN_GROUPS
+        by_tensor_cores = DOT if rows <= launch.MOST_ROWS_IN_GROUPS else WEIGHTS
+        some = (by_tensor_cores,) if has_16_bits and rows <= most and gpu_forms.steps_fit(weight.words) else ()
         first, second = (few, some) if rows < FEWEST_ROWS_DOTTED else (some, few)
         wanted = (*first, *second, *((EXPAND,) if has_16_bits else ()))
     form = next(filter(accepts, wanted), PLAIN)

@@ -16,6 +16,7 @@ from miniawq.compiled.products import (
     DOT,
     EXPAND,
     REDUCE,
+    WEIGHTS,
     WORDS,
     Form,
     Product,
@@ -30,8 +31,8 @@ from miniawq.packing import CODES_PER_WORD, Quantized, dequantize
 
 OUTPUTS, INPUTS, GROUP_SIZE = 64, 512, 128
 # Rows for which each form is tried: those of its smallest tile, but one too few for forms that fill tiles up.
-ROWS_TRIED = {"dot": 7, "tiled": 7, "expand": 16}
-OF_INT4 = (REDUCE, DOT, EXPAND, WORDS)
+ROWS_TRIED = {"dot": 7, "tiled": 7, "weights": 255, "expand": 16}
+OF_INT4 = (REDUCE, DOT, WEIGHTS, EXPAND, WORDS)
 
 
 def check(form: Form, device: torch.device, dtype: torch.dtype, directory: Path | None = None) -> bool:

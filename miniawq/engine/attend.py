@@ -14,8 +14,9 @@ from torch.nn.functional import pad
 
 BLOCK = 64  # keys of a block of FlexAttention's table
 SMALLEST_HEAD = 16  # channels that FlexAttention's kernel can multiply
-# The keys of a row are read in parts, each by one program for every key head: as many as an H200 runs at once.
-PROGRAMS, MOST_PARTS = 256, 16
+# The keys of a row are read in parts, each by one program for every key head: as many as an H200 runs at once, which
+# are so many where a key and its value have so many bytes.
+PROGRAMS, BYTES_OF_A_KEY, MOST_PARTS = 256, 512, 16
 # A program loads blocks ahead into shared memory. That of the smallest cards has 99 KiB.
 LOADED_AHEAD, MOST_STAGES = 96 * 1024, 4
 
@@ -99,9 +100,10 @@ def cut_keys(programs: int, bytes_of_a_key: int) -> dict[str, int]:
 
     More programs than run at once take smaller steps, so that more of them fit a multiprocessor.
     """
-    keys = BLOCK if programs <= PROGRAMS else BLOCK // 2
+    at_once = PROGRAMS * BYTES_OF_A_KEY // bytes_of_a_key
+    keys = BLOCK if programs <= at_once else BLOCK // 2
     return {
-        "SPLIT_KV": min(MOST_PARTS, max(1, PROGRAMS // programs)),
+        "SPLIT_KV": min(MOST_PARTS, max(1, at_once // programs)),
         "BLOCK_N": keys,
         "num_stages": min(MOST_STAGES, max(1, LOADED_AHEAD // (keys * bytes_of_a_key))),
     }

@@ -58,6 +58,13 @@ def dot_product(x_TI, quantized, splits=1, bias_O=None):
     return y_TO[: len(x_TI)]
 
 
+def weights_product(x_TI, quantized, splits=1, bias_O=None):
+    words_KWGP, grid_KGW = in_rows(quantized)
+    x_TQH = forms.by_nibbles(x_TI, words_KWGP.shape[3])
+    y_TO = forms.dot_weights(words_KWGP, grid_KGW, quantized.scales_OG.dtype, x_TQH, bias_O, splits=splits)
+    return y_TO[: len(x_TI)]
+
+
 def summed_product(x_TI, quantized):
     return tables.summed_product(x_TI, [tables.table_of(quantized)])
 
@@ -99,6 +106,14 @@ def dot_bound(x_TI, quantized):
     return (1 + unit) * reduction_bound(x_TI, quantized) + unit * exact(x_TI, quantized).abs()
 
 
+def weights_bound(x_TI, quantized):
+    """`dot_weights` rounds each weight and the result to the dtype of x."""
+    unit = torch.finfo(x_TI.dtype).eps / 2
+    of_weights = magnitude(x_TI, quantized, lambda code, zero, scale: (code - zero).abs() * scale)
+    sums = (unit + (1 + unit) * (x_TI.shape[1] + 8) * FLOAT32) * of_weights
+    return (1 + unit) * sums + unit * exact(x_TI, quantized).abs()
+
+
 PRODUCTS = {
     "vectors": (vectors_product, reduction_bound, torch.float32),
     "vectors in 4": (lambda x_TI, quantized: vectors_product(x_TI, quantized, 4), reduction_bound, torch.float32),
@@ -112,6 +127,8 @@ PRODUCTS = {
     "expanded table": (expanded_product, reduction_bound, torch.float32),
     "dot": (dot_product, dot_bound, torch.bfloat16),
     "dot in 2": (lambda x_TI, quantized: dot_product(x_TI, quantized, 2), dot_bound, torch.float16),
+    "weights": (weights_product, weights_bound, torch.float16),
+    "weights in 2": (lambda x_TI, quantized: weights_product(x_TI, quantized, 2), weights_bound, torch.float16),
 }
 
 
@@ -260,11 +277,12 @@ def test_a_block_fills_a_vector_where_it_can(capability, outputs, lanes, monkeyp
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_a_bias_is_added_before_dots_are_rounded(splits):
+@pytest.mark.parametrize("product", [dot_product, weights_product])
+def test_a_bias_is_added_before_dots_are_rounded(product, splits):
     """So it may take away what was rounded, and leave the rest."""
     quantized, x_TI = random_quantized(48, 512, 128), random_rows(4, 512, torch.bfloat16)
-    y_TO = dot_product(x_TI, quantized, splits)
-    rest_O = dot_product(x_TI, quantized, splits, -y_TO[0].float())[0]
+    y_TO = product(x_TI, quantized, splits)
+    rest_O = product(x_TI, quantized, splits, -y_TO[0].float())[0]
     assert (rest_O != 0).all()
     assert (rest_O.abs() <= 2**-8 * y_TO[0].abs()).all()
 
@@ -320,15 +338,16 @@ def test_a_nan_stays_in_its_row_of_a_dense_sum():
 
 
 @pytest.mark.parametrize(
-    ("places", "name"), [("SUBNORMAL_PLACES", "vectors"), ("PAIR_PLACES", "dot"), ("PAIR_PLACES", "dot in 2")]
+    ("places", "name"),
+    [("SUBNORMAL_PLACES", "vectors"), ("PAIR_PLACES", "dot"), ("PAIR_PLACES", "dot in 2"), ("SHIFTS", "weights")],
 )
 def test_bounds_catch_two_nibbles_exchanged(places, name, monkeypatch):
     product, bound, dtype = PRODUCTS[name]
     quantized, x_TI = random_quantized(48, 256, 64), random_rows(2, 256, dtype)
     good = getattr(operations, places)
-    first, second, *others = good if places == "SUBNORMAL_PLACES" else good[dtype]
+    first, second, *others = good[dtype] if places == "PAIR_PLACES" else good
     exchanged = (second, first, *others)
-    monkeypatch.setattr(operations, places, exchanged if places == "SUBNORMAL_PLACES" else {dtype: exchanged})
+    monkeypatch.setattr(operations, places, {dtype: exchanged} if places == "PAIR_PLACES" else exchanged)
     if places == "SUBNORMAL_PLACES":
         monkeypatch.setattr(forms, places, exchanged)
     error_TO = (product(x_TI, quantized).double() - exact(x_TI, quantized)).abs()

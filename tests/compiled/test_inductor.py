@@ -1,12 +1,14 @@
 """What Inductor makes of our operations, and the sources that are made into products of matrices or left alone."""
 
 import re
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from miniawq.compiled.launch import block_sizes
-from miniawq.compiled.operations import round_numbers, sums_in_step
+from miniawq.compiled.operations import round_numbers, sum_of_groups, sum_of_weights, sums_in_step
 from miniawq.compiled.sources import with_matrices
 
 BATCHED = """\
@@ -66,6 +68,67 @@ def test_three_dimensions_as_well_as_four():
     three = BATCHED.replace("[None, ", "[").replace("[1, 1, 1, 1]", "[1, 1, 1]").replace("[None,:,:", "[:,:")
     assert "[:, None, None]" in three
     assert with_matrices(three) == MATRICES
+
+
+class Tile(NamedTuple):
+    """A tensor, with what Triton calls its operations."""
+
+    values: torch.Tensor
+
+    def to(self, dtype, bitcast=False):
+        return Tile(self.values.contiguous().view(dtype) if bitcast else self.values.to(dtype))
+
+    __rshift__ = lambda self, other: Tile(self.values >> values_of(other))  # noqa: E731
+    __and__ = lambda self, other: Tile(self.values & values_of(other))  # noqa: E731
+    __or__ = lambda self, other: Tile(self.values | values_of(other))  # noqa: E731
+    __add__ = lambda self, other: Tile(self.values + values_of(other))  # noqa: E731
+    __sub__ = lambda self, other: Tile(self.values - values_of(other))  # noqa: E731
+
+
+def values_of(other):
+    return other.values if isinstance(other, Tile) else other
+
+
+TRITON = SimpleNamespace(
+    int16=torch.int16, bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
+    join=lambda a, b: Tile(torch.stack([a.values, b.values], -1)),
+    permute=lambda a, places: Tile(a.values.permute(places)),
+    reshape=lambda a, sizes: Tile(a.values.reshape(sizes)),
+    trans=lambda a: Tile(a.values.t()),
+    dot=lambda a, b: Tile(a.values.double() @ b.values.double()),
+)  # fmt: skip
+
+
+class Operand(NamedTuple):
+    """A name in a source."""
+
+    name: str
+    dtype: torch.dtype
+
+    def __str__(self):
+        return self.name
+
+
+def computed_by_text(left, right):
+    """What the text of `Products.dot` computes, of tensors."""
+    from miniawq.compiled.inductor import Products
+
+    text = Products.dot(Operand("left", left.dtype), Operand("right", right.dtype))
+    names = {"tl": TRITON, "left": Tile(left), "right": Tile(right), "YBLOCK": 4, "R0_BLOCK": 16}
+    return eval(text, names).values
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_texts_of_products_are_what_the_operations_compute(dtype):
+    words_OJ = torch.randint(-(2**31), 2**31, (4, 16), dtype=torch.int32)
+    x_TH, scales_O1 = torch.randint(-3, 4, (5, 128)).to(dtype), torch.rand(4, 1)
+    zeros_O1 = torch.tensor([[0.0], [1.0], [9.0], [15.0]]).bfloat16().view(torch.int16)
+    right_KTQH, no_sums = x_TH[None, :, None], torch.zeros(1, 1, 5, 16, dtype=torch.bfloat16)
+    expected_KOT = sum_of_groups(words_OJ[None], [right_KTQH], torch.ones(1, 4, 1), zeros_O1[None], no_sums)
+    assert torch.equal(computed_by_text(words_OJ, x_TH).float(), expected_KOT[0])
+    weights_OH = computed_by_text(words_OJ, zeros_O1) * scales_O1
+    expected_KOT = sum_of_weights(words_OJ[None], right_KTQH, scales_O1[None], zeros_O1[None])
+    assert torch.equal(computed_by_text(weights_OH, x_TH).float(), expected_KOT[0])
 
 
 @pytest.mark.parametrize(("old", "new"), [

@@ -155,6 +155,14 @@ def test_what_belongs_to_a_group_is_loaded_once_for_each_row_and_column(source):
         assert (shapes.names[products], shapes.names[scales]) == ((ROWS, COLUMNS), (ROWS, "1"))
 
 
+@pytest.mark.parametrize("source", [path for path in SOURCES if "weights" in path.name], ids=str, indirect=True)
+def test_weights_are_made_of_whole_groups_and_multiplied_at_once(source):
+    shapes = Shapes(sources.with_matrices(source))
+    assert shapes.products == [[(ROWS, CODES), (CODES, COLUMNS)]]
+    ((codes, scales),) = re.findall(r"tmp\d+ = (tmp\d+) \* (tmp\d+)\n", source)
+    assert (shapes.names[codes], shapes.names[scales]) == ((ROWS, CODES), (ROWS, "1"))
+
+
 def test_a_second_time_changes_nothing(source):
     once = sources.with_matrices(source)
     assert once != source

@@ -36,8 +36,9 @@ class OnCuda:
 
 @pytest.mark.parametrize(("rows", "groups", "dtype", "form"), [
     (1, 112, torch.bfloat16, "REDUCE"), (2, 112, torch.bfloat16, "DOT"), (3, 64, torch.float32, "REDUCE"),
-    (4, 32, torch.float16, "DOT"), (256, 32, torch.bfloat16, "DOT"), (257, 32, torch.bfloat16, "EXPAND"),
-    (257, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
+    (4, 32, torch.float16, "DOT"), (128, 32, torch.bfloat16, "DOT"), (129, 32, torch.float16, "WEIGHTS"),
+    (256, 32, torch.bfloat16, "WEIGHTS"), (257, 32, torch.bfloat16, "EXPAND"), (129, 32, torch.float32, "PLAIN"),
+    (4, 32, torch.float32, "PLAIN"),
 ])  # fmt: skip
 def test_the_form_on_a_gpu_goes_by_rows_and_groups(rows, groups, dtype, form, monkeypatch):
     monkeypatch.setattr(products, "int4_tensors", lambda *_: ())
@@ -91,7 +92,7 @@ def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
         options = compile_with_forms(torch.neg, [form]).options
         assert "triton.native_matmul" not in options
         assert options.keys() >= (eager.EXPAND_IN_ONE.keys() if form is products.EXPAND else set())
-    for form in (products.REDUCE, products.DOT, products.WORDS, products.ROWS, products.SUMMED, products.TILED):
+    for form in (products.REDUCE, products.DOT, products.WEIGHTS, products.WORDS, products.ROWS, products.TILED):
         assert compile_with_forms(torch.neg, [form, products.LIBRARY]).options["triton.native_matmul"]
 
 
@@ -120,16 +121,16 @@ def int4_form(monkeypatch, form, outputs, bias=None):
 
 
 @pytest.mark.parametrize(("form", "rows"), [
-    ("WORDS", 1), ("WORDS", 5), ("REDUCE", 1), ("REDUCE", 3), ("DOT", 20), ("PLAIN", 3)
+    ("WORDS", 1), ("WORDS", 5), ("REDUCE", 1), ("REDUCE", 3), ("DOT", 20), ("WEIGHTS", 130), ("PLAIN", 3)
 ])  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
 def test_forms_compute_the_layer_and_the_norm_before_it(form, rows, bias, monkeypatch):
     layer, found = int4_form(monkeypatch, form, 48, torch.randn(48) if bias else None)
-    dtype = torch.bfloat16 if form == "DOT" else torch.float32
+    dtype = torch.bfloat16 if form in ("DOT", "WEIGHTS") else torch.float32
     h_TI, norm_I, eps = (torch.randn(rows, 256) * 3).to(dtype), (torch.rand(256) + 0.5).to(dtype), 0.5
     x_TI = nn.functional.rms_norm(h_TI, (256,), norm_I, eps)
     expected = layer(x_TI.float()).to(dtype)
-    limit = (2e-2 if form == "DOT" else 1e-5) * float(expected.abs().max())
+    limit = (1e-5 if dtype == torch.float32 else 2e-2) * float(expected.abs().max())
     for prepared in (products.prepare_normed(found, h_TI, norm_I, eps), prepare(found, x_TI)):
         torch.testing.assert_close(multiply(found, prepared), expected, rtol=0, atol=limit)
 

@@ -6,7 +6,15 @@ import torch
 from miniawq.compiled import eager, gpu_forms, prepacked, products, proof, workshop
 from miniawq.compiled.workshop import Workshop
 
-FORMS = [products.REDUCE, products.DOT, products.WORDS, products.ROWS, products.TILED, products.EXPAND]
+FORMS = [
+    products.REDUCE,
+    products.DOT,
+    products.WEIGHTS,
+    products.WORDS,
+    products.ROWS,
+    products.TILED,
+    products.EXPAND,
+]
 CPU = torch.device("cpu")
 
 
@@ -15,7 +23,8 @@ def plainly(function, forms):
     return function
 
 
-OF_16_BITS = (products.DOT, products.EXPAND)
+OF_16_BITS = (products.DOT, products.WEIGHTS, products.EXPAND)
+IN_ROWS = (products.REDUCE, *OF_16_BITS)
 
 
 @pytest.fixture
@@ -28,7 +37,7 @@ def shop(monkeypatch):
 @pytest.fixture
 def arranged(monkeypatch):
     def choose(form):
-        monkeypatch.setattr(prepacked, "wants_rows", lambda _: form in (products.REDUCE, products.DOT, products.EXPAND))
+        monkeypatch.setattr(prepacked, "wants_rows", lambda _: form in IN_ROWS)
 
     return choose
 

@@ -313,9 +313,11 @@ def test_the_greedy_choice_in_two_steps_is_that_of_sampling(vocab_size, device):
     assert torch.equal(most_probable(logits_BV), sample(logits_BV, Sampling()))
 
 
-@pytest.mark.parametrize(("programs", "parts", "keys"), [(8, 16, 64), (32, 8, 64), (256, 1, 64), (257, 1, 32)])
-def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, parts, keys):
-    options = attend.cut_keys(programs, bytes_of_a_key=512)
+@pytest.mark.parametrize(("programs", "bytes_of_a_key", "parts", "keys"), [
+    (8, 512, 16, 64), (32, 512, 8, 64), (256, 512, 1, 64), (257, 512, 1, 32), (128, 256, 4, 64), (512, 256, 1, 64)
+])  # fmt: skip
+def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, bytes_of_a_key, parts, keys):
+    options = attend.cut_keys(programs, bytes_of_a_key)
     assert (options["SPLIT_KV"], options["BLOCK_N"]) == (parts, keys)
 
 

@@ -53,6 +53,26 @@ class Pairs(NamedTuple):
         return generated(product, tensors)
 
 
+class Weights(NamedTuple):
+    """A call of `dot_weights` for whole tiles of rows."""
+
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+    splits: int = 1
+    bias: bool = False
+    size: tuple[int, int] = LAYER
+
+    def sources(self):
+        outputs, groups = self.size[0], self.size[1] // GROUP
+        tensors = {
+            "words_KWGP": ((outputs // LANES, LANES, groups, GROUP // 8), torch.int32),
+            "grid_KGW": ((outputs // LANES, groups, LANES), torch.int32),
+            "x_TQH": ((self.rows, groups, GROUP), self.dtype),
+        }
+        tensors |= {"bias_O": ((outputs,), SCALES)} if self.bias else {}
+        return generated(partial(gpu_forms.dot_weights, scale_dtype=SCALES, splits=self.splits), tensors)
+
+
 class Vectors(NamedTuple):
     """A call of `reduce_vectors`."""
 
@@ -100,6 +120,8 @@ STORED = {
     "pairs-128-splits-factors": Pairs(128, torch.float16, factors=True),
     "pairs-8-small-groups": Pairs(8, splits=1, group=32),
     "pairs-8-one-step": Pairs(8, splits=4, size=(64, 4 * GROUP)),
+    "weights-256-splits": Weights(256, splits=4),
+    "weights-256-bias-masks": Weights(256, torch.float16, bias=True, size=(4104, 11 * GROUP)),
     "vectors-1": Vectors(1),
     "vectors-2-masks": Vectors(2, size=(4104, 11 * GROUP)),
     "tiled-1": Tiled(1),

@@ -215,6 +215,9 @@ def count(form, outputs, inputs, rows):
         parts = launch.parts_for(vectors, rows)
         x = [((rows, 8, words), torch.float32), ((rows, groups), torch.float32)]
         product = lambda w, g, *x: forms.reduce_vectors(w, g, half, *x, parts)  # noqa: E731
+    elif form == "weights":
+        x = [((rows, groups, GROUP), half)]
+        product = lambda w, g, x: forms.dot_weights(w, g, half, x)  # noqa: E731
     else:
         x = [((1, rows, groups, 4, GROUP // 4), half), ((rows, groups, 4), torch.int64)]
         product = lambda w, g, *x: forms.dot_groups(w, g, half, *x)  # noqa: E731

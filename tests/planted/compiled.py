@@ -48,7 +48,17 @@ FAULTS = [
     Fault("compiled/gpu_forms.py", r"device\) % 2 == 0", "device) % 2 == 1", FORMS),
     Fault("compiled/gpu_forms.py", r"second\.view\(torch\.float32\)\) \* 0\.5", "second.view(torch.float32))", FORMS),
     Fault("compiled/operations.py", r"0x000F000F << place", "0x000F000E << place", FORMS),
-    Fault("compiled/gpu_forms.py", r"y_VTO = y_VTO \* factors_T1", "pass", "compiled/test_products"),
+    Fault(
+        "compiled/gpu_forms.py",
+        r"y_VTO if factors_T1 is None else .*, bias_O",
+        "y_VTO, bias_O",
+        "compiled/test_products",
+    ),
+    Fault("compiled/gpu_forms.py", r"permute\(0, 1, 4, 2, 3\)", "permute(0, 1, 4, 3, 2)", FORMS),
+    Fault("compiled/operations.py", r"\(codes_KOQH - zeros_KOQ", "(codes_KOQH + zeros_KOQ", FORMS),
+    Fault("compiled/operations.py", r"weights_KOQH\.to\(right\.dtype\)", "weights_KOQH", "compiled/test_inductor"),
+    Fault("compiled/inductor.py", r"pairs\[0\]\}, \{pairs\[2\]", "pairs[0]}, {pairs[1]", "compiled/test_inductor"),
+    Fault("compiled/inductor.py", r" \+ 128\.0", "", "compiled/test_inductor"),
     Fault(
         "compiled/gpu_forms.py", r"with_bias\(y_VTO\.squeeze\(0\), bias_O,", "with_bias(y_VTO.squeeze(0), None,", FORMS
     ),
@@ -108,7 +118,10 @@ FAULTS = [
     Fault("compiled/launch.py", r"elements //= block", "elements //= 1", "compiled/test_launch"),
     # Products.
     Fault(
-        "compiled/products.py", r"MOST_ROWS_DOTTED if is_largest else .*", "MOST_ROWS_DOTTED", "compiled/test_products"
+        "compiled/products.py",
+        r"MOST_ROWS_OF_WEIGHTS if is_largest else .*",
+        "MOST_ROWS_OF_WEIGHTS",
+        "compiled/test_products",
     ),
     Fault("compiled/products.py", r"\+ eps / pieces", "+ eps", "compiled/test_products"),
     Fault("compiled/products.py", r"^    h_TI = gpu_forms\.in_whole_tiles\(h_TI\)\n", "", "compiled/test_products"),
