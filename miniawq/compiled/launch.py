@@ -22,7 +22,7 @@ FEWEST_ELEMENTS, MOST_ELEMENTS = 128, 1024
 
 
 class DotTile(NamedTuple):
-    """Outputs, warps and stages of a program of `dot_groups` or `dot_weights`; and how many are worth a split."""
+    """Of `dot_groups` or `dot_weights`: outputs, warps and stages of a program; with fewer programs sums are split."""
 
     outputs: int
     warps: int
