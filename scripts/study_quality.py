@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 from miniawq.awq import llama_folds
+from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.commands.evaluate import stream_predictor
 from miniawq.commands.scores import Scores, cut_windows, score
-from miniawq.quantize.calibration import read_calibration
+from miniawq.quantize.calibration import add_own_windows, read_calibration
 from miniawq.quantize.job import Settings, quantize_checkpoint
 from miniawq.quantize.recipes import RECIPES
 from miniawq.text.plain import read_text
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["plain", "default", "neighbours"])
     parser.add_argument("--group-size", type=int, nargs="+", default=[128])
     parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--own-windows", type=int, default=0, help="more, in which the model goes on")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--compared-tokens", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=24, help="scored, spread over each text")
@@ -72,6 +74,10 @@ def study(arguments: argparse.Namespace, place: Path) -> None:
         (place / "dense").mkdir()
         dense = planted(dense, place / "dense")
     calibration = read_calibration(arguments.calib, tokenizer, arguments.num_samples, length)
+    if arguments.own_windows:
+        model = load_model(dense, torch.device("cpu"), torch.float32)
+        calibration = add_own_windows(calibration, model, arguments.own_windows)
+        print(f"{time.process_time():.0f} CPU s until the model's windows were written")
     texts = {}
     for text in arguments.text:
         tokens_BL = cut_windows(tokenizer.encode(read_text(text)), length, arguments.windows)

@@ -15,8 +15,16 @@ from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.quant_config import PACKED_HEADS
 from miniawq.checkpoint.shards import SHARD_BYTES
+from miniawq.errors import UsageError
 from miniawq.hardware import pick_device
-from miniawq.quantize.calibration import Calibration, check_length, read_calibration, sample_calibration
+from miniawq.quantize.calibration import (
+    Calibration,
+    add_own_windows,
+    check_length,
+    check_text,
+    read_calibration,
+    sample_calibration,
+)
 from miniawq.quantize.grids import GRIDS
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory, plan_sampling
@@ -52,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calib", metavar="FILE", help=".txt, .jsonl, or - (text the model writes itself)")
     add("--num-samples", type=_positive, default=128, metavar="N", help="windows of text (128)")
     add("--sequence-length", type=_positive, default=512, metavar="N", help="tokens of a window (512)")
+    add("--own-windows", type=_positive, metavar="N", help="more windows, in which the model goes on from FILE's")
     add("--seed", type=_seed, default=0, metavar="N", help="of text the model writes itself (0)")
     add = parser.add_argument_group("method").add_argument
     recipes = "default; neighbours: better, slower, 16,000 tokens or more; paper; plain: no search"
@@ -141,23 +150,36 @@ def _command(arguments: argparse.Namespace) -> None:
 
 
 def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:
-    """The text named on the command line, or text that the model writes, for which the whole model has to fit.
+    """The text named on the command line, and text that the model writes, for which the whole model has to fit.
 
     What would be refused after the text is made, which can take hours, is refused before.
     """
-    checkpoint, device, size = job.checkpoint, job.device, (arguments.num_samples, arguments.sequence_length)
+    checkpoint, device, own, seed = job.checkpoint, job.device, arguments.own_windows, arguments.seed
+    size = (arguments.num_samples, arguments.sequence_length)
+    if own and not arguments.calib:
+        raise UsageError("--own-windows goes on from a text", "there is none", "give --calib FILE, or leave both out")
     check_length(checkpoint, arguments.sequence_length)
     tokenizer = Tokenizer(checkpoint.directory)
-    if arguments.calib:
-        return read_calibration(arguments.calib, tokenizer, *size)
-    log.info("no --calib: the model writes its own calibration text, seed %d", arguments.seed)
+    given = read_calibration(arguments.calib, tokenizer, *size) if arguments.calib else None
+    if given and not own:
+        return given
+    if given:
+        check_text(checkpoint, given)
+        log.info("the model goes on from the text in %d windows, seed %d", own, seed)
+    else:
+        log.info("no --calib: the model writes its own calibration text, seed %d", seed)
+    windows, length = given.tokens_BL.shape if given else (0, arguments.sequence_length)
+    written = own or arguments.num_samples
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    plan_sampling(checkpoint, dtype, device, *size).check(device)
+    plan_sampling(checkpoint, dtype, device, written, length).check(device)
     offload, settings = arguments.offload_directory is not None, job.settings
     learns, head = settings.recipe.learns, settings.lm_head
-    plan_memory(checkpoint, job.folds, *size, settings.compared_tokens, device, offload, learns, head).check(device)
+    total, compared = windows + written, settings.compared_tokens
+    plan_memory(checkpoint, job.folds, total, length, compared, device, offload, learns, head).check(device)
     model = load_model(checkpoint, device, dtype)
-    return sample_calibration(model, tokenizer, *size, arguments.seed)
+    if given:
+        return add_own_windows(given, model, own, seed)
+    return sample_calibration(model, tokenizer, *size, seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

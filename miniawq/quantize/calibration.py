@@ -17,6 +17,9 @@ from miniawq.quantize.memory import SAMPLED_ROWS
 from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
+BEGINNING = 64  # tokens of a given text that the model goes on from
+TEMPERATURE = 1.2  # at which it goes on: at 1 it leaves out what is rare (docs/log/own-text.md)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -154,19 +157,38 @@ def sample_calibration(
     return Calibration(tokens_BL, f"sampled from the model, seed {seed}", tokens_BL.numel())
 
 
-@torch.inference_mode()
+def add_own_windows(given: Calibration, model: Llama, count: int, seed: int = 0) -> Calibration:
+    """The windows given, and `count` more, in each of which the model goes on from a piece of a given one."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = given.tokens_BL.shape
+    size = min(BEGINNING, length)
+    places = torch.randint(length - size + 1, (count,), generator=generator).tolist()
+    pieces_BL = torch.stack(
+        [given.tokens_BL[number % rows, place : place + size] for number, place in enumerate(places)]
+    )
+    own = [_continue(model, some_BL, length, TEMPERATURE, generator) for some_BL in pieces_BL.split(SAMPLED_ROWS)]
+    source = f"{given.source}, and {count} windows sampled from the model, seed {seed}"
+    return Calibration(torch.cat((given.tokens_BL, *own)), source, given.tokens_found)
+
+
 def _sample(model: Llama, tokenizer: Tokenizer, rows: int, length: int, generator: torch.Generator) -> Tensor:
     if tokenizer.bos_id is None:
         tokens_BL = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
     else:
         tokens_BL = torch.full((rows, 1), tokenizer.bos_id)
-    cache = KVCache(model.config, rows, length, device=model.device, dtype=model.dtype)
+    return _continue(model, tokens_BL, length, 1.0, generator)
+
+
+@torch.inference_mode()
+def _continue(model: Llama, tokens_BL: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
+    cache = KVCache(model.config, len(tokens_BL), length, device=model.device, dtype=model.dtype)
+    unread_BL = tokens_BL
     while tokens_BL.shape[1] < length:
-        logits_BV = model(tokens_BL[:, -1:].to(model.device), cache)[:, -1].float().cpu()
+        logits_BV = model.last_logits(unread_BL.to(model.device), cache).float().cpu() / temperature
         if not logits_BV.isfinite().all():
             why = "its next token cannot be drawn from NaN or infinity"
             raise InvalidInput("the model cannot write calibration text", why, "give a text with --calib FILE")
         # Drawn on the CPU, so that a seed means the same text on every device up to rounding.
-        drawn_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
-        tokens_BL = torch.cat((tokens_BL, drawn_B1), dim=1)
+        unread_BL = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+        tokens_BL = torch.cat((tokens_BL, unread_BL), dim=1)
     return tokens_BL

@@ -143,7 +143,7 @@ def plan_sampling(
     parts = {"model": weights, "keys and values": rows * length * keys, "logits": 2 * rows * config.vocab_size * FLOAT}
     parts["text"] = samples * length * TOKEN
     process = {"process": resident_memory()}
-    remedy = "give a text with --calib FILE: then one block is in memory at a time"
+    remedy = "give a text with --calib FILE, without --own-windows: then one block is in memory at a time"
     if device.type == "cpu":
         return MemoryPlan(process | parts, {}, remedy)
     return MemoryPlan(process, parts, remedy)

@@ -27,7 +27,14 @@ from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, NotFound, Uns
 from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import __main__ as command_line
 from miniawq.quantize import journal, report
-from miniawq.quantize.calibration import Calibration, read_calibration, sample_calibration, windows
+from miniawq.quantize.calibration import (
+    BEGINNING,
+    Calibration,
+    add_own_windows,
+    read_calibration,
+    sample_calibration,
+    windows,
+)
 from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory, plan_sampling
 from miniawq.quantize.packable import left_dense
@@ -564,6 +571,48 @@ class TestText:
         logits_BLV = model(first.tokens_BL)
         losses = torch.nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), first.tokens_BL[:, 1:].flatten())
         assert losses < 6, "far better than the 7.6 of ids drawn evenly"
+
+    def test_the_model_goes_on_from_a_text(
+        self, tokenizer: Tokenizer, fairytales: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = load_model(open_checkpoint(fairytales), dtype=torch.float32)
+        length = BEGINNING + 16
+        text = Calibration(windows(tokenizer.encode("The king had three sons. " * 60), 2, length), "three sons", 400)
+        more, again = (add_own_windows(text, model, 35, seed=5) for _ in range(2))
+        assert more.tokens_BL.shape == (2 + 35, length)
+        assert torch.equal(more.tokens_BL[:2], text.tokens_BL)
+        assert more.sha256 == again.sha256
+        assert more.sha256 != add_own_windows(text, model, 35, seed=6).sha256
+        assert more.source == "three sons, and 35 windows sampled from the model, seed 5"
+        for number, row_L in enumerate(more.tokens_BL[2:]):
+            pieces = text.tokens_BL[number % 2].unfold(0, BEGINNING, 1)
+            assert (pieces == row_L[:BEGINNING]).all(1).any()
+        monkeypatch.setattr("miniawq.quantize.calibration.TEMPERATURE", 1e-4)
+        cold_BL = add_own_windows(text, model, 3).tokens_BL[2:]
+        assert torch.equal(model(cold_BL)[:, BEGINNING - 1 : -1].argmax(-1), cold_BL[:, BEGINNING:])
+        short = Calibration(text.tokens_BL[:, :8], "eight ids", 8)
+        assert add_own_windows(short, model, 1).tokens_BL.shape == (3, 8)
+
+
+def test_own_windows_of_a_run(
+    fairytales: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = []
+
+    def plan(*arguments: Any) -> Any:
+        planned.append(arguments[2:4])
+        return plan_memory(*arguments)
+
+    monkeypatch.setattr(command_line, "plan_memory", plan)
+    (tmp_path / "text.txt").write_text("The king had three sons. " * 60)
+    run = [str(fairytales), str(tmp_path / "out"), "--device", "cpu", "--own-windows", "3", "--recipe", "plain"]
+    run += ["--num-samples", "2", "--sequence-length", "32"]
+    assert command_line.main(run) == UsageError.exit_code
+    assert "give --calib FILE" in capsys.readouterr().err
+    assert command_line.main([*run, "--calib", str(tmp_path / "text.txt")]) == 0
+    told = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["calibration"]
+    assert (told["samples"], told["tokens_used"]) == (2 + 3, 5 * 32)
+    assert planned == [(2 + 3, 32)]
 
 
 def test_an_id_outside_the_vocabulary_is_refused(dense: Path, tmp_path: Path) -> None:

@@ -670,8 +670,8 @@ def test_a_model_that_cannot_write_its_own_text(fairytales):
         config = open_checkpoint(fairytales).model_config
         device, dtype = torch.device("cpu"), torch.float32
 
-        def __call__(self, tokens_BL: torch.Tensor, cache: object) -> torch.Tensor:
-            return torch.full((*tokens_BL.shape, self.config.vocab_size), torch.nan)
+        def last_logits(self, tokens_BL: torch.Tensor, cache: object) -> torch.Tensor:
+            return torch.full((len(tokens_BL), self.config.vocab_size), torch.nan)
 
     with pytest.raises(InvalidInput, match="cannot write calibration text"):
         sample_calibration(Broken(), Tokenizer(fairytales), 1, 8)
