@@ -17,6 +17,7 @@ from miniawq.checkpoint.quant_config import PACKED_HEADS
 from miniawq.checkpoint.shards import SHARD_BYTES
 from miniawq.errors import UsageError
 from miniawq.hardware import pick_device
+from miniawq.model import Llama
 from miniawq.quantize.calibration import (
     Calibration,
     add_own_windows,
@@ -150,36 +151,39 @@ def _command(arguments: argparse.Namespace) -> None:
 
 
 def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:
-    """The text named on the command line, and text that the model writes, for which the whole model has to fit.
-
-    What would be refused after the text is made, which can take hours, is refused before.
-    """
-    checkpoint, device, own, seed = job.checkpoint, job.device, arguments.own_windows, arguments.seed
-    size = (arguments.num_samples, arguments.sequence_length)
+    """The text named on the command line, and text that the model writes."""
+    own, size = arguments.own_windows, (arguments.num_samples, arguments.sequence_length)
     if own and not arguments.calib:
         raise UsageError("--own-windows goes on from a text", "there is none", "give --calib FILE, or leave both out")
-    check_length(checkpoint, arguments.sequence_length)
-    tokenizer = Tokenizer(checkpoint.directory)
-    given = read_calibration(arguments.calib, tokenizer, *size) if arguments.calib else None
-    if given and not own:
+    check_length(job.checkpoint, arguments.sequence_length)
+    tokenizer = Tokenizer(job.checkpoint.directory)
+    if not arguments.calib:
+        log.info("no --calib: the model writes its own calibration text, seed %d", arguments.seed)
+        model = model_that_writes(job, arguments, arguments.num_samples, *size)
+        return sample_calibration(model, tokenizer, *size, arguments.seed)
+    given = read_calibration(arguments.calib, tokenizer, *size)
+    if not own:
         return given
-    if given:
-        check_text(checkpoint, given)
-        log.info("the model goes on from the text in %d windows, seed %d", own, seed)
-    else:
-        log.info("no --calib: the model writes its own calibration text, seed %d", seed)
-    windows, length = given.tokens_BL.shape if given else (0, arguments.sequence_length)
-    written = own or arguments.num_samples
+    check_text(job.checkpoint, given)
+    log.info("the model goes on from the text in %d windows, seed %d", own, arguments.seed)
+    windows, length = given.tokens_BL.shape
+    return add_own_windows(given, model_that_writes(job, arguments, own, windows + own, length), own, arguments.seed)
+
+
+def model_that_writes(
+    job: Quantizer, arguments: argparse.Namespace, own: int, windows: int, sequence_length: int
+) -> Llama:
+    """The whole model, if it fits while it writes its own windows, and a run with all windows after it.
+
+    Writing can take hours: what would be refused after it is refused before.
+    """
+    checkpoint, device, settings = job.checkpoint, job.device, job.settings
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    plan_sampling(checkpoint, dtype, device, written, length).check(device)
-    offload, settings = arguments.offload_directory is not None, job.settings
-    learns, head = settings.recipe.learns, settings.lm_head
-    total, compared = windows + written, settings.compared_tokens
-    plan_memory(checkpoint, job.folds, total, length, compared, device, offload, learns, head).check(device)
-    model = load_model(checkpoint, device, dtype)
-    if given:
-        return add_own_windows(given, model, own, seed)
-    return sample_calibration(model, tokenizer, *size, seed)
+    plan_sampling(checkpoint, dtype, device, own, sequence_length).check(device)
+    offload, learns = arguments.offload_directory is not None, settings.recipe.learns
+    run = checkpoint, job.folds, windows, sequence_length, settings.compared_tokens
+    plan_memory(*run, device, offload, learns, settings.lm_head).check(device)
+    return load_model(checkpoint, device, dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

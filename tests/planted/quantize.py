@@ -64,7 +64,7 @@ FAULTS = [
     Fault("quantize/packable.py", r"for smaller in \(64, 32\)", "for smaller in (32,)", JOB),
     Fault("quantize/__main__.py", r"if told := left_dense\(.*\):", 'if told := "":', JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
-    Fault("quantize/__main__.py", r"windows \+ written", "written", JOB),
+    Fault("quantize/__main__.py", r"windows \+ own, length", "own, length", JOB),
     Fault("quantize/calibration.py", r"number % rows", "0", JOB),
     Fault("quantize/calibration.py", r" / temperature$", "", JOB),
     Fault("quantize/head.py", r"seen\.add\(norm\((.*)\)\.flatten", r"seen.add((\1).flatten", HEAD),
