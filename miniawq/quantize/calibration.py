@@ -18,7 +18,7 @@ from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
 BEGINNING = 64  # tokens of a given text that the model goes on from
-TEMPERATURE = 1.2  # at which it goes on: at 1 it leaves out what is rare (docs/log/own-text.md)
+TEMPERATURE = 1.2  # at which it writes: at 1 it leaves out what is rare (docs/log/own-text.md)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _text_of(line: str, where: str, tokenizer: Tokenizer) -> tuple[str, bool]:
 def sample_calibration(
     model: Llama, tokenizer: Tokenizer, num_samples: int, sequence_length: int, seed: int = 0, batch: int = SAMPLED_ROWS
 ) -> Calibration:
-    """Windows that the model writes itself, at temperature 1 from its first token on.
+    """Windows that the model writes itself, at `TEMPERATURE` from its first token on.
 
     Every window begins with the BOS token, or with any token of the vocabulary for a model that has none.
     """
@@ -166,7 +166,7 @@ def add_own_windows(given: Calibration, model: Llama, count: int, seed: int = 0)
     pieces_BL = torch.stack(
         [given.tokens_BL[number % rows, place : place + size] for number, place in enumerate(places)]
     )
-    own = [_continue(model, some_BL, length, TEMPERATURE, generator) for some_BL in pieces_BL.split(SAMPLED_ROWS)]
+    own = [_continue(model, some_BL, length, generator) for some_BL in pieces_BL.split(SAMPLED_ROWS)]
     source = f"{given.source}, and {count} windows sampled from the model, seed {seed}"
     return Calibration(torch.cat((given.tokens_BL, *own)), source, given.tokens_found)
 
@@ -176,15 +176,15 @@ def _sample(model: Llama, tokenizer: Tokenizer, rows: int, length: int, generato
         tokens_BL = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
     else:
         tokens_BL = torch.full((rows, 1), tokenizer.bos_id)
-    return _continue(model, tokens_BL, length, 1.0, generator)
+    return _continue(model, tokens_BL, length, generator)
 
 
 @torch.inference_mode()
-def _continue(model: Llama, tokens_BL: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
+def _continue(model: Llama, tokens_BL: Tensor, length: int, generator: torch.Generator) -> Tensor:
     cache = KVCache(model.config, len(tokens_BL), length, device=model.device, dtype=model.dtype)
     unread_BL = tokens_BL
     while tokens_BL.shape[1] < length:
-        logits_BV = model.last_logits(unread_BL.to(model.device), cache).float().cpu() / temperature
+        logits_BV = model.last_logits(unread_BL.to(model.device), cache).float().cpu() / TEMPERATURE
         if not logits_BV.isfinite().all():
             why = "its next token cannot be drawn from NaN or infinity"
             raise InvalidInput("the model cannot write calibration text", why, "give a text with --calib FILE")

@@ -66,7 +66,7 @@ FAULTS = [
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
     Fault("quantize/__main__.py", r"windows \+ own, length", "own, length", JOB),
     Fault("quantize/calibration.py", r"number % rows", "0", JOB),
-    Fault("quantize/calibration.py", r" / temperature$", "", JOB),
+    Fault("quantize/calibration.py", r" / TEMPERATURE$", "", JOB),
     Fault("quantize/head.py", r"seen\.add\(norm\((.*)\)\.flatten", r"seen.add((\1).flatten", HEAD),
     Fault("quantize/head.py", r"torch\.cat\(tensors\)", "tensors[0]", HEAD),
     Fault("quantize/job.py", r"self\.streams\.quantized_BLD if self\.streams else hidden_BLD", "hidden_BLD", HEAD),
