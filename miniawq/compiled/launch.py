@@ -47,9 +47,10 @@ SPLITS = (1, 2, 4, 8)
 
 def columns_for(rows: int) -> int:
     """The rows that a program of `dot_groups` or `dot_weights` takes, of so many."""
+    *of_groups, of_weights = DOT_TILES
     if rows > MOST_ROWS_IN_GROUPS:
-        return max(DOT_TILES)
-    return next(columns for columns in DOT_TILES if min(rows, 64) <= columns)
+        return of_weights
+    return next((columns for columns in of_groups if rows <= columns), of_groups[-1])
 
 
 def parts_for(vectors: int, rows: int) -> int:

@@ -37,8 +37,8 @@ class OnCuda:
 @pytest.mark.parametrize(("rows", "groups", "dtype", "form"), [
     (1, 112, torch.bfloat16, "REDUCE"), (2, 112, torch.bfloat16, "DOT"), (3, 64, torch.float32, "REDUCE"),
     (4, 32, torch.float16, "DOT"), (128, 32, torch.bfloat16, "DOT"), (129, 32, torch.float16, "WEIGHTS"),
-    (256, 32, torch.bfloat16, "WEIGHTS"), (257, 32, torch.bfloat16, "EXPAND"), (129, 32, torch.float32, "PLAIN"),
-    (4, 32, torch.float32, "PLAIN"),
+    (256, 32, torch.bfloat16, "WEIGHTS"), (257, 32, torch.bfloat16, "EXPAND"), (257, 32, torch.float32, "PLAIN"),
+    (129, 32, torch.float32, "PLAIN"), (4, 32, torch.float32, "PLAIN"),
 ])  # fmt: skip
 def test_the_form_on_a_gpu_goes_by_rows_and_groups(rows, groups, dtype, form, monkeypatch):
     monkeypatch.setattr(products, "int4_tensors", lambda *_: ())
@@ -61,6 +61,12 @@ def test_the_next_form_takes_over_from_one_that_is_left_out(left_out, form, monk
     weight = on_a_gpu(monkeypatch)
     found = int4_product(weight, None, 1, torch.bfloat16, lambda form: form.name not in left_out)
     assert found.form is getattr(products, form)
+
+
+def test_a_card_without_room_for_a_tile_of_weights_expands_them(monkeypatch):
+    monkeypatch.setattr(products, "int4_tensors", lambda *_: ())
+    found = int4_product(on_a_gpu(monkeypatch), None, 129, torch.bfloat16, lambda form: form is not products.WEIGHTS)
+    assert found.form is products.EXPAND
 
 
 def test_a_cpu_has_one_form_for_few_rows_and_the_plain_product_for_many():
@@ -92,7 +98,8 @@ def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
         options = compile_with_forms(torch.neg, [form]).options
         assert "triton.native_matmul" not in options
         assert options.keys() >= (eager.EXPAND_IN_ONE.keys() if form is products.EXPAND else set())
-    for form in (products.REDUCE, products.DOT, products.WEIGHTS, products.WORDS, products.ROWS, products.TILED):
+    written_by_inductor = ("REDUCE", "DOT", "WEIGHTS", "WORDS", "ROWS", "SUMMED", "TILED")
+    for form in (getattr(products, name) for name in written_by_inductor):
         assert compile_with_forms(torch.neg, [form, products.LIBRARY]).options["triton.native_matmul"]
 
 

@@ -314,7 +314,8 @@ def test_the_greedy_choice_in_two_steps_is_that_of_sampling(vocab_size, device):
 
 
 @pytest.mark.parametrize(("programs", "bytes_of_a_key", "parts", "keys"), [
-    (8, 512, 16, 64), (32, 512, 8, 64), (256, 512, 1, 64), (257, 512, 1, 32), (128, 256, 4, 64), (512, 256, 1, 64)
+    (8, 512, 16, 64), (16, 512, 16, 64), (32, 512, 8, 64), (64, 512, 4, 64), (128, 512, 2, 64), (256, 512, 1, 64),
+    (257, 512, 1, 32), (4096, 512, 1, 32), (128, 256, 4, 64), (512, 256, 1, 64),
 ])  # fmt: skip
 def test_keys_are_read_in_as_many_parts_as_keep_a_gpu_busy(programs, bytes_of_a_key, parts, keys):
     options = attend.cut_keys(programs, bytes_of_a_key)
