@@ -247,7 +247,7 @@ def _known(error: BaseException) -> MiniawqError | None:
     )
     why = str(error).partition("\n")[0]
     if is_full or getattr(error, "errno", None) == errno.ENOMEM:
-        fix = "ask for less, or see what fits with `miniawq plan`"
+        fix = "ask for less, or end what else uses the device"
         return DoesNotFit("the memory of the device is full", why or "Python could not get more", fix)
     if isinstance(error, OSError):
         return MiniawqError(
