@@ -38,7 +38,7 @@ from miniawq.engine.cached_text import CachedText
 from miniawq.engine.completion import Completion
 from miniawq.engine.delivery import delivered, observed
 from miniawq.engine.fitting import check_decoder, check_prompt
-from miniawq.engine.memory import PREFILL_CHUNK, against_plan, require_memory
+from miniawq.engine.memory import PREFILL_CHUNK, against_plan, footprint, require_memory
 from miniawq.engine.rows import clear
 from miniawq.engine.sampling import NOT_A_NUMBER, SEEDS, NotedLogprobs, Sampling, fold_seed, not_a_number, sample
 from miniawq.engine.speculation import Lookup, speculated
@@ -189,10 +189,11 @@ def _run(arguments: argparse.Namespace) -> None:
     several = writer.several(prompt)
     rows, positions = several.together.fit(checkpoint, device, dtype) if several else (1, writer.positions(prompt))
     sizes = {"batch": rows, "max_seq_len": positions, "overhead": arguments.memory_margin}
-    show_configuration(writer, checkpoint, device, dtype, **sizes)
-    needed = None
+    needed = footprint(checkpoint, dtype, device=device.type, **sizes)
+    if arguments.show_config:
+        show_configuration(writer, checkpoint, device, dtype, needed)
     if arguments.memory_check:
-        needed = require_memory(checkpoint, device, dtype, **sizes)
+        require_memory(needed, checkpoint, device, dtype)
     with against_plan(needed):
         model = load_model(checkpoint, device, dtype)
     with against_plan(needed), threads(threads_for(model)):

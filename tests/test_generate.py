@@ -565,12 +565,13 @@ def test_a_longer_conversation_gets_a_longer_cache(capsys, monkeypatch, chat_mod
     assert rooms[0] < rooms[1] <= 128
 
 
-def test_a_full_device_is_told_apart(capsys, monkeypatch, fairytales):
+@pytest.mark.parametrize("flags", [[], ["--no-memory-check"]])
+def test_a_full_device_is_told_apart(flags, capsys, monkeypatch, fairytales):
     def load_model(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more")
 
     monkeypatch.setattr(generate, "load_model", load_model)
-    code, _, err = run(capsys, fairytales, "-p", "Once")
+    code, _, err = run(capsys, fairytales, "-p", "Once", *flags)
     assert code == 4
     assert "the memory of the device is full\n  CUDA out of memory. Tried to allocate 20.00 GiB.; planned 0." in err
     assert re.search(r" GiB, measured \d+\.\d\d [MG]iB\n  give a smaller --max-seq-len or --batch-size", err)
@@ -603,8 +604,8 @@ def test_the_plan_counts_prompt_and_answer_and_the_room_of_a_compiled_step(
     """All positions of the cache that will be made: with -1, a long prompt, and a step that rounds up."""
     prompt, seen = "king " * words, []
 
-    def refuse(*_, max_seq_len, **__):
-        seen.append(max_seq_len)
+    def refuse(needed, *_):
+        seen.append(needed.max_seq_len)
         raise DoesNotFit("seen")
 
     monkeypatch.setattr(generate, "require_memory", refuse)

@@ -22,7 +22,7 @@ from miniawq.checkpoint.opening import Checkpoint, open_checkpoint
 from miniawq.commands.sizes import add_memory_margin_flag
 from miniawq.compiled import WORKSHOP, kept
 from miniawq.engine.delivery import delivered
-from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_step, require_memory
+from miniawq.engine.memory import PREFILL_CHUNK, bytes_per_step, footprint, require_memory
 from miniawq.engine.sampling import Sampling
 from miniawq.engine.start import PlainStep, Step, threads_for
 from miniawq.engine.step import DecodeStep
@@ -209,7 +209,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     for rows, context in wanted:
         positions, margin = context + arguments.new_tokens + 1, arguments.memory_margin
         try:
-            needed = require_memory(checkpoint, device, dtype, batch=rows, max_seq_len=positions, overhead=margin)
+            needed = footprint(
+                checkpoint, dtype, device=device.type, batch=rows, max_seq_len=positions, overhead=margin
+            )
+            require_memory(needed, checkpoint, device, dtype)
             fitting.append((rows, context, needed.total))
         except DoesNotFit as error:
             left_out = error

@@ -1,7 +1,6 @@
 """`--show-config`: what is about to run, and where each setting is from."""
 
 import json
-from typing import Any
 
 import torch
 
@@ -11,27 +10,25 @@ from miniawq.commands.figures import Writing, settings_on
 from miniawq.commands.flags import sampling_flags
 from miniawq.commands.plan import lines_of_model, make_plan
 from miniawq.commands.prompts import is_chat
-from miniawq.engine.memory import footprint
+from miniawq.engine.memory import Footprint
 from miniawq.engine.sampling import Sampling
 from miniawq.hardware import device_memory
 
 
 def show_configuration(
-    run: Writing, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, **sizes: Any
+    run: Writing, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, needed: Footprint
 ) -> None:
-    """Say it on stderr, if --show-config asks for it; `sizes` are those of `footprint`."""
-    if run.arguments.show_config:
-        needed = footprint(checkpoint, dtype, device=device.type, **sizes)
-        plan = make_plan(checkpoint, run.arguments.model or "the demo", dtype, needed, device_memory(device))
-        longest = checkpoint.model_config.max_position_embeddings
-        lines = [
-            *lines_of_model(plan),
-            f"computes  in {plan.dtype}",
-            f"context   at most {run.context.limit} tokens{run.context.why}; the model's own {longest}",
-            *sampling_lines(run),
-            f"ends      {', '.join(ends_of(run)) or 'with the context or --max-tokens alone'}",
-        ]
-        cli.say("\n".join(lines), limit=None)
+    """Say it on stderr."""
+    plan = make_plan(checkpoint, run.arguments.model or "the demo", dtype, needed, device_memory(device))
+    longest = checkpoint.model_config.max_position_embeddings
+    lines = [
+        *lines_of_model(plan),
+        f"computes  in {plan.dtype}",
+        f"context   at most {run.context.limit} tokens{run.context.why}; the model's own {longest}",
+        *sampling_lines(run),
+        f"ends      {', '.join(ends_of(run)) or 'with the context or --max-tokens alone'}",
+    ]
+    cli.say("\n".join(lines), limit=None)
 
 
 def sampling_lines(run: Writing) -> list[str]:

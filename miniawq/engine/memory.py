@@ -209,26 +209,14 @@ def fitting_context(
     return largest_max_seq_len(needed, checkpoint, dtype, device_memory(device).free)
 
 
-def require_memory(
-    checkpoint: Checkpoint,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    batch: int = 1,
-    max_seq_len: int,
-    overhead: int | None = None,
-) -> Footprint:
-    """The footprint on a device, for callers about to load, which is told where it is tight; DoesNotFit when there is
-    not that much free.
-    """
-    kind, memory = torch.device(device).type, device_memory(device)
-    needed = footprint(checkpoint, dtype, device=kind, batch=batch, max_seq_len=max_seq_len, overhead=overhead)
+def require_memory(needed: Footprint, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> None:
+    """For callers about to load: DoesNotFit when a device has not that much free, which is told where it is tight."""
+    memory = device_memory(device)
     check_fit(needed, memory, checkpoint, dtype)
     if needed.total > TIGHT * memory.free:
         log.info(
             "memory is tight: %s of %s that are free (%s)", size(needed.total), size(memory.free), told_parts(needed)
         )
-    return needed
 
 
 def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -253,14 +241,13 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
 
 
 @contextmanager
-def against_plan(needed: Footprint | None) -> Iterator[None]:
+def against_plan(needed: Footprint) -> Iterator[None]:
     """DoesNotFit with the plan beside what was measured, if memory ends in the `with` block."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         why = str(error).partition("\n")[0] or "Python could not get more"
-        if needed is not None:
-            why += f"; planned {size(needed.total)}, measured {size(peak_memory(needed.device))}"
+        why += f"; planned {size(needed.total)}, measured {size(peak_memory(needed.device))}"
         fix = "give a smaller --max-seq-len or --batch-size, or end what else uses the device"
         raise DoesNotFit("the memory of the device is full", why, fix) from error
 

@@ -196,10 +196,11 @@ def test_nothing_fits_names_another_way(tmp_path):
 
 def test_memory_is_required_before_loading(tmp_path, monkeypatch):
     checkpoint = open_checkpoint(tiny.make(tmp_path)[0])
-    assert require_memory(checkpoint, "cpu", torch.float32, max_seq_len=64).max_seq_len == 64
+    needed = footprint(checkpoint, torch.float32, device="cpu", max_seq_len=64)
+    require_memory(needed, checkpoint, "cpu", torch.float32)
     monkeypatch.setattr("miniawq.engine.memory.device_memory", lambda _: DeviceMemory("cpu", 1 << 30, 1 << 20))
     with pytest.raises(DoesNotFit, match="other processes hold"):
-        require_memory(checkpoint, "cpu", torch.float32, max_seq_len=64)
+        require_memory(needed, checkpoint, "cpu", torch.float32)
 
 
 def test_this_machine_has_memory():

@@ -27,7 +27,6 @@ FAULTS = [
     Fault("engine/memory.py", r"config\.kv_cache_dtype or dtype", "dtype", PLAN),
     Fault("engine/memory.py", r"max_seq_len=1, overhead=overhead\)", "max_seq_len=1)", GENERATE),
     Fault("engine/memory.py", r"(batch=rows, max_seq_len=max_seq_len), overhead=overhead\)", r"\1)", MANY),
-    Fault("engine/memory.py", r"(batch=batch, max_seq_len=max_seq_len), overhead=overhead\)", r"\1)", GENERATE),
     # Rows.
     Fault(
         "engine/rows.py", r"torch\.tensor\(lengths, device", "torch.tensor([max(lengths)] * len(lengths), device", BATCH

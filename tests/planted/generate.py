@@ -17,5 +17,6 @@ FAULTS = [
     Fault("commands/context.py", r"left if wanted == -1 else", "wanted if wanted == -1 else", GENERATE),
     Fault("commands/context.py", r"return prompt_length \+ self", "return self", GENERATE),
     Fault("generate.py", r', "overhead": arguments\.memory_margin', "", GENERATE),
+    Fault("generate.py", r'"batch": rows', '"batch": 1', "commands/test_configuration"),
     Fault("generate.py", r"add_special_tokens=not is_chat", "add_special_tokens=True", GENERATE),
 ]
