@@ -1,4 +1,4 @@
-"""`with_matrices` and `with_wide_loads` on what Inductor really writes, of the torch of `golden/make_triton.py`."""
+"""`with_matrices` and `with_wide_loads` on what Inductor really writes, of the torch of `golden/make_inductor.py`."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import torch
 from miniawq.compiled import sources
 from tests.helpers import GOLDEN
 
-STORED = sorted((GOLDEN / "triton").rglob("*.py.txt"))
+STORED = sorted((GOLDEN / "inductor").rglob("*.py.txt"))
 SOURCES = [path for path in STORED if "vectors" not in path.name]
 ROWS, COLUMNS, SUMMED, CODES, PARTS = "YBLOCK", "XBLOCK", "R0_BLOCK", "8 * R0_BLOCK", "16"
 

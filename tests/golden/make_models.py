@@ -1,6 +1,6 @@
 """Write tiny random checkpoints of every family with transformers, and the logits it computes from them.
 
-    python -P tests/golden/make_models.py [NAME ...]  (needs transformers; made with 5.23.0 or 5.24.0 and torch 2.13.0)
+    python tests/golden/make_models.py [NAME ...]  (needs transformers; made with 5.23.0 or 5.24.0 and torch 2.13.0)
 
 Each directory of tests/golden/models holds config.json and model.safetensors as transformers writes them (weights in
 bfloat16), and reference.safetensors: tokens [2, 40] and the logits [2, 40, 64] computed in float32 from those weights.

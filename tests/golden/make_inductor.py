@@ -1,6 +1,6 @@
 """What Inductor writes for the kernels of products, before `with_matrices`: the stored sources of `test_matrices.py`.
 
-    python tests/golden/make_triton.py
+    python tests/golden/make_inductor.py
 
 writes torch-X.Y/NAME.py.txt for the torch that it runs under. There need be no GPU: Inductor is told that there is one,
 and generates Triton code for tensors that do not exist (`helpers/inductor_counts.py`).
@@ -150,7 +150,7 @@ def generated(function, tensors):
 
 def main():
     pretend_gpu()
-    folder = Path(__file__).parent / "triton" / ("torch-" + ".".join(torch.__version__.split(".")[:2]))
+    folder = Path(__file__).parent / "inductor" / ("torch-" + ".".join(torch.__version__.split(".")[:2]))
     folder.mkdir(parents=True, exist_ok=True)
     for name, call in STORED.items():
         (source,) = call.sources()
