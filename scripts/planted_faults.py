@@ -24,6 +24,7 @@ from tests.planted.fault import Fault
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("miniawq", "tests")  # whose files know where they are; the rest is linked
 LEFT_OUT = (".git", ".venv")
+SECONDS = 600  # after which a test is said to hang
 
 
 def copied(folder: Path) -> None:
@@ -36,10 +37,13 @@ def copied(folder: Path) -> None:
 
 
 def first_failure(copy: Path, test: str) -> str:
-    """The name of the first test that fails, or nothing."""
+    """The name of the first test that fails or hangs, or nothing."""
     command = [sys.executable, "-m", "pytest", f"tests/{test}.py", "-x", "--no-header", "-p", "no:cacheprovider"]
+    command += ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, check=False)
+    if hanging := re.search(r"^Timeout \(.*? in (test_\w+)$", run.stderr, re.MULTILINE | re.DOTALL):
+        return f"{hanging.group(1)} hangs"
     found = re.search(r"^(?:FAILED|ERROR) tests/\S+?(?:::(\S+)|$)", run.stdout, re.MULTILINE)
     return "" if run.returncode == 0 else (found.group(1) or "import" if found else "crash")
 

@@ -47,6 +47,15 @@ def test_bytes_of_a_product_are_counted_as_kernelbench_counts_them():
     assert script("bench_products").bytes_moved(f"{n}x{k}", m) == expected
 
 
+@pytest.mark.parametrize(("body", "told"), [("pass", ""), ("assert 0", "test_it"), ("time.sleep(99)", "test_it hangs")])
+def test_a_fault_that_lets_a_test_wait_for_ever_is_caught(body, told, tmp_path, monkeypatch):
+    planted = script("planted_faults")
+    monkeypatch.setattr(planted, "SECONDS", 1)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_it.py").write_text(f"import time\n\ndef test_it():\n    {body}\n")
+    assert planted.first_failure(tmp_path, "test_it") == told
+
+
 @pytest.mark.parametrize(
     ("pattern", "replacement", "problem"),
     [
