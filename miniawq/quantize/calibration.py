@@ -142,18 +142,18 @@ def _text_of(line: str, where: str, tokenizer: Tokenizer) -> tuple[str, bool]:
 
 
 def sample_calibration(
-    model: Llama, tokenizer: Tokenizer, num_samples: int, sequence_length: int, seed: int = 0, batch: int = SAMPLED_ROWS
+    model: Llama, tokenizer: Tokenizer, num_samples: int, sequence_length: int, seed: int = 0
 ) -> Calibration:
     """Windows that the model writes itself, at `TEMPERATURE` from its first token on.
 
     Every window begins with the BOS token, or with any token of the vocabulary for a model that has none.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = [
-        _sample(model, tokenizer, min(batch, num_samples - start), sequence_length, generator)
-        for start in range(0, num_samples, batch)
-    ]
-    tokens_BL = torch.cat(rows)
+    if tokenizer.bos_id is None:
+        first_B1 = torch.randint(model.config.vocab_size, (num_samples, 1), generator=generator)
+    else:
+        first_B1 = torch.full((num_samples, 1), tokenizer.bos_id)
+    tokens_BL = _continued(model, first_B1, sequence_length, generator)
     return Calibration(tokens_BL, f"sampled from the model, seed {seed}", tokens_BL.numel())
 
 
@@ -166,17 +166,14 @@ def add_own_windows(given: Calibration, model: Llama, count: int, seed: int = 0)
     pieces_BL = torch.stack(
         [given.tokens_BL[number % rows, place : place + size] for number, place in enumerate(places)]
     )
-    own = [_continue(model, some_BL, length, generator) for some_BL in pieces_BL.split(SAMPLED_ROWS)]
+    own_BL = _continued(model, pieces_BL, length, generator)
     source = f"{given.source}, and {count} windows sampled from the model, seed {seed}"
-    return Calibration(torch.cat((given.tokens_BL, *own)), source, given.tokens_found)
+    return Calibration(torch.cat((given.tokens_BL, own_BL)), source, given.tokens_found)
 
 
-def _sample(model: Llama, tokenizer: Tokenizer, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    if tokenizer.bos_id is None:
-        tokens_BL = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
-    else:
-        tokens_BL = torch.full((rows, 1), tokenizer.bos_id)
-    return _continue(model, tokens_BL, length, generator)
+def _continued(model: Llama, tokens_BL: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    rows = tokens_BL.split(SAMPLED_ROWS)
+    return torch.cat([_continue(model, some_BL, length, generator) for some_BL in rows])
 
 
 @torch.inference_mode()

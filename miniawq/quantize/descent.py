@@ -83,17 +83,10 @@ def settled(
     return descended(steps.choose, moments_SS, error_SO, pull_SO, lower_SO, upper_SO), scale_O
 
 
-def resettled(
-    steps: Steps,
-    moments_SS: Tensor,
-    error_SO: Tensor,
-    pull_SO: Tensor,
-    weight_SO: Tensor,
-    scale_O: Tensor,
-    zero_O: Tensor,
-) -> tuple[Tensor, Tensor]:
+def resettled(steps: Steps, *group: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and after that the scales move too."""
-    settled_SO, _ = settled(steps, moments_SS, error_SO, pull_SO, weight_SO, scale_O, zero_O)
+    moments_SS, error_SO, pull_SO, weight_SO, scale_O, _ = group
+    settled_SO, _ = settled(steps, *group)
     pull_SO = torch.addmm(pull_SO, moments_SS, settled_SO - error_SO)
     return steps.refit(moments_SS, settled_SO, pull_SO, weight_SO, scale_O)
 

@@ -23,11 +23,9 @@ def is_packable(shape: tuple[int, int], group_size: int) -> bool:
 def left_dense(config: LlamaConfig, shapes: dict[str, tuple[int, int]], group_size: int) -> str:
     """What to tell of layers of blocks that do not fit, with a group size that packs more; "" if all fit."""
     packed = packable_folds(config, shapes, group_size)
-    names, kept = (
-        [f"model.layers.0.{name}" for fold in folds for name in fold.balance_layers]
-        for folds in (llama_folds(config), packed)
-    )
-    left = [name for name in names if name not in kept]
+    kept = {name for fold in packed for name in fold.balance_layers}
+    names = [name for fold in llama_folds(config) for name in fold.balance_layers]
+    left = [f"model.layers.0.{name}" for name in names if name not in kept]
     if not left:
         return ""
     name = next(name for name in left if not is_packable(shapes[name], group_size))

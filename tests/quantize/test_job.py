@@ -561,9 +561,12 @@ class TestText:
         with pytest.raises(NotFound):
             read_calibration(str(tmp_path / "missing.txt"), tokenizer, 1, 512)
 
-    def test_the_model_writes_its_own(self, tokenizer: Tokenizer, fairytales: Path) -> None:
+    def test_the_model_writes_its_own(
+        self, tokenizer: Tokenizer, fairytales: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("miniawq.quantize.calibration.SAMPLED_ROWS", 2)
         model = load_model(open_checkpoint(fairytales), dtype=torch.float32)
-        first, again = (sample_calibration(model, tokenizer, 3, 12, seed=5, batch=2) for _ in range(2))
+        first, again = (sample_calibration(model, tokenizer, 3, 12, seed=5) for _ in range(2))
         assert first.tokens_BL.shape == (3, 12)
         assert first.sha256 == again.sha256
         assert first.sha256 != sample_calibration(model, tokenizer, 3, 12, seed=6).sha256
@@ -571,6 +574,10 @@ class TestText:
         logits_BLV = model(first.tokens_BL)
         losses = torch.nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), first.tokens_BL[:, 1:].flatten())
         assert losses < 6, "far better than the 7.6 of ids drawn evenly"
+        monkeypatch.setattr(tokenizer, "bos_id", None)
+        others_BL = sample_calibration(model, tokenizer, 3, 12, seed=5).tokens_BL
+        assert others_BL.shape == (3, 12)
+        assert len(set(others_BL[:, 0].tolist())) > 1
 
     def test_the_model_goes_on_from_a_text(
         self, tokenizer: Tokenizer, fairytales: Path, monkeypatch: pytest.MonkeyPatch
