@@ -121,26 +121,12 @@ def test_a_chapter_is_short(chapter):
 
 
 PRIVATE = re.compile(r"\btorch\._(?!_)|\btorch\.ops\.aten\._|\b_(?:inductor|dynamo)\b|torch\.compile\b|torch\.utils\._")
-
-
 OUTSIDE = [path for path in FILES if room_of(path) != "compiled"]
 
 
-def private_names(path: Path) -> list[str]:
-    """Of torch's, in the code of a file and in what it imports."""
-    code = ast.unparse(without_docstrings(ast.parse(path.read_text())))
-    return PRIVATE.findall(code) + [name for name in imported(path) if PRIVATE.search(name)]
-
-
 def test_only_the_room_of_the_compiler_touches_private_torch():
-    assert not {path: names for path in OUTSIDE if (names := private_names(path))}
-
-
-def without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
+    """Others do not even name it."""
+    assert not {path: names for path in OUTSIDE if (names := PRIVATE.findall(path.read_text()))}
 
 
 def test_the_compiler_is_used_through_its_door():

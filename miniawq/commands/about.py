@@ -29,7 +29,7 @@ def about() -> str:
 
 
 def compilers() -> list[str]:
-    """What torch.compile can use here: Triton on a GPU, a C++ compiler on a CPU."""
+    """What compiled steps can use here: Triton on a GPU, a C++ compiler on a CPU."""
     found = []
     with suppress(PackageNotFoundError):
         found.append(f"Triton {version('triton')}")
