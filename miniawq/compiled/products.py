@@ -371,9 +371,12 @@ def compile_with_forms(
     traced: Callable[..., Arguments] | None = None,
     **options: Any,
 ) -> Compiled:
-    """`function`, in which these forms multiply, compiled with Inductor's `options` and those that the forms need."""
+    """`function`, in which these forms multiply, compiled with Inductor's `options` and those that the forms need.
+
+    Without forms it rounds wherever torch rounds.
+    """
     if any(form.written_by_inductor for form in forms):
         return Compiled(function, ONE_KERNEL | options_of(forms) | options, launch.block_sizes, traced)
     # With padding Inductor would time 2 to 7 rows padded to 8, on a second copy of the head.
-    needed = {"shape_padding": False} | (EXPAND_IN_ONE if EXPAND in forms else {})
-    return Compiled(function, needed | options, traced=traced)
+    needed: dict[str, Any] = {"shape_padding": False, "emulate_precision_casts": not forms}
+    return Compiled(function, needed | (EXPAND_IN_ONE if EXPAND in forms else {}) | options, traced=traced)

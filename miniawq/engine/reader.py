@@ -39,8 +39,6 @@ from miniawq.model import (
 
 # How far what is compiled may be from the model, relative to its norm: a wrong form is off by about 1.
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2, torch.float8_e4m3fn: 0.3}
-# Numbers of 16 bits are rounded wherever the model rounds them.
-ROUNDS_LIKE_THE_MODEL = {"emulate_precision_casts": True}
 POSITIONS_TOGETHER = 64  # a recording has a multiple of so many
 MOST_RECORDINGS = 16
 
@@ -256,7 +254,7 @@ def compiled_between(config: LlamaConfig) -> Between:
     """For models of one shape, and any number of tokens; once in a process."""
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return compile_with_forms(own_copy(function), (), of_any_tokens, **ROUNDS_LIKE_THE_MODEL)
+        return compile_with_forms(own_copy(function), (), of_any_tokens)
 
     return Between(*map(compiled, UNCOMPILED))
 

@@ -82,7 +82,7 @@ def compiled_steps() -> Steps:
     without_outputs = (0, 1, 1)  # so many of their first arguments
     return Steps(
         *(
-            compile_with_forms(own_copy(step), (), partial(of_any_width, count), emulate_precision_casts=True)
+            compile_with_forms(own_copy(step), (), partial(of_any_width, count))
             for step, count in zip(Steps(), without_outputs, strict=True)
         )
     )

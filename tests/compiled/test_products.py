@@ -103,6 +103,11 @@ def test_a_library_matmul_is_never_compiled_with_the_options_of_the_forms():
         assert compile_with_forms(torch.neg, [form, products.LIBRARY]).options["triton.native_matmul"]
 
 
+@pytest.mark.parametrize(("forms", "rounds"), [([], True), ([products.PLAIN], False)])
+def test_what_lies_between_products_rounds_as_the_model_does(forms, rounds):
+    assert compile_with_forms(torch.neg, forms).options["emulate_precision_casts"] == rounds
+
+
 @pytest.mark.parametrize(("form", "rows"), [
     ("SUMMED", 1), ("TILED", 1), ("TILED", 5), ("TILED", 17), ("LIBRARY", 1), ("LIBRARY", 5), ("ROWS", 1), ("ROWS", 5),
 ])  # fmt: skip
