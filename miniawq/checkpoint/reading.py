@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniawq.checkpoint.hub import check_head, damaged_file, header_entries
+from miniawq.checkpoint.strict import check_head, damaged_file, header_entries
 from miniawq.errors import UnsupportedCheckpoint
 
 CHUNK_BYTES = 16 << 20  # of a buffer

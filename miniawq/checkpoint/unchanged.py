@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from miniawq.checkpoint.hub import COPIED_LIMIT, read_small
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.checkpoint.shards import disk_errors, write_bytes
+from miniawq.checkpoint.strict import COPIED_LIMIT, read_small
 from miniawq.errors import MiniawqError
 
 PIECES, PIECE_BYTES = 1024, 4096  # of each weight file, for the fingerprint: 4 MiB of any size

@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from miniawq.checkpoint.background import ahead
 from miniawq.checkpoint.blocks import place_stored, read_stored
-from miniawq.checkpoint.hub import parse_json
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.checkpoint.publishing import check_disk
 from miniawq.checkpoint.shards import disk_errors
+from miniawq.checkpoint.strict import parse_json
 from miniawq.errors import InvalidInput, MiniawqError, UnsupportedCheckpoint, UsageError
 from miniawq.model import INVERSE_FREQUENCIES, LlamaConfig, RopeConfig, default_frequencies
 from miniawq.packing import SYMMETRIC_ZERO, Quantized, dequantize

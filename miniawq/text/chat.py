@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from miniawq.checkpoint.hub import parse_json
+from miniawq.checkpoint.strict import parse_json
 from miniawq.errors import InvalidInput, UnsupportedCheckpoint, UsageError
 from miniawq.text.worker import FIX, ask_worker
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import tokenizers
 
-from miniawq.checkpoint.hub import limit_of, read_small
+from miniawq.checkpoint.strict import limit_of, read_small
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 
 MAX_CHARACTERS = 1 << 28  # of a text, as far as the normalizer may make it grow

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miniawq.checkpoint.hub import parse_json
+from miniawq.checkpoint.strict import parse_json
 from miniawq.errors import InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint
 from miniawq.text import chat
 from miniawq.text.library import HeldTokenizer

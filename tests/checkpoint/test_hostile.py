@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miniawq.__main__ import main
-from miniawq.checkpoint import hub
+from miniawq.checkpoint import hub, strict
 from miniawq.checkpoint.config import CONFIG, FOREIGN_KEYS, ROPE
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
@@ -196,7 +196,7 @@ def test_headers_of_files_that_cannot_be_mapped_have_to_make_sense_too(kind, tmp
     path = tmp_path / "model.safetensors"
     path.write_bytes(file_of(HEADERS[kind], bytes(64)))
     with pytest.raises(UnsupportedCheckpoint, match=r"model\.safetensors is damaged"):
-        hub.header_unmapped(path)
+        strict.header_unmapped(path)
 
 
 @pytest.mark.parametrize("stride", STRIDES)
@@ -209,7 +209,7 @@ def test_what_the_library_reads_is_read_alike_where_a_file_cannot_be_mapped(stri
             expected = hub.LocalFiles(directory).header(file.name)
         except MiniawqError:
             continue
-        assert hub.header_unmapped(file) == expected
+        assert strict.header_unmapped(file) == expected
 
 
 def test_an_index_may_hold_anything(tmp_path):
@@ -272,23 +272,23 @@ def test_values_that_make_no_sense_are_refused(kind, tmp_path):
 def test_numbers_that_are_not_finite_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UnsupportedCheckpoint, match="no finite JSON number"):
-        hub.parse_json(tmp_path / "config.json")
+        strict.parse_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("content", [rb'{"bos_token": "\ud800"}', b'{"bos_token": "\xed\xa0\x80"}'])
 def test_half_of_a_surrogate_pair_is_no_text(content, tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(UnsupportedCheckpoint, match="surrogates not allowed"):
-        hub.parse_json(tmp_path / "tokenizer_config.json")
+        strict.parse_json(tmp_path / "tokenizer_config.json")
     (tmp_path / "tokenizer_config.json").write_bytes(rb'{"x": "\ud83d\udc4b"}')
-    assert hub.parse_json(tmp_path / "tokenizer_config.json") == {"x": "\U0001f44b"}
+    assert strict.parse_json(tmp_path / "tokenizer_config.json") == {"x": "\U0001f44b"}
 
 
 @pytest.mark.parametrize("text", ["[" * 100 + "]" * 100, '{"a":' * 100 + "1" + "}" * 100, "[" * 10**6])
 def test_deep_json_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UnsupportedCheckpoint, match=r"config\.json cannot be read"):
-        hub.parse_json(tmp_path / "config.json")
+        strict.parse_json(tmp_path / "config.json")
 
 
 def test_a_key_that_is_there_twice_among_many_is_found_soon(tmp_path):
@@ -296,14 +296,17 @@ def test_a_key_that_is_there_twice_among_many_is_found_soon(tmp_path):
     (tmp_path / "config.json").write_text("{" + ",".join([*names, names[-1]]) + "}")
     started = time.monotonic()
     with pytest.raises(UnsupportedCheckpoint, match="'199999' is there twice"):
-        hub.parse_json(tmp_path / "config.json")
+        strict.parse_json(tmp_path / "config.json")
     assert time.monotonic() - started < SECONDS
 
 
 def test_the_limits_are_those_of_the_guide():
     guide = (ROOT / "docs" / "checkpoints.md").read_text()
     rows = [line for line in guide.splitlines() if line.endswith(" MiB |")]
-    for pattern, limit in [*((f"`{name}`", limit) for name, limit in hub.LIMITS.items()), ("only", hub.COPIED_LIMIT)]:
+    for pattern, limit in [
+        *((f"`{name}`", limit) for name, limit in strict.LIMITS.items()),
+        ("only", strict.COPIED_LIMIT),
+    ]:
         assert [row for row in rows if pattern in row and row.endswith(f"| {limit >> 20} MiB |")], pattern
 
 

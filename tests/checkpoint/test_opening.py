@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniawq.checkpoint import hub, reading
+from miniawq.checkpoint import reading, strict
 from miniawq.checkpoint.config import llama_config
 from miniawq.checkpoint.layouts import LAYOUTS
 from miniawq.checkpoint.loading import load_model
@@ -397,7 +397,7 @@ def test_a_file_larger_than_memory_is_read(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("unable to mmap 65809867288 bytes from file: Cannot allocate memory (12)")
 
-    monkeypatch.setattr(hub, "safe_open", refuse)
+    monkeypatch.setattr(strict, "safe_open", refuse)
     monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
     assert torch.equal(load_model(open_checkpoint(directory))(tiny.TOKENS), expected)
 

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from miniawq.checkpoint import reading
 from miniawq.checkpoint.config import llama_config, refuse_architecture
 from miniawq.checkpoint.headers import tensors_of, weight_files
-from miniawq.checkpoint.hub import LocalFiles, parse_json
+from miniawq.checkpoint.hub import LocalFiles
 from miniawq.checkpoint.quant_config import read_block
+from miniawq.checkpoint.strict import parse_json
 from miniawq.engine.sampling import Sampling
 from miniawq.model import rope_tables
 from miniawq.quantize.journal import NAME, Journal

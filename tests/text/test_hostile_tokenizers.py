@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniawq.checkpoint import hub
+from miniawq.checkpoint import strict
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, UnsupportedCheckpoint
 from miniawq.text import library
 from miniawq.text.tokenizer import Tokenizer
@@ -177,7 +177,7 @@ def test_numbers_that_are_no_ids_are_refused(tmp_path, ids):
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setitem(hub.LIMITS, "tokenizer.json", 10)
+    monkeypatch.setitem(strict.LIMITS, "tokenizer.json", 10)
     with pytest.raises(UnsupportedCheckpoint, match="bytes, and a file of its kind has at most 10"):
         made(tmp_path)
     monkeypatch.undo()
