@@ -16,7 +16,6 @@ from miniawq.checkpoint.blocks import BlockStream
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.quant_config import PACKED_HEADS
-from miniawq.checkpoint.shards import ShardWriter
 from miniawq.commands.convert import convert_checkpoint
 from miniawq.commands.convert import main as convert
 from miniawq.engine.layer import compiled_function, finish
@@ -37,7 +36,7 @@ from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, PLAIN_ROUNDING
 from tests.helpers.allocations import Allocations
 from tests.helpers.awq_blocks import statistics_of
 from tests.helpers.marks import each_once
-from tests.helpers.quantizing import contents, make_source, some_text
+from tests.helpers.quantizing import contents, killed, make_source, some_text
 from tests.helpers.tiny_checkpoints import make_dense, same
 
 SETTINGS = Settings(replace(PLAIN_ROUNDING, group_size=64), lm_head=True)
@@ -136,26 +135,13 @@ def test_it_reads_what_the_last_block_gives_in_the_model_that_is_written(
     assert torch.equal(seen[0], hidden_BLD)
 
 
-class Killed(Exception):
-    pass
-
-
 @BOTH
 def test_a_run_that_is_killed_in_the_head_goes_on_to_the_same_bytes(
-    settings: Settings, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, dense: Path, tmp_path: Path
 ) -> None:
     quantize_checkpoint(dense, tmp_path / "whole" / "out", some_text(), settings)
-    write = ShardWriter.write
-
-    def dying(writer: ShardWriter, name: str, tensor: Tensor) -> None:
-        if name == "lm_head.scales":
-            raise Killed
-        write(writer, name, tensor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", dying)
-        with pytest.raises(Killed):
-            quantize_checkpoint(dense, tmp_path / "out", some_text(), settings)
+    with killed(lambda _, name: name == "lm_head.scales"):
+        quantize_checkpoint(dense, tmp_path / "out", some_text(), settings)
     quantize_checkpoint(dense, tmp_path / "out", some_text(), settings)
     first, second = contents(tmp_path / "out"), contents(tmp_path / "whole" / "out")
     for told in (first, second):

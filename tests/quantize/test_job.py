@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from miniawq.checkpoint.loading import load_model
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.checkpoint.publishing import LOCK
-from miniawq.checkpoint.shards import ShardWriter
 from miniawq.errors import DoesNotFit, InvalidInput, MiniawqError, NotFound, UnsupportedCheckpoint, UsageError
 from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import __main__ as command_line
@@ -43,7 +42,7 @@ from miniawq.quantize.report import draw_report
 from miniawq.quantize.verify import error_over_bound, verify
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers.marks import thorough_but
-from tests.helpers.quantizing import contents, make_source, some_text
+from tests.helpers.quantizing import Killed, contents, killed, make_source, some_text
 from tests.helpers.tiny_checkpoints import FAMILIES, make, make_dense
 
 SETTINGS = Settings(replace(DEFAULT, group_size=64, ratios=4))
@@ -135,10 +134,6 @@ def test_the_same_input_gives_the_same_bytes(dense: Path, finished: Path, tmp_pa
     assert list((tmp_path / "hidden").iterdir()) == []
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def in_shards(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shards") / "out"
@@ -148,22 +143,11 @@ def in_shards(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tensors", thorough_but([25], [0, 1, 24, 25, 47, 71]))
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    tensors: int, dense: Path, in_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(tensors: int, dense: Path, in_shards: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, shard_bytes=40_000)
     text = some_text()
-    plain_write = ShardWriter.write
-
-    def dying_write(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        if writer.done == tensors:
-            raise Killed
-        plain_write(writer, name, tensor)
-
-    monkeypatch.setattr(ShardWriter, "write", dying_write)
-    with pytest.raises(Killed):
+    with killed(lambda writer, _: writer.done == tensors):
         quantize_checkpoint(dense, tmp_path / "out", text, settings)
-    monkeypatch.undo()
     assert not (tmp_path / "out" / "config.json").exists(), "half a checkpoint cannot be opened"
     with open(tmp_path / "out" / journal.NAME, "ab") as file:
         file.write(b'{"layer": 99, "half a li')
@@ -174,22 +158,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_a_run_that_goes_on_tells_the_seconds_of_the_blocks_before(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process, write = Quantizer.process, ShardWriter.write
+    process = Quantizer.process
 
     def slow(job: Quantizer, layer: int, hidden_BLD: torch.Tensor) -> Any:
         tensors, record = process(job, layer, hidden_BLD)
         return tensors, record | {"seconds": 1e6}
 
-    def dying(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        if name.startswith("model.layers.1."):
-            raise Killed
-        write(writer, name, tensor)
-
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, killed(lambda _, name: name.startswith("model.layers.1.")):
         patch.setattr(Quantizer, "process", slow)
-        patch.setattr(ShardWriter, "write", dying)
-        with pytest.raises(Killed):
-            quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS)
+        quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS)
     assert 1e6 < quantize_checkpoint(dense, tmp_path / "out", some_text(), SETTINGS).seconds < 2e6
 
 

@@ -14,7 +14,6 @@ from miniawq import awq
 from miniawq.awq import Rounding, Statistics
 from miniawq.checkpoint.blocks import BlockStream
 from miniawq.checkpoint.opening import open_checkpoint
-from miniawq.checkpoint.shards import ShardWriter
 from miniawq.errors import MiniawqError
 from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import job as job_file
@@ -30,7 +29,7 @@ from miniawq.quantize.streams import Aim, Streams
 from miniawq.quantize.verify import ROUNDING, error_over_bound
 from tests.helpers.awq_blocks import Block, layer_and_inputs, statistics_of
 from tests.helpers.marks import thorough_but
-from tests.helpers.quantizing import contents, some_text
+from tests.helpers.quantizing import contents, killed, some_text
 from tests.helpers.tiny_checkpoints import FAMILIES, make_dense
 
 SETTINGS = Settings(replace(NEIGHBOURS, group_size=64, ratios=4), shard_bytes=40_000)
@@ -222,10 +221,6 @@ def test_aims_are_what_the_dense_block_gives(family: str, tmp_path: Path) -> Non
                 torch.testing.assert_close(found_O, (ours - dense).square().mean((0, 1)), rtol=1e-4, atol=1e-6)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -241,23 +236,16 @@ def test_the_second_stream_is_what_the_file_gives_also_when_resumed(
     """Biases are divided, norms of heads and unpacked layers rounded to 16 bits: the file decides, not the memory."""
     source, _ = make_dense(tmp_path / "dense", family, num_hidden_layers=3, **changes)
     text, seen = some_text(), []
-    begin, write = Streams.begin, ShardWriter.write
+    begin = Streams.begin
 
     def watched(streams: Streams, hidden_BLD: Tensor) -> None:
         seen.append(streams.quantized_BLD.clone())
         begin(streams, hidden_BLD)
 
-    def dying(writer: ShardWriter, name: str, tensor: Tensor) -> None:
-        if name.startswith("model.layers.2."):
-            raise Killed
-        write(writer, name, tensor)
-
     monkeypatch.setattr(Streams, "begin", watched)
     quantize_checkpoint(source, tmp_path / "whole" / "out", text, SETTINGS)
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", dying)
-        with pytest.raises(Killed):
-            quantize_checkpoint(source, tmp_path / "out", text, SETTINGS)
+    with killed(lambda _, name: name.startswith("model.layers.2.")):
+        quantize_checkpoint(source, tmp_path / "out", text, SETTINGS)
     quantize_checkpoint(source, tmp_path / "out", text, SETTINGS)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
     stream = BlockStream(open_checkpoint(tmp_path / "whole" / "out"))

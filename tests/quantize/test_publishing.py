@@ -29,7 +29,7 @@ from miniawq.quantize.recipes import DEFAULT, NEIGHBOURS, PAPER, PLAIN_ROUNDING
 from miniawq.quantize.report import finite
 from miniawq.text.tokenizer import Tokenizer
 from tests.helpers.marks import thorough_but
-from tests.helpers.quantizing import contents, make_source, some_text
+from tests.helpers.quantizing import Killed, contents, killed, make_source, some_text
 from tests.helpers.tiny_checkpoints import make, make_dense
 
 SETTINGS = Settings(replace(PLAIN_ROUNDING, group_size=64), shard_bytes=40_000)
@@ -58,22 +58,6 @@ def opens(directory: Path) -> bool:
     return True
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
-    """Let the run die when it is about to write this tensor."""
-    plain_write = ShardWriter.write
-
-    def dying_write(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        if writer.done == tensors:
-            raise Killed
-        plain_write(writer, name, tensor)
-
-    monkeypatch.setattr(ShardWriter, "write", dying_write)
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a source, `dense`, and half of what was to be made of it, `out`."""
@@ -82,11 +66,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def half_done(dense: Path, out: Path, text: Calibration, tensors: int = 40) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, tensors)
-        with pytest.raises(Killed):
-            quantize_checkpoint(dense, out, text, SETTINGS)
+def half_done(dense: Path, out: Path, text: Calibration, tensors: int = 40, settings: Settings = SETTINGS) -> None:
+    with killed(lambda writer, _: writer.done == tensors):
+        quantize_checkpoint(dense, out, text, settings)
 
 
 # Published last.
@@ -135,10 +117,7 @@ def test_a_source_replaced_during_the_run_is_not_published(seen, dense, text, tm
 def test_a_finished_shard_damaged_before_resuming_is_not_published(place, codes, dense, text, tmp_path):
     """The last bytes of the first shard are the embedding's, of which no bound of quantization knows anything."""
     settings = replace(SETTINGS, recipe=replace(SETTINGS.recipe, codes=codes))
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, 40)
-        with pytest.raises(Killed):
-            quantize_checkpoint(dense, tmp_path / "out", text, settings)
+    half_done(dense, tmp_path / "out", text, settings=settings)
     for shard in (tmp_path / "out" / UNFINISHED).glob("*.safetensors"):
         content = bytearray(shard.read_bytes())
         content[place] ^= 1

@@ -181,14 +181,12 @@ def test_flags_of_tokenizer_config_override_the_post_processor(tmp_path, kind, f
     ],
 )
 def test_bos_comes_from_the_tokenizer_before_the_configs(tmp_path, tokenizer_config, config, generation_config, bos):
-    tiny_tokenizers.write(
-        tmp_path,
-        tiny_tokenizers.byte_level(),
-        tokenizer_config=tokenizer_config,
-        config=config,
-        generation_config=generation_config,
-    )
-    assert Tokenizer(tmp_path).bos_id == bos
+    assert tokenizer_with(tmp_path, tokenizer_config, config, generation_config).bos_id == bos
+
+
+def tokenizer_with(directory, tokenizer_config, config, generation_config):
+    configs = {"tokenizer_config": tokenizer_config, "config": config, "generation_config": generation_config}
+    return Tokenizer(tiny_tokenizers.write(directory, tiny_tokenizers.byte_level(), **configs))
 
 
 @pytest.mark.parametrize(
@@ -201,14 +199,7 @@ def test_bos_comes_from_the_tokenizer_before_the_configs(tmp_path, tokenizer_con
     ],
 )
 def test_ends_are_those_of_all_files_together(tmp_path, tokenizer_config, config, generation_config, ends):
-    tiny_tokenizers.write(
-        tmp_path,
-        tiny_tokenizers.byte_level(),
-        tokenizer_config=tokenizer_config,
-        config=config,
-        generation_config=generation_config,
-    )
-    assert Tokenizer(tmp_path).eos_ids == ends
+    assert tokenizer_with(tmp_path, tokenizer_config, config, generation_config).eos_ids == ends
 
 
 def test_old_checkpoints_name_their_special_tokens_in_special_tokens_map(tmp_path):
