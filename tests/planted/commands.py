@@ -50,6 +50,7 @@ FAULTS = [
     Fault("commands/thoughts.py", r"len\(held\) - overlap\(held, tag\)", "len(held)", THOUGHTS),
     Fault("commands/thoughts.py", r' and not os\.environ\.get\("NO_COLOR"\)', "", THOUGHTS),
     Fault("cli.py", r"(for action in self\._actions\}) - COMMON", r"\1", FLAGS),
+    Fault("__main__.py", r"except KeyboardInterrupt:", "except EOFError:", "commands/test_verbs"),
     Fault("__main__.py", r"except MissingExtra as error:", "except MemoryError as error:", "commands/test_verbs"),
     Fault("cli.py", r"0\], known, 1\)", "0], known, 0 + 1, 0.99)", FLAGS),
     Fault("engine/sampling.py", r"logits_BV\.float\(\)\.log_softmax", "(logits_BV.float() * 2).log_softmax", FLAGS),
