@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from miniawq.errors import DoesNotFit, MissingExtra
+from miniawq.errors import INTERRUPTED, DoesNotFit, MissingExtra
 
 
 class Verb(NamedTuple):
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in VERBS:
         try:
             module = importlib.import_module(VERBS[arguments[0]].module)
+        except KeyboardInterrupt:  # torch takes seconds to load
+            print(f"miniawq {arguments[0]}: interrupted", file=sys.stderr or io.StringIO())
+            return INTERRUPTED
         except MissingExtra as error:
             print(f"miniawq {arguments[0]}: {error}", file=sys.stderr or io.StringIO())
             return error.exit_code

@@ -20,9 +20,8 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from miniawq import __version__
-from miniawq.errors import MESSAGE_CHARACTERS, DoesNotFit, MiniawqError, clean
+from miniawq.errors import INTERRUPTED, MESSAGE_CHARACTERS, DoesNotFit, MiniawqError, clean
 
-INTERRUPTED = 130
 LEAST_BYTES = 64 << 20
 # Destinations of the flags that all verbs have, which --help leaves out.
 COMMON = {

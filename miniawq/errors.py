@@ -6,6 +6,7 @@ with `clean`, as every notice is.
 
 import re
 
+INTERRUPTED = 130  # the exit status after Ctrl-C
 MESSAGE_CHARACTERS = 2000
 LINE_CHARACTERS = 600
 # Control characters but for tab and end of line, marks that turn the direction of text or end a line, tags, and halves

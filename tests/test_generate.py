@@ -512,6 +512,9 @@ def test_the_memory_margin_is_what_is_left_free(capsys, monkeypatch, fairytales)
     code, _, err = run(capsys, *flags, "--memory-margin", "41MiB", "--max-seq-len", 64)
     assert code == 4
     assert "overhead 41.00 MiB" in err
+    code, _, err = run(capsys, *flags, "--memory-margin", "1GiB")
+    assert code == 4
+    assert "give a smaller --memory-margin" in err
 
 
 def test_a_kv_cache_in_8_bits_makes_room_for_four_times_as_many_tokens(capsys, monkeypatch, fairytales):

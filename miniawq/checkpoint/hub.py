@@ -163,7 +163,9 @@ def locate(
         return LocalFiles(path)
     if exists:
         raise UnsupportedCheckpoint(
-            f"{model} is a single file", "a checkpoint is a directory with config.json and safetensors files"
+            f"{model} is a single file",
+            "a checkpoint is a directory with config.json and safetensors files",
+            "name its directory; GGUF files are not read: look for the model that it was made from",
         )
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise NotFound(f"there is no directory {model}", "", "check the path, or name a Hub repository as owner/name")

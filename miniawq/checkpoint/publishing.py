@@ -146,6 +146,23 @@ def recall(names: Sequence[str], work: Path) -> None:
 
 
 @contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a file, by a lock beside it, for this run alone: UsageError while another run holds it."""
+    lock = FileLock(file.with_name(file.name + LOCK), timeout=0)
+    try:
+        with disk_errors(file):
+            _make_file_of(lock)
+        lock.acquire()
+    except Timeout as error:
+        why, fix = f"{lock.lock_file} is held by it", "wait for it, or name another file"
+        raise UsageError(f"another run is writing to {file}", why, fix) from error
+    try:
+        yield
+    finally:
+        _remove_lock(lock)
+
+
+@contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory, which is made, for this run alone: UsageError while another run holds it.
 

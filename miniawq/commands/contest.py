@@ -25,6 +25,7 @@ from miniawq.awq import Fold
 from miniawq.checkpoint.blocks import BlockStream
 from miniawq.checkpoint.opening import Checkpoint
 from miniawq.commands.scores import Predictor, Scores, score
+from miniawq.errors import UsageError
 from miniawq.hardware import synchronize
 from miniawq.model import DecoderBlock
 from miniawq.quantize.formats import FORMATS, Approximation, gptq_rounding, int4_bits, rtn
@@ -269,6 +270,15 @@ def least(points: Sequence[tuple[float, float, FormatRow]]) -> str:
     """The format of the lowest loss, with its group size."""
     rows = [row for *_, row in sorted(points, key=lambda point: point[1])]
     return f"{rows[0].name} {size_word(rows[0])}".strip() if rows else "none"
+
+
+def check_picture(path: Path) -> None:
+    """UsageError where matplotlib draws no file of this kind."""
+    from matplotlib.figure import Figure
+
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix and path.suffix.lower().removeprefix(".") not in kinds:
+        raise UsageError(f"{path} cannot be drawn", f"a picture is one of {', '.join(kinds)}", "give FILE.png")
 
 
 def draw_formats(path: Path, found: Sequence[FormatRow]) -> None:

@@ -181,6 +181,8 @@ def check_flags_of_evaluate(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{learners[0]} needs a text", "it searches on one", "give one with --calib FILE")
     if arguments.plot and find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib", "it is not installed", "pip install 'miniawq[plots]'")
+    if arguments.plot:
+        contest.check_picture(arguments.plot)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

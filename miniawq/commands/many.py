@@ -4,10 +4,13 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from miniawq.checkpoint.publishing import alone
 from miniawq.commands import prompts
 from miniawq.commands.figures import Writing
 from miniawq.commands.records import Name, OrderedRecords
@@ -110,19 +113,22 @@ class ManyPrompts:
         failed: list[tuple[Name, MiniawqError]] = []
         done = total - len(self.todo)
         bar = tqdm(total=total, initial=done, unit="prompt", disable=self.arguments.quiet or None)
-        try:
-            with self.records, bar:
+        output: Path | None = self.arguments.output
+        with alone(output) if output else nullcontext(), self.records, bar:
+            try:
                 for number, record, error in self._answers(batch):
                     if error is not None:
                         failed.append((self.entries[number].name, error))
                     self.records.put(number, {"id": self.entries[number].name} | record | {"seed": self.seeds[number]})
                     bar.set_postfix_str(f"{batch.tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
                     bar.update()
-        finally:
-            if self.arguments.output and self.records.written < total:
-                log.info(
-                    "%d of %d are answered; --resume goes on", self.records.written + len(self.records.ahead), total
-                )
+            finally:
+                if output and self.records.written < total:
+                    answered = self.records.written + len(self.records.ahead)
+                    log.info("%d of %d are answered; --resume goes on", answered, total)
+        if not self.todo:
+            log.info("all %d prompts were answered before", total)
+            return
         seconds = time.perf_counter() - started
         told = "%d prompts, %d tokens in %.1f s: %.1f tokens-per-sec, %d rows at once"
         log.info(told, len(self.todo), batch.tokens, seconds, batch.tokens / seconds, self.together.rows)

@@ -1,6 +1,7 @@
 """JSON lines in the order of a list, whatever order they come in; in a file, a run that was interrupted goes on."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ class OrderedRecords:
         self.path, self.total = path, len(names)
         self.earlier: list[Record] = []
         self.ahead: dict[int, Record] = {}
-        if path is not None and path.exists() and path.stat().st_size:
+        self._size = size_of(path)
+        if path is not None and self._size:
             if not resumes:
-                why = f"{path} has {path.stat().st_size} bytes"
+                why = f"{path} has {self._size} bytes"
                 raise UsageError("the output is there already", why, "go on with it (--resume), or name another file")
             self.earlier = records_of(path, names)
         self.written = len(self.earlier)
@@ -39,6 +41,9 @@ class OrderedRecords:
             self.ahead = dict(records_ahead(self._aside, names, self.written))
 
     def __enter__(self) -> "OrderedRecords":
+        if size_of(self.path) != self._size:
+            why, fix = "its size has changed since this run began", "begin again with --resume, or name another file"
+            raise UsageError(f"another run has written to {self.path}", why, fix)
         if self.path is not None and self._aside is not None:
             with disk_errors(self.path):
                 # What a killed run left of its last lines goes.
@@ -55,7 +60,8 @@ class OrderedRecords:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.path is not None and self._aside is not None:
-            self._file.close()
+            with disk_errors(self.path):
+                self._file.close()
             if self.written == self.total:
                 self._aside.unlink(missing_ok=True)
 
@@ -78,6 +84,15 @@ class OrderedRecords:
             line = json.dumps({"number": number, "record": record}, ensure_ascii=False)
             with disk_errors(self._aside), open(self._aside, "a", encoding="utf-8", newline="\n") as file:
                 file.write(line + "\n")
+
+
+def size_of(path: Path | None) -> int:
+    """Bytes of the file for the output, which is made: what cannot be written is refused before weights are read."""
+    if path is None:
+        return 0
+    with disk_errors(path):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+        return path.stat().st_size
 
 
 def lines_of(path: Path) -> list[str]:

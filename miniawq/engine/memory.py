@@ -229,6 +229,8 @@ def check_fit(needed: Footprint, memory: DeviceMemory, checkpoint: Checkpoint, d
     longest = largest_max_seq_len(needed, checkpoint, dtype, memory.free)
     if longest:
         fix = f"--max-seq-len {longest} fits"
+    elif needed.overhead >= memory.free:
+        fix = "give a smaller --memory-margin, or free memory on this device"
     elif needed.batch > 1:
         fix = "ask for fewer rows"
     else:

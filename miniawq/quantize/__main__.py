@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from miniawq.quantize.calibration import (
     sample_calibration,
 )
 from miniawq.quantize.grids import GRIDS
-from miniawq.quantize.job import Quantizer, Settings, quantize_checkpoint
+from miniawq.quantize.job import Quantizer, Settings, check_destination, quantize_checkpoint
 from miniawq.quantize.memory import plan_memory, plan_sampling
 from miniawq.quantize.packable import left_dense
 from miniawq.quantize.recipes import RECIPES
@@ -132,6 +133,7 @@ def _command(arguments: argparse.Namespace) -> None:
     job = Quantizer(checkpoint, settings, device)
     if told := left_dense(checkpoint.model_config, checkpoint.linears, recipe.group_size):
         log.warning("%s", told)
+    check_destination(job, Path(arguments.destination))
     calibration = calibrate(job, arguments)
     log.info(
         "calibration: %d tokens in %d windows, of %d found, %s",
@@ -146,8 +148,9 @@ def _command(arguments: argparse.Namespace) -> None:
         offload_directory=arguments.offload_directory,
     )
     log.info("%s", report.summary())
-    told = "try it: miniawq generate %s; measure it: miniawq evaluate %s --text FILE --reference %s"
-    log.info(told, arguments.destination, arguments.destination, arguments.source)
+    source, destination = shlex.quote(arguments.source), shlex.quote(arguments.destination)
+    told = "try it: miniawq generate %s --prompt TEXT; measure it: miniawq evaluate %s --text FILE --reference %s"
+    log.info(told, destination, destination, source)
 
 
 def calibrate(job: Quantizer, arguments: argparse.Namespace) -> Calibration:

@@ -17,7 +17,7 @@ from miniawq.quantize.memory import SAMPLED_ROWS
 from miniawq.text.plain import read_text
 from miniawq.text.tokenizer import Tokenizer
 
-BEGINNING = 64  # tokens of a given text that the model goes on from
+BEGINNING = 64  # tokens of a given text that the model goes on from; of a short window half
 TEMPERATURE = 1.2  # at which it writes: at 1 it leaves out what is rare (docs/log/own-text.md)
 
 
@@ -161,7 +161,7 @@ def add_own_windows(given: Calibration, model: Llama, count: int, seed: int = 0)
     """The windows given, and `count` more, in each of which the model goes on from a piece of a given one."""
     generator = torch.Generator().manual_seed(seed)
     rows, length = given.tokens_BL.shape
-    size = min(BEGINNING, length)
+    size = min(BEGINNING, max(1, length // 2))
     places = torch.randint(length - size + 1, (count,), generator=generator).tolist()
     pieces_BL = torch.stack(
         [given.tokens_BL[number % rows, place : place + size] for number, place in enumerate(places)]

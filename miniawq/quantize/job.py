@@ -39,7 +39,8 @@ from miniawq.model import DecoderBlock
 from miniawq.packing import CODES_PER_WORD, dequantize
 from miniawq.quantize.calibration import Calibration, check_text
 from miniawq.quantize.head import quantize_head
-from miniawq.quantize.journal import Journal, interruptible
+from miniawq.quantize.journal import NAME as JOURNAL
+from miniawq.quantize.journal import Journal, interruptible, refuse_others
 from miniawq.quantize.memory import hidden_states, plan_memory
 from miniawq.quantize.moments import SymmetricStatistics
 from miniawq.quantize.packable import is_packable, packable_folds
@@ -380,6 +381,14 @@ def quantize_checkpoint(
     check_text(job.checkpoint, calibration)
     with locked(destination):
         return _quantize(job, plan.hidden_on_device, destination, calibration, offload_directory, started)
+
+
+def check_destination(job: Quantizer, directory: Path) -> None:
+    """What `quantize_checkpoint` refuses of a destination, and of the disk of a new one, while there is no text yet."""
+    with locked(directory):
+        if not (directory / JOURNAL).exists():
+            refuse_others(directory)
+            check_disk(directory, sum(spec.nbytes for spec in job.specs()))
 
 
 def _quantize(

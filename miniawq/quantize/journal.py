@@ -47,12 +47,8 @@ class Journal:
             self._check(self._parse(lines[0], 1))
         elif not (json.dumps(self.run).encode()).startswith(rest):
             raise self._damaged(1, "it is not the beginning of a journal of this run")
-        elif directory.exists() and {path.name for path in directory.iterdir()} - {NAME, LOCK}:
-            raise UsageError(
-                f"{directory} is not empty",
-                "it holds no unfinished run that could go on",
-                "name a new directory, or remove this one",
-            )
+        else:
+            refuse_others(directory)
         for number, line in enumerate(lines[1:], start=2):
             self._take(self._parse(line, number), number, problem)
         self._whole = len(content) - len(rest)
@@ -123,6 +119,16 @@ class Journal:
     def remove(self) -> None:
         with disk_errors(self.path.parent):
             self.path.unlink()
+
+
+def refuse_others(directory: Path) -> None:
+    """UsageError when a directory without a journal holds something."""
+    if directory.exists() and {path.name for path in directory.iterdir()} - {NAME, LOCK}:
+        raise UsageError(
+            f"{directory} is not empty",
+            "it holds no unfinished run that could go on",
+            "name a new directory, or remove this one",
+        )
 
 
 def _is_published(name: object) -> bool:

@@ -341,7 +341,7 @@ def test_modelopt_files_refused(tmp_path):
 
 def test_single_file_refused(tmp_path):
     directory, _ = tiny.make(tmp_path)
-    refused(directory / "model.safetensors", "single file")
+    refused(directory / "model.safetensors", "single file", "name its directory; GGUF files are not read")
 
 
 def test_lfs_pointer_refused(tmp_path):

@@ -131,6 +131,12 @@ def test_flags_that_make_no_sense_are_usage_errors(flags, told, fairytales, text
     assert told in capsys.readouterr().err
 
 
+def test_a_picture_of_no_kind_is_refused_before_the_work(fairytales, text, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(contest, "run_formats", lambda *_: pytest.fail("formats were measured"))
+    assert evaluated(fairytales, text, "--formats", "rtn", "--plot", "a.foo") == 2
+    assert "a.foo cannot be drawn" in capsys.readouterr().err
+
+
 def test_a_picture_without_matplotlib_is_a_usage_error(fairytales, text, monkeypatch, capsys) -> None:
     """Before the work, not after it."""
     monkeypatch.setattr("miniawq.commands.evaluate.find_spec", lambda name: None)

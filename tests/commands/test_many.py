@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
 
+from miniawq.checkpoint import publishing
 from miniawq.checkpoint.opening import open_checkpoint
 from miniawq.commands.records import OrderedRecords
 from miniawq.engine.batch import Batch, Request
 from miniawq.engine.memory import MOST_ROWS, OVERHEAD, fitting_rows, footprint
 from miniawq.engine.rows import CompiledRows
-from miniawq.errors import UsageError
+from miniawq.errors import MiniawqError, UsageError
 from miniawq.generate import main
 from miniawq.hardware import DeviceMemory
 from tests.helpers.chat_models import make_chat_model
@@ -206,6 +208,54 @@ def test_what_waits_for_its_turn_lies_beside_the_file(tmp_path):
     out.unlink()
     with OrderedRecords(out, False, ["a"]):
         assert not aside.exists()
+
+
+def test_one_run_writes_to_a_file(tmp_path, capsys, chat_model, file):
+    out = tmp_path / "out.jsonl"
+    flags = [chat_model, "--prompts", file, "-n", 1, "--output", out]
+    with publishing.alone(out):
+        code, _, err = run(capsys, *flags)
+    assert (code, out.read_text()) == (2, "")
+    assert "another run is writing to" in err
+    late = OrderedRecords(out, False, [1])
+    assert run(capsys, *flags, "-q")[0] == 0
+    whole = out.read_bytes()
+    with pytest.raises(UsageError, match="another run has written"), late:
+        pass
+    assert out.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_weights_are_read(
+    capsys, chat_model, file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("miniawq.generate.load_model", lambda *_: pytest.fail("the model was loaded"))
+    for output in (tmp_path, tmp_path / "none" / "out.jsonl"):
+        code, _, err = run(capsys, chat_model, "--prompts", file, "--output", output)
+        assert code == 1
+        assert f"cannot write to {output}" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk is always full here")
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    """Also when the file is closed, which writes once more."""
+    records = OrderedRecords(tmp_path / "out.jsonl", False, ["a"])
+    records.__enter__()
+    records._file.close()
+    records._file = open("/dev/full", "w")  # noqa: SIM115
+    for written in (lambda: records.put(0, {"id": "a"}), lambda: records.__exit__(None, None, None)):
+        with pytest.raises(MiniawqError, match=r"the disk is full while writing to .*out\.jsonl"):
+            written()
+
+
+def test_a_run_that_is_done_says_so(tmp_path, capsys, caplog, chat_model, file):
+    caplog.set_level(logging.INFO, "miniawq")
+    flags = [chat_model, "--prompts", file, "-n", 1, "--output", tmp_path / "out.jsonl"]
+    assert run(capsys, *flags)[0] == 0
+    caplog.clear()
+    assert run(capsys, *flags, "--resume")[0] == 0
+    assert "all 5 prompts were answered before" in caplog.text
+    assert "tokens-per-sec" not in caplog.text
 
 
 def test_records_are_written_in_order_as_soon_as_they_can_be(capsys):

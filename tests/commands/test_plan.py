@@ -189,9 +189,10 @@ def test_does_not_fit_says_what_would(tmp_path):
 
 def test_nothing_fits_names_another_way(tmp_path):
     checkpoint = open_checkpoint(tiny.make(tmp_path)[0])
-    needed = footprint(checkpoint, torch.float16, device="cuda", max_seq_len=64)
-    with pytest.raises(DoesNotFit, match="smaller model"):
-        check_fit(needed, DeviceMemory("cpu", 1 << 20, 1 << 20), checkpoint, torch.float16)
+    for overhead, told in ((0, "smaller model"), (1 << 16, "smaller --memory-margin")):
+        needed = footprint(checkpoint, torch.float16, device="cuda", max_seq_len=64, overhead=overhead)
+        with pytest.raises(DoesNotFit, match=told):
+            check_fit(needed, DeviceMemory("cpu", 1 << 16, 1 << 16), checkpoint, torch.float16)
 
 
 def test_memory_is_required_before_loading(tmp_path, monkeypatch):

@@ -67,6 +67,15 @@ def test_a_missing_extra_is_told_in_three_lines():
     ]
 
 
+def test_ctrl_c_while_torch_is_loaded_is_told_in_one_line(monkeypatch, capsys):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["generate"]) == 130
+    assert capsys.readouterr().err == "miniawq generate: interrupted\n"
+
+
 def test_chat_is_short_for_a_conversation(capsys, monkeypatch):
     taken = []
     monkeypatch.setattr("miniawq.generate.main", lambda arguments: taken.append(arguments) or 0)

@@ -65,6 +65,8 @@ FAULTS = [
     Fault("quantize/__main__.py", r"if told := left_dense\(.*\):", 'if told := "":', JOB),
     Fault("quantize/__main__.py", r"^( +)plan_sampling\(.*\)\.check\(device\)$", r"\1pass", JOB),
     Fault("quantize/__main__.py", r"windows \+ own, length", "own, length", JOB),
+    Fault("quantize/__main__.py", r"^    check_destination\(", "    (", PUBLISHING),
+    Fault("quantize/calibration.py", r"length // 2", "length", JOB),
     Fault("quantize/calibration.py", r"number % rows", "0", JOB),
     Fault("quantize/calibration.py", r" / TEMPERATURE$", "", JOB),
     Fault("quantize/head.py", r"seen\.add\(norm\((.*)\)\.flatten", r"seen.add((\1).flatten", HEAD),

@@ -560,7 +560,7 @@ class TestText:
         self, tokenizer: Tokenizer, fairytales: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = load_model(open_checkpoint(fairytales), dtype=torch.float32)
-        length = BEGINNING + 16
+        length = 2 * BEGINNING
         text = Calibration(windows(tokenizer.encode("The king had three sons. " * 60), 2, length), "three sons", 400)
         more, again = (add_own_windows(text, model, 35, seed=5) for _ in range(2))
         assert more.tokens_BL.shape == (2 + 35, length)
@@ -574,8 +574,12 @@ class TestText:
         monkeypatch.setattr("miniawq.quantize.calibration.TEMPERATURE", 1e-4)
         cold_BL = add_own_windows(text, model, 3).tokens_BL[2:]
         assert torch.equal(model(cold_BL)[:, BEGINNING - 1 : -1].argmax(-1), cold_BL[:, BEGINNING:])
-        short = Calibration(text.tokens_BL[:, :8], "eight ids", 8)
-        assert add_own_windows(short, model, 1).tokens_BL.shape == (3, 8)
+        short_BL = text.tokens_BL[:, :8]
+        (own_L,) = add_own_windows(Calibration(short_BL, "eight ids", 8), model, 1).tokens_BL[2:]
+        assert any(torch.equal(own_L[:4], short_BL[0, start : start + 4]) for start in range(5))
+        assert torch.equal(model(own_L[None])[0, 3:-1].argmax(-1), own_L[4:])
+        one = Calibration(text.tokens_BL[:, :1], "one id", 1)
+        assert add_own_windows(one, model, 1).tokens_BL.shape == (3, 1)
 
 
 def test_own_windows_of_a_run(

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -613,6 +614,40 @@ def test_refusals_before_any_text_is_written(flags, told, fairytales, tmp_path, 
     assert command_line.main([str(fairytales), str(tmp_path / "out"), "--device", "cpu", *flags]) != 0
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["other files", "another run", "no directory", "full disk"])
+def test_a_destination_is_refused_before_any_text_is_written(kind, fairytales, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    out = tmp_path / "out"
+    run = [str(fairytales), str(out), "--device", "cpu"]
+    with ExitStack() as stack:
+        if kind == "other files":
+            out.mkdir()
+            (out / "mine").touch()
+        elif kind == "another run":
+            stack.enter_context(publishing.locked(out))
+        elif kind == "no directory":
+            out.touch()
+        else:
+            monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+        before = sorted(tmp_path.rglob("*"))
+        assert command_line.main(run) != 0
+        assert sorted(tmp_path.rglob("*")) == before
+    told = {"other files": "not empty", "another run": "another run", "no directory": "no directory"}
+    assert told.get(kind, "of disk") in capsys.readouterr().err
+
+
+def test_a_run_with_text_of_the_models_own_goes_on(fairytales, tmp_path, caplog):
+    run = [str(fairytales), str(tmp_path / "my out"), "--device", "cpu", "--recipe", "plain"]
+    run += ["--num-samples", "2", "--sequence-length", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 40)
+        with pytest.raises(Killed):
+            command_line.main(run)
+    assert command_line.main(run) == 0
+    destination = f"'{tmp_path}/my out'"
+    assert f"try it: miniawq generate {destination} --prompt TEXT" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "device", "binary", "empty", "huge"])
