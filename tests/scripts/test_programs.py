@@ -10,7 +10,7 @@ from tests.scripts import script
 
 PROGRAMS = (
     "bench", "bench_batch", "bench_products", "bench_quantize", "memory_table", "planted_faults", "random_checkpoint",
-    "train_demo", "worked_example", "draw_terminal", "gate", "reasoning", "study_quality",
+    "train_demo", "worked_example", "draw_terminal", "gate", "reasoning", "study_quality", "confidence",
     "peers/awq_peers", "peers/checkpoints", "peers/llama_cpp", "peers/real_model", "peers/serve",
 )  # fmt: skip
 
@@ -45,6 +45,16 @@ def test_bytes_of_a_product_are_counted_as_kernelbench_counts_them():
     m, n, k = 16, 14336, 4096
     expected = m * k * 2 + k // 2 * n + k // 128 * n * 2 + k // 128 * n * 2 + m * n * 2
     assert script("bench_products").bytes_moved(f"{n}x{k}", m) == expected
+
+
+def test_a_text_of_the_dense_model_itself_has_no_rest():
+    """All next tokens of one place, weighted by their probability."""
+    p_V, q_V = torch.tensor([0.5, 0.2, 0.2, 0.05, 0.03, 0.02]), torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1, 0.1])
+    found_V4 = script("confidence").compared(*(x.log().expand(6, -1) for x in (p_V, q_V)), torch.arange(6))
+    change, divergence, _, unlikely = (p_V.double() @ found_V4).tolist()
+    assert change == pytest.approx(divergence, rel=1e-6)
+    assert unlikely == pytest.approx(0, abs=1e-8)
+    assert found_V4[3:, 3].sum() < -1  # the text has more of the unlikely ones than was expected
 
 
 @pytest.mark.parametrize(("body", "told"), [("pass", ""), ("assert 0", "test_it"), ("time.sleep(99)", "test_it hangs")])
