@@ -27,7 +27,6 @@ from miniawq.packing import Quantized, dequantize
 from miniawq.quantize import __main__ as command_line
 from miniawq.quantize import journal, report
 from miniawq.quantize.calibration import (
-    BEGINNING,
     Calibration,
     add_own_windows,
     read_calibration,
@@ -560,20 +559,22 @@ class TestText:
         self, tokenizer: Tokenizer, fairytales: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = load_model(open_checkpoint(fairytales), dtype=torch.float32)
-        length = 2 * BEGINNING
+        monkeypatch.setattr("miniawq.quantize.calibration.BEGINNING", 6)
+        monkeypatch.setattr("miniawq.quantize.calibration.SAMPLED_ROWS", 2)
+        length = 16
         text = Calibration(windows(tokenizer.encode("The king had three sons. " * 60), 2, length), "three sons", 400)
-        more, again = (add_own_windows(text, model, 35, seed=5) for _ in range(2))
-        assert more.tokens_BL.shape == (2 + 35, length)
+        more, again = (add_own_windows(text, model, 5, seed=5) for _ in range(2))
+        assert more.tokens_BL.shape == (2 + 5, length)
         assert torch.equal(more.tokens_BL[:2], text.tokens_BL)
         assert more.sha256 == again.sha256
-        assert more.sha256 != add_own_windows(text, model, 35, seed=6).sha256
-        assert more.source == "three sons, and 35 windows sampled from the model, seed 5"
+        assert more.sha256 != add_own_windows(text, model, 5, seed=6).sha256
+        assert more.source == "three sons, and 5 windows sampled from the model, seed 5"
         for number, row_L in enumerate(more.tokens_BL[2:]):
-            pieces = text.tokens_BL[number % 2].unfold(0, BEGINNING, 1)
-            assert (pieces == row_L[:BEGINNING]).all(1).any()
+            pieces = text.tokens_BL[number % 2].unfold(0, 6, 1)
+            assert (pieces == row_L[:6]).all(1).any()
         monkeypatch.setattr("miniawq.quantize.calibration.TEMPERATURE", 1e-4)
         cold_BL = add_own_windows(text, model, 3).tokens_BL[2:]
-        assert torch.equal(model(cold_BL)[:, BEGINNING - 1 : -1].argmax(-1), cold_BL[:, BEGINNING:])
+        assert torch.equal(model(cold_BL)[:, 5:-1].argmax(-1), cold_BL[:, 6:])
         short_BL = text.tokens_BL[:, :8]
         (own_L,) = add_own_windows(Calibration(short_BL, "eight ids", 8), model, 1).tokens_BL[2:]
         assert any(torch.equal(own_L[:4], short_BL[0, start : start + 4]) for start in range(5))
