@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gate import told
 from torch import Tensor
 
-from miniawq.commands.scores import cut_windows, mean_and_error
+from miniawq.commands.scores import cut_windows
 from miniawq.generate import load
 from miniawq.model import Llama
 from miniawq.text.plain import read_text
@@ -32,47 +33,38 @@ def log_probabilities(model: Llama, window_L: Tensor) -> Iterator[Tensor]:
         yield model.logits(hidden_TD).log_softmax(-1)
 
 
-def entropy(log_TV: Tensor) -> Tensor:
-    return -(log_TV.exp() * log_TV).sum(-1)
-
-
 def compared(dense_TV: Tensor, other_TV: Tensor, next_T: Tensor) -> Tensor:
-    """For each token: loss - dense, KL, entropy - dense, and the rest of unlikely tokens [T, 4]."""
+    """For each token: loss, KL, entropy, and the rest of unlikely tokens [T, 4]."""
     p_TV, gain_TV = dense_TV.exp(), other_TV - dense_TV
-    gain_T = gain_TV.gather(1, next_T[:, None])[:, 0]
+    log_T, gain_T = (x_TV.gather(1, next_T[:, None])[:, 0] for x_TV in (other_TV, gain_TV))
     is_unlikely_TV = p_TV < UNLIKELY
     of_text_T = gain_T * is_unlikely_TV.gather(1, next_T[:, None])[:, 0]
     expected_T = (p_TV * gain_TV * is_unlikely_TV).sum(-1)
     divergence_T = -(p_TV * gain_TV).sum(-1)
-    found = (-gain_T, divergence_T, entropy(other_TV) - entropy(dense_TV), expected_T - of_text_T)
-    return torch.stack(found, 1).double()
-
-
-def told(values_T: Tensor) -> str:
-    return "{:+.5f} +- {:.5f}".format(*mean_and_error(values_T))
+    entropy_T = -(other_TV.exp() * other_TV).sum(-1)
+    return torch.stack((-log_T, divergence_T, entropy_T, expected_T - of_text_T), 1).double()
 
 
 def table(dense: Llama, models: dict[str, Llama], windows_BL: Tensor) -> Iterator[str]:
     """Rows in Markdown, in nats a token, with the standard error of the mean."""
-    sure, of_rows = list[Tensor](), {name: list[Tensor]() for name in [*TEMPERATURES, *models]}
+    of_rows = {name: list[Tensor]() for name in [*TEMPERATURES, *models]}
     for window_L in windows_BL:
         parts = [log_probabilities(model, window_L) for model in (dense, *models.values())]
         for next_T, dense_TV, *others in zip(window_L[1:].split(POSITIONS_TOGETHER), *parts, strict=True):
-            loss_T = -dense_TV.gather(1, next_T[:, None])[:, 0]
-            sure.append(torch.stack([loss_T, entropy(dense_TV)], 1).double())
             flattened = [(dense_TV / temperature).log_softmax(-1) for temperature in TEMPERATURES]
             for found, other_TV in zip(of_rows.values(), [*flattened, *others], strict=True):
                 found.append(compared(dense_TV, other_TV, next_T))
-    loss_T, entropy_T = torch.cat(sure).unbind(1)
+    rows = {name: torch.cat(found) for name, found in of_rows.items()}
+    loss_T, _, entropy_T, _ = rows[1.0].unbind(1)
     yield f"{len(loss_T)} tokens; loss of the dense model {loss_T.mean():.4f}, its entropy {entropy_T.mean():.4f}: "
     yield f"{told(loss_T - entropy_T)}\n"
     yield "| model | KL | loss - dense | rest | rest < 0.1 | entropy - dense | flattened |"
     yield "|---|---|---|---|---|---|---|"
-    rows = {name: torch.cat(found) for name, found in of_rows.items()}
     losses, divergences, entropies, _ = torch.stack([rows[key].mean(0) for key in TEMPERATURES]).unbind(1)
     for name, found_T4 in rows.items():
-        change_T, divergence_T, more_T, unlikely_T = found_T4.unbind(1)
-        rest = np.interp(float(more_T.mean()), entropies, losses - divergences)
+        other_T, divergence_T, own_T, unlikely_T = found_T4.unbind(1)
+        change_T, more_T = other_T - loss_T, own_T - entropy_T
+        rest = np.interp(float(own_T.mean()), entropies, losses - losses[0] - divergences)
         cells = [f"dense at {name}" if isinstance(name, float) else name, f"{divergence_T.mean():.5f}"]
         cells += [*map(told, (change_T, change_T - divergence_T, unlikely_T, more_T)), f"{rest:+.5f}"]
         yield f"| {' | '.join(cells)} |"

@@ -148,14 +148,7 @@ def recall(names: Sequence[str], work: Path) -> None:
 @contextmanager
 def alone(file: Path) -> Iterator[None]:
     """Hold a file, by a lock beside it, for this run alone: UsageError while another run holds it."""
-    lock = FileLock(file.with_name(file.name + LOCK), timeout=0)
-    try:
-        with disk_errors(file):
-            _make_file_of(lock)
-        lock.acquire()
-    except Timeout as error:
-        why, fix = f"{lock.lock_file} is held by it", "wait for it, or name another file"
-        raise UsageError(f"another run is writing to {file}", why, fix) from error
+    lock = _taken(file.with_name(file.name + LOCK), file, "file")
     try:
         yield
     finally:
@@ -173,22 +166,30 @@ def locked(directory: Path) -> Iterator[None]:
         if (directory.exists() or directory.is_symlink()) and not directory.is_dir():
             raise UsageError(f"cannot write to {directory}", "it is no directory", "name a new directory")
         made = _make_directory(directory)
-    lock = FileLock(directory / LOCK, timeout=0)
     try:
-        with disk_errors(directory):
-            _make_file_of(lock)
-        with lock:
-            try:
-                yield
-            finally:
-                if not (directory / UNFINISHED).exists():
-                    with suppress(OSError):
-                        (directory / LOCK).unlink()
-    except Timeout as error:
-        why, fix = f"{directory / LOCK} is held by it", "wait for it, or name another directory"
-        raise UsageError(f"another run is writing to {directory}", why, fix) from error
+        lock = _taken(directory / LOCK, directory, "directory")
+        try:
+            yield
+        finally:
+            if not (directory / UNFINISHED).exists():
+                with suppress(OSError):
+                    (directory / LOCK).unlink()
+            lock.release()
     finally:
         _remove_empty(made)
+
+
+def _taken(path: Path, written: Path, kind: str) -> FileLock:
+    """The lock at `path`, held from now on: UsageError while another run holds it."""
+    lock = FileLock(path, timeout=0)
+    try:
+        with disk_errors(written):
+            _make_file_of(lock)
+        lock.acquire()
+    except Timeout as error:
+        why, fix = f"{path} is held by it", f"wait for it, or name another {kind}"
+        raise UsageError(f"another run is writing to {written}", why, fix) from error
+    return lock
 
 
 def _make_directory(directory: Path) -> list[Path]:

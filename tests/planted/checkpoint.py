@@ -170,5 +170,5 @@ FAULTS = [
     Fault("checkpoint/publishing.py", r"^    _remove_lock\(lock\)\n", "", SHARDS),
     Fault("checkpoint/publishing.py", r"^ +_remove_whole\(found.*\n", "", SHARDS),
     Fault("checkpoint/unchanged.py", r"or _sha256\(directory / name\) != digest", "", PUBLISHING),
-    Fault("checkpoint/publishing.py", r"^        with lock:", "        if lock:", "quantize/test_job"),
+    Fault("checkpoint/publishing.py", r"^        lock\.acquire\(\)$", "        pass", "quantize/test_job"),
 ]
